@@ -1,0 +1,1 @@
+"""Programs that return a `train.config.Run`; opened by path, imported by nobody."""

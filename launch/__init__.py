@@ -1,0 +1,1 @@
+"""Everything you can start: `python -m launch.NAME --help`."""

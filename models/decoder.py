@@ -1,0 +1,392 @@
+"""From tokens to logits: embed, scan over the blocks, final norm, tied unembedding.
+
+`build(config)` gives a `Model` of pure functions; nothing outside models/ sees a module. Parameters
+are a plain dict:
+
+  embedding_VD
+  groups/<run>/...        the pattern, repeated: a run is a stretch of equal blocks in it, stacked
+                          [groups, blocks in the run, ...]
+  remainder/<run>/...     the blocks left over when the depth is no multiple of the pattern
+  final_norm/scale_D
+
+Groups are scanned, and the blocks of a run inside them: what is compiled is one body for each run,
+whatever the depth.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import nnx
+
+from models.block import BlockConfig
+from models.layers import segments as segments_lib
+from models.layers.embedding import Embedding, cap_logits
+from models.layers.norms import RMSNorm
+from models.layers.segments import Segments, SegmentState
+from models.param import axes_of
+from sharding import logical
+
+Params = dict[str, Any]
+Remat = Literal["none", "block", "matmuls"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+  """A decoder: `pattern` repeats and is cut off after `num_blocks` blocks.
+
+  embedding_scale "sqrt_width" multiplies the embedded tokens by sqrt(width), rounded to bfloat16, as
+  RecurrentGemma does; logit_cap c bounds logits as c tanh(logits / c). dtype is that of activations,
+  param_dtype that of matrices and vectors alike, but for norms, gate biases and decay: those are
+  float32. remat "block" keeps only block inputs for the backward pass, "matmuls" the results of
+  matrix products as well. layers "unroll" writes every block out: for tests and tiny models.
+  """
+
+  vocab_size: int
+  width: int
+  num_blocks: int
+  pattern: tuple[BlockConfig, ...]
+  embedding_scale: Literal["none", "sqrt_width"] = "none"
+  logit_cap: float | None = None
+  dtype: DType = "bfloat16"
+  param_dtype: DType = "float32"
+  remat: Remat = "block"
+  layers: Literal["scan", "unroll"] = "scan"
+
+  def __post_init__(self):
+    for name in ("vocab_size", "width", "num_blocks"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"DecoderConfig: {name} {getattr(self, name)} must be at least 1")
+    if not self.pattern:
+      raise ValueError("DecoderConfig: pattern is empty; give at least one BlockConfig")
+    if self.logit_cap is not None and self.logit_cap <= 0:
+      raise ValueError(f"DecoderConfig: logit_cap {self.logit_cap} must be above 0, or None")
+    for name, choices in _CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise ValueError(f"DecoderConfig: {name} {getattr(self, name)!r} is none of {choices}")
+
+  @property
+  def blocks(self) -> tuple[BlockConfig, ...]:
+    """Every block's config, first to last."""
+    return tuple(itertools.islice(itertools.cycle(self.pattern), self.num_blocks))
+
+
+_CHOICES = {
+  "embedding_scale": ("none", "sqrt_width"),
+  "dtype": ("float32", "bfloat16"),
+  "param_dtype": ("float32", "bfloat16"),
+  "remat": ("none", "block", "matmuls"),
+  "layers": ("scan", "unroll"),
+}
+
+
+class State(NamedTuple):
+  """What a split or decoded sequence carries from chunk to chunk, for every block."""
+
+  segments: SegmentState
+  blocks: dict[str, Any]
+
+
+class Model(NamedTuple):
+  """A built model. Shapes as in models/__init__.py; unembed_VD is in the activations' dtype."""
+
+  config: DecoderConfig
+  axes: Params  # the names of each parameter's dimensions, in the tree of the parameters
+  shapes: Params  # the ShapeDtypeStruct of each parameter
+  init: Callable[[jax.Array], Params]  # (key)
+  apply: Callable[..., tuple[jax.Array, jax.Array]]  # (params, tokens_BT, segments_BT) -> x, E
+  logits: Callable[..., jax.Array]  # (params, tokens_BT, segments_BT) -> float32 [B, T, V]
+  initial_state: Callable[..., State]  # (batch, context): global attention sees `context` tokens
+  extend: Callable[..., tuple[jax.Array, jax.Array, State]]  # (params, tokens, segments, state)
+
+
+def build(config: DecoderConfig) -> Model:
+  """The model of `config`; kernels are chosen here, once. No array is made."""
+  decoder = _Decoder(config)
+  shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+  for index, block in enumerate(config.pattern):
+    logging.info("block %d of the pattern: %s", index, block)
+  return Model(
+    config,
+    decoder.axes,
+    shapes,
+    decoder.init,
+    decoder.apply,
+    decoder.logits,
+    decoder.initial_state,
+    decoder.extend,
+  )
+
+
+class _Part(NamedTuple):
+  """A module as functions of its parameters: `merge(params)` is the module holding them."""
+
+  init: Callable[[jax.Array], Params]
+  merge: Callable[[Params], Any]
+  axes: Params
+
+
+def _part(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: str) -> _Part:
+  """The functional form of the module that `make` builds."""
+  graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+
+  def init(key: jax.Array) -> Params:
+    params = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param))
+    return jax.tree.map(
+      lambda w, axes: w.astype(jnp.float32 if _stays_float32(axes) else param_dtype),
+      params,
+      part_axes,
+      is_leaf=lambda leaf: not isinstance(leaf, dict),
+    )
+
+  def merge(params: Params) -> Any:
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+  variables = nnx.to_flat_state(abstract)
+  part_axes: Params = {}
+  for path, variable in variables:
+    inner = part_axes
+    for name in path[:-1]:
+      inner = inner.setdefault(name, {})
+    inner[path[-1]] = axes_of(variable)
+  return _Part(init, merge, part_axes)
+
+
+def _stays_float32(axes: tuple[str, ...]) -> bool:
+  """Norm scales, biases and decays: few, and read where bfloat16 is too coarse."""
+  return sum(name != "branch" for name in axes) == 1 or axes == ("gate_block", "branch", "gate_out")
+
+
+class _Run(NamedTuple):
+  """`length` equal blocks in a row."""
+
+  name: str
+  part: _Part
+  length: int
+
+
+def _runs(blocks: tuple[BlockConfig, ...], config: DecoderConfig) -> list[_Run]:
+  runs = []
+  for block, equal in itertools.groupby(blocks):
+    part = _part(
+      lambda rngs, block=block: block.build(
+        config.width, num_blocks=config.num_blocks, rngs=rngs
+      ),
+      config.param_dtype,
+    )
+    runs.append(_Run(f"{len(runs)}", part, len(list(equal))))
+  return runs
+
+
+class _Decoder:
+  """The parts of one decoder and the functions over them; holds no array."""
+
+  def __init__(self, config: DecoderConfig):
+    self.config = config
+    self.num_groups, num_left = divmod(config.num_blocks, len(config.pattern))
+    self.group_runs = _runs(config.pattern, config) if self.num_groups else []
+    self.left_runs = _runs(config.pattern[:num_left], config)
+    self.embedding = _part(
+      lambda rngs: Embedding(config.vocab_size, config.width, rngs=rngs), config.param_dtype
+    )
+    self.final_norm = _part(lambda rngs: RMSNorm(config.width, rngs=rngs), config.param_dtype)
+    self.axes: Params = {
+      "embedding": self.embedding.axes,
+      "groups": {run.name: _prefix(run.part.axes, 2) for run in self.group_runs},
+      "remainder": {run.name: _prefix(run.part.axes, 1) for run in self.left_runs},
+      "final_norm": self.final_norm.axes,
+    }
+
+  def init(self, key: jax.Array) -> Params:
+    """Every parameter, from one typed key; the values do not depend on how they are sharded."""
+    embedding_key, group_key, left_key = jax.random.split(key, 3)
+
+    def stack(run: _Run, key: jax.Array, shape: tuple[int, ...]) -> Params:
+      init = run.part.init
+      for _ in shape:
+        init = jax.vmap(init)
+      return init(jax.random.split(jax.random.fold_in(key, int(run.name)), shape))
+
+    return {
+      "embedding": self.embedding.init(embedding_key),
+      "groups": {
+        run.name: stack(run, group_key, (self.num_groups, run.length)) for run in self.group_runs
+      },
+      "remainder": {run.name: stack(run, left_key, (run.length,)) for run in self.left_runs},
+      "final_norm": self.final_norm.init(embedding_key),
+    }
+
+  def apply(
+    self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Hidden states after the final norm, and the unembedding; rows begin without history."""
+    x_BTD, unembed_VD, _ = self._forward(params, tokens_BT, segments_BT, None)
+    return x_BTD, unembed_VD
+
+  def logits(self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Float32 logits [batch, time, vocabulary], capped if the config says so."""
+    x_BTD, unembed_VD = self.apply(params, tokens_BT, segments_BT)
+    return cap_logits(x_BTD, unembed_VD, self.config.logit_cap)
+
+  def extend(
+    self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State
+  ) -> tuple[jax.Array, jax.Array, State]:
+    """As `apply`, going on from `state`: any number of tokens, one for a decoding step."""
+    x_BTD, unembed_VD, new_state = self._forward(params, tokens_BT, segments_BT, state)
+    assert new_state is not None
+    return x_BTD, unembed_VD, new_state
+
+  def initial_state(self, batch: int, context: int) -> State:
+    """The state before the first token. `context` is how many tokens global attention can see, so
+    at least the length of prompt and continuation; local attention and recurrence ignore it."""
+
+    def stack(run: _Run, shape: tuple[int, ...]) -> Any:
+      block = run.part.merge(jax.eval_shape(run.part.init, jax.random.key(0)))
+      one = block.initial_state(batch, context, jnp.dtype(self.config.dtype))
+      return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), one)
+
+    groups = {run.name: stack(run, (self.num_groups, run.length)) for run in self.group_runs}
+    left = {run.name: stack(run, (run.length,)) for run in self.left_runs}
+    blocks = {"groups": groups, "remainder": left}
+    return State(segments_lib.initial_state(batch), blocks)
+
+  def _forward(
+    self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State | None
+  ) -> tuple[jax.Array, jax.Array, State | None]:
+    before = segments_lib.initial_state(tokens_BT.shape[0]) if state is None else state.segments
+    segments, after = segments_lib.segments(segments_BT, before)
+    embedding = self.embedding.merge(self._used(params["embedding"], self.embedding.axes))
+    x_BTD = embedding(tokens_BT, jnp.dtype(self.config.dtype))
+    if self.config.embedding_scale == "sqrt_width":
+      # Rounded to bfloat16 first, as the released weights were trained with.
+      scale = jnp.sqrt(jnp.float32(self.config.width)).astype(jnp.bfloat16)
+      x_BTD *= scale.astype(x_BTD.dtype)
+    x_BTD = logical.constrain(x_BTD, "batch", "time", "width")
+
+    blocks = None if state is None else state.blocks
+    group_states = None if blocks is None else blocks["groups"]
+    left_states = None if blocks is None else blocks["remainder"]
+    new_groups: Any = {}
+    if self.group_runs:
+
+      def group(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        group_params, states = xs
+        return self._scan_runs(self.group_runs, x_BTD, group_params, segments, states)
+
+      x_BTD, new_groups = self._scan(group, x_BTD, (params["groups"], group_states))
+    x_BTD, new_left = self._scan_runs(
+      self.left_runs, x_BTD, params["remainder"], segments, left_states
+    )
+
+    norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm.axes))
+    x_BTD = norm(x_BTD)
+    unembed_VD = embedding.table_VD[...].astype(x_BTD.dtype)
+    if state is None:
+      return x_BTD, unembed_VD, None
+    return x_BTD, unembed_VD, State(after, {"groups": new_groups, "remainder": new_left})
+
+  def _scan_runs(
+    self, runs: list[_Run], x_BTD: jax.Array, params: Params, segments: Segments, states: Any
+  ) -> tuple[jax.Array, Any]:
+    new_states = {}
+    for run in runs:
+
+      def block(x_BTD: jax.Array, xs: Any, run: _Run = run) -> tuple[jax.Array, Any]:
+        block_params, state = xs
+        module = run.part.merge(self._used(block_params, run.part.axes))
+        x_BTD, state = module(x_BTD, segments, state)
+        return logical.constrain(x_BTD, "batch", "time", "width"), state
+
+      state = None if states is None else states[run.name]
+      x_BTD, new_states[run.name] = self._scan(
+        self._rematerialized(block), x_BTD, (params[run.name], state)
+      )
+    return x_BTD, new_states
+
+  def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
+    match self.config.remat:
+      case "none":
+        return block
+      case "block":
+        policy = jax.checkpoint_policies.nothing_saveable
+      case "matmuls":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
+    return jax.checkpoint(block, policy=policy, prevent_cse=self.config.layers == "unroll")
+
+  def _scan(self, body: Callable[..., Any], x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+    if self.config.layers == "scan":
+      return jax.lax.scan(body, x_BTD, xs)
+    outputs = []
+    for index in range(jax.tree.leaves(xs)[0].shape[0]):
+      x_BTD, output = body(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
+      outputs.append(output)
+    return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+  def _used(self, params: Params, axes: Params) -> Params:
+    """Parameters as the layers use them: matrices in the activations' dtype, gathered over ZeRO's
+    axis. The cast comes first, so that half the bytes travel."""
+
+    def cast(w: jax.Array, names: tuple[str, ...]) -> jax.Array:
+      return w if _stays_float32(names) else w.astype(self.config.dtype)
+
+    cast_params = jax.tree.map(cast, params, axes, is_leaf=lambda leaf: not isinstance(leaf, dict))
+    return logical.gathered(cast_params, axes)
+
+
+def _prefix(axes: Params, num_layer_axes: int) -> Params:
+  return jax.tree.map(
+    lambda names: ("layers",) * num_layer_axes + names,
+    axes,
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
+  )
+
+
+def split_blocks(config: DecoderConfig, params: Params) -> list[Params]:
+  """Each block's own parameters, first block to last."""
+  blocks = []
+  num_groups, num_left = divmod(config.num_blocks, len(config.pattern))
+  for tree, pattern, repeats in (
+    ("groups", config.pattern, range(num_groups)),
+    ("remainder", config.pattern[:num_left], [...]),
+  ):
+    for group in repeats:
+      for name, (_, equal) in enumerate(itertools.groupby(pattern)):
+        run = params[tree][f"{name}"]
+        for index in range(len(list(equal))):
+          place = (index,) if group is ... else (group, index)
+          blocks.append(jax.tree.map(lambda leaf, place=place: leaf[place], run))
+  return blocks
+
+
+def join_blocks(config: DecoderConfig, blocks: list[Params]) -> Params:
+  """The "groups" and "remainder" of the parameters, from each block's own: undoes split_blocks."""
+  if len(blocks) != config.num_blocks:
+    raise ValueError(f"join_blocks: {len(blocks)} blocks given, config has {config.num_blocks}")
+  size = len(config.pattern)
+  num_groups, num_left = divmod(config.num_blocks, size)
+
+  def stack(trees: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+  def runs(pattern: tuple[BlockConfig, ...]) -> list[range]:
+    ends = list(itertools.accumulate(len(list(equal)) for _, equal in itertools.groupby(pattern)))
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends)]
+
+  groups = {
+    f"{name}": stack([stack([blocks[g * size + i] for i in run]) for g in range(num_groups)])
+    for name, run in enumerate(runs(config.pattern) if num_groups else [])
+  }
+  left = blocks[num_groups * size :]
+  remainder = {
+    f"{name}": stack([left[i] for i in run])
+    for name, run in enumerate(runs(config.pattern[:num_left]))
+  }
+  return {"groups": groups, "remainder": remainder}

@@ -1,0 +1,37 @@
+"""Hawk (arXiv:2402.19427): recurrent blocks only."""
+
+from models.block import BlockConfig
+from models.decoder import DecoderConfig, DType, Remat
+from models.layers import gated_mlp, rg_lru
+from models.layers.rg_lru import DecayInit
+
+
+def hawk(
+  *,
+  vocab_size: int,
+  width: int,
+  rnn_width: int,
+  num_blocks: int,
+  mlp_width: int,
+  num_gate_blocks: int = 16,
+  decay_init: DecayInit = "paper",
+  dtype: DType = "bfloat16",
+  param_dtype: DType = "float32",
+  remat: Remat = "block",
+) -> DecoderConfig:
+  """`num_blocks` recurrent blocks; no embedding scale, no logit cap."""
+  recurrent = BlockConfig(
+    mixer=rg_lru.Config(
+      rnn_width=rnn_width, num_gate_blocks=num_gate_blocks, decay_init=decay_init
+    ),
+    mlp=gated_mlp.Config(mlp_width=mlp_width),
+  )
+  return DecoderConfig(
+    vocab_size=vocab_size,
+    width=width,
+    num_blocks=num_blocks,
+    pattern=(recurrent,),
+    dtype=dtype,
+    param_dtype=param_dtype,
+    remat=remat,
+  )

@@ -1,0 +1,7 @@
+"""The parts of a block: one mixer, whole, in one file; each config builds its own module.
+
+A mixer is an `nnx.Module` made by `Config.build(width, num_blocks=..., rngs=...)`, with
+
+  __call__(x_BTD, segments, state) -> (y_BTD, state)     state None in, None out: no history
+  initial_state(batch, context, dtype) -> state          the state before the first token
+"""

@@ -1,0 +1,43 @@
+"""The token embedding, tied with the unembedding, and logits for those who want them whole."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.param import normal, param
+from sharding import logical
+
+
+class Embedding(nnx.Module):
+  """Tokens to vectors by a [vocab_size, width] table, normal with variance 1 / width."""
+
+  def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+    self.table_VD = param(normal(1.0 / width), (vocab_size, width), ("vocab", "embed"), rngs=rngs)
+
+  def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The tokens' rows of the table, in `dtype`."""
+    with jax.named_scope("embedding"):
+      lookup = logical.on_shards(
+        _lookup, in_axes=(("vocab", None), ("batch", "time")), out_axes=("batch", "time", "width")
+      )
+      return lookup(self.table_VD[...].astype(dtype), tokens_BT)
+
+
+def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  """Each shard looks up the tokens of its part of the vocabulary; the sum over shards is the row."""
+  axis = logical.mesh_axis("vocab")
+  if axis is None:
+    return table_VD[tokens_BT]
+  shard_size = table_VD.shape[0]
+  local_BT = tokens_BT - jax.lax.axis_index(axis) * shard_size
+  is_here_BT1 = ((local_BT >= 0) & (local_BT < shard_size))[..., None]
+  rows_BTD = table_VD[jnp.clip(local_BT, 0, shard_size - 1)]
+  return jax.lax.psum(jnp.where(is_here_BT1, rows_BTD, 0), axis)
+
+
+def cap_logits(x_BTD: jax.Array, unembed_VD: jax.Array, logit_cap: float | None) -> jax.Array:
+  """Float32 logits [batch, time, vocabulary], c tanh(logits / c) where a cap c is given."""
+  logits_BTV = jnp.einsum(
+    "BTD,VD->BTV", x_BTD, unembed_VD, preferred_element_type=jnp.float32
+  )
+  return logits_BTV if logit_cap is None else logit_cap * jnp.tanh(logits_BTV / logit_cap)

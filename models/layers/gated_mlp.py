@@ -1,0 +1,52 @@
+"""Gated MLP, "GeGLU" (arXiv:2402.19427, section 2.2): down(gelu(gate(x)) * up(x)).
+
+Tensor parallelism: gate and up are one matrix split by columns, down is split by rows, so the
+sub-layer costs one all-reduce forward (after down) and one backward (before gate and up).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.param import normal, param, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """`mlp_width` is 3 x width in every published Griffin."""
+
+  mlp_width: int
+
+  def __post_init__(self):
+    if self.mlp_width < 1:
+      raise ValueError(f"gated_mlp.Config: mlp_width {self.mlp_width} must be at least 1")
+
+  def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "GatedMLP":
+    return GatedMLP(self, width, num_blocks=num_blocks, rngs=rngs)
+
+
+class GatedMLP(nnx.Module):
+  """Two projections up in one matrix (0: through GELU, 1: linear), their product down; biases."""
+
+  def __init__(self, config: Config, width: int, *, num_blocks: int, rngs: nnx.Rngs):
+    mlp_width = config.mlp_width
+    self.w_up_D2F = param(
+      normal(1.0 / width), (width, 2, mlp_width), ("embed", "branch", "mlp"), rngs=rngs
+    )
+    self.b_up_2F = param(zeros, (2, mlp_width), ("branch", "mlp"), rngs=rngs)
+    # 2 / num_blocks: the residual stream keeps its scale at any depth.
+    self.w_down_FD = param(
+      normal(2.0 / (num_blocks * mlp_width)), (mlp_width, width), ("mlp", "embed"), rngs=rngs
+    )
+    self.b_down_D = param(zeros, (width,), ("norm",), rngs=rngs)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    dtype = x_BTD.dtype
+    with jax.named_scope("mlp"):
+      up_BT2F = jnp.einsum("BTD,DKF->BTKF", x_BTD, self.w_up_D2F[...].astype(dtype))
+      up_BT2F += self.b_up_2F[...].astype(dtype)
+      gated_BTF = jax.nn.gelu(up_BT2F[:, :, 0], approximate=True) * up_BT2F[:, :, 1]
+      y_BTD = jnp.einsum("BTF,FD->BTD", gated_BTF, self.w_down_FD[...].astype(dtype))
+      return y_BTD + self.b_down_D[...].astype(dtype)

@@ -1,0 +1,214 @@
+"""The recurrent block of Griffin: two branches, a short convolution, the RG-LRU (arXiv:2402.19427).
+
+  y = out(gelu(linear_y(x)) * rg_lru(conv(linear_x(x))))                          section 2.3
+  r_t = sigmoid(W_a x_t + b_a)      i_t = sigmoid(W_x x_t + b_x)                  eqs. 1, 2
+  a_t = exp(-8 softplus(decay) r_t)                                               eq. 3
+  h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)                                   eq. 4
+
+`decay` is minus the paper's Lambda. At a document start a_t is 0 and the square root 1: the state
+is forgotten and the first token enters whole. The convolution does not look across it either.
+
+Tensor parallelism: the two input projections are split by columns, the output by rows; convolution,
+gates (by block), decay and scan stay inside a shard's channels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels import linear_scan
+from models.layers.segments import NO_DOCUMENT, Segments
+from models.param import Initializer, normal, param, zeros
+
+_C = 8.0
+_DECAY_RANGE = (0.9, 0.999)
+# Where 1 - a^2 is below this, the square root's derivative is held at 1000 (arXiv:2404.07839).
+_LEAST_ONE_MINUS_A2 = 1.0 / (4.0 * 1000.0**2)
+
+DecayInit = Literal["paper", "recurrentgemma"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """The recurrent block.
+
+  `decay_init` "paper": a^8 uniform in [0.9, 0.999] (the text of section 2.4); "recurrentgemma": a
+  itself there, uniform in the ring's area (the released code): memories about 8 times shorter.
+  `scan` names an implementation of kernels/linear_scan, or "auto".
+  """
+
+  rnn_width: int
+  num_gate_blocks: int = 16
+  conv_taps: int = 4
+  decay_init: DecayInit = "paper"
+  scan: str = "auto"
+
+  def __post_init__(self):
+    for name in ("rnn_width", "num_gate_blocks", "conv_taps"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"rg_lru.Config: {name} {getattr(self, name)} must be at least 1")
+    if self.rnn_width % self.num_gate_blocks:
+      raise ValueError(
+        f"rg_lru.Config: rnn_width {self.rnn_width} is not divisible by num_gate_blocks "
+        f"{self.num_gate_blocks}"
+      )
+    if self.decay_init not in _DECAY_INITS:
+      raise ValueError(
+        f"rg_lru.Config: decay_init {self.decay_init!r} is none of {sorted(_DECAY_INITS)}"
+      )
+
+  def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "RecurrentBlock":
+    return RecurrentBlock(self, width, num_blocks=num_blocks, rngs=rngs)
+
+
+class RecurrentState(NamedTuple):
+  """The recurrence's last state (always float32) and the last inputs of the convolution."""
+
+  h_BR: jax.Array
+  conv_BKR: jax.Array
+  document_BK: jax.Array
+
+
+class RecurrentBlock(nnx.Module):
+  """x -> gated recurrence over the documents of the row -> projection with bias."""
+
+  def __init__(self, config: Config, width: int, *, num_blocks: int, rngs: nnx.Rngs):
+    rnn_width, blocks = config.rnn_width, config.num_gate_blocks
+    block_width = rnn_width // blocks
+    self.scan = linear_scan.resolve(config.scan)
+    self.w_in_D2R = param(
+      normal(1.0 / width), (width, 2, rnn_width), ("embed", "branch", "rnn"), rngs=rngs
+    )
+    self.b_in_2R = param(zeros, (2, rnn_width), ("branch", "rnn"), rngs=rngs)
+    self.w_conv_KR = param(normal(0.01 / 4), (config.conv_taps, rnn_width), ("tap", "rnn"), rngs=rngs)
+    self.b_conv_R = param(zeros, (rnn_width,), ("rnn",), rngs=rngs)
+    self.w_gates_GI2J = param(
+      normal(1.0 / block_width),
+      (blocks, block_width, 2, block_width),
+      ("gate_block", "gate_in", "branch", "gate_out"),
+      rngs=rngs,
+    )
+    self.b_gates_G2J = param(
+      zeros, (blocks, 2, block_width), ("gate_block", "branch", "gate_out"), rngs=rngs
+    )
+    self.decay_R = param(_DECAY_INITS[config.decay_init], (rnn_width,), ("rnn",), rngs=rngs)
+    self.w_out_RD = param(
+      normal(2.0 / (num_blocks * rnn_width)), (rnn_width, width), ("rnn", "embed"), rngs=rngs
+    )
+    self.b_out_D = param(zeros, (width,), ("norm",), rngs=rngs)
+
+  def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> RecurrentState:
+    """Zeros; the size does not depend on `context`."""
+    del context
+    taps, rnn_width = self.w_conv_KR.shape
+    return RecurrentState(
+      jnp.zeros((batch, rnn_width), jnp.float32),
+      jnp.zeros((batch, taps - 1, rnn_width), dtype),
+      jnp.full((batch, taps - 1), NO_DOCUMENT, jnp.int32),
+    )
+
+  def __call__(
+    self, x_BTD: jax.Array, segments: Segments, state: RecurrentState | None
+  ) -> tuple[jax.Array, RecurrentState | None]:
+    dtype = x_BTD.dtype
+    has_state = state is not None
+    if state is None:
+      state = self.initial_state(x_BTD.shape[0], 0, dtype)
+    with jax.named_scope("recurrent"):
+      in_BT2R = jnp.einsum("BTD,DKR->BTKR", x_BTD, self.w_in_D2R[...].astype(dtype))
+      in_BT2R += self.b_in_2R[...].astype(dtype)
+      gelu_BTR = jax.nn.gelu(in_BT2R[:, :, 0], approximate=True)
+      conv_BTR, conv_BKR, document_BK = self._conv(in_BT2R[:, :, 1], segments, state)
+      h_BTR, h_BR = self._rg_lru(conv_BTR, segments, state.h_BR)
+      y_BTD = jnp.einsum("BTR,RD->BTD", gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
+      y_BTD += self.b_out_D[...].astype(dtype)
+    return y_BTD, RecurrentState(h_BR, conv_BKR, document_BK) if has_state else None
+
+  def _conv(
+    self, x_BTR: jax.Array, segments: Segments, state: RecurrentState
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Causal depthwise convolution, tap K-1 on the current token, over one document only."""
+    with jax.named_scope("conv"):
+      time, history = x_BTR.shape[1], state.conv_BKR.shape[1]
+      x_BSR = jnp.concatenate([state.conv_BKR, x_BTR], axis=1)
+      document_BS = jnp.concatenate([state.document_BK, segments.document_BT], axis=1)
+      w_KR = self.w_conv_KR[...].astype(x_BTR.dtype)
+      y_BTR = x_BTR * w_KR[history] + self.b_conv_R[...].astype(x_BTR.dtype)
+      for tap in range(history):
+        same_BT1 = (document_BS[:, tap : tap + time] == segments.document_BT)[..., None]
+        y_BTR += jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0) * w_KR[tap]
+      return y_BTR, x_BSR[:, time:], document_BS[:, time:]
+
+  def _rg_lru(
+    self, x_BTR: jax.Array, segments: Segments, h_BR: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """The RG-LRU itself; the state is float32, the output in x's dtype."""
+    blocks, block_width, _, _ = self.w_gates_GI2J.shape
+    with jax.named_scope("gates"):
+      x_BTGI = x_BTR.reshape(*x_BTR.shape[:2], blocks, block_width)
+      # Float32 from here: in bfloat16 a decay of 0.999 rounds to 1 and never forgets.
+      gates_BTG2J = jnp.einsum(
+        "BTGI,GIKJ->BTGKJ",
+        x_BTGI,
+        self.w_gates_GI2J[...].astype(x_BTR.dtype),
+        preferred_element_type=jnp.float32,
+      )
+      gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
+      # Recomputed in the backward pass: all of it is elementwise, and float32.
+      gated_input = jax.checkpoint(_gated_input, prevent_cse=False)
+      in_BTR, a_BTR = gated_input(x_BTR, gates_BTG2J, self.decay_R[...], segments.is_start_BT)
+    with jax.named_scope("scan"):
+      return linear_scan.linear_scan(in_BTR, a_BTR, h_BR, implementation=self.scan)
+
+
+def _gated_input(
+  x_BTR: jax.Array, gates_BTG2J: jax.Array, decay_R: jax.Array, is_start_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What enters the recurrence (in x's dtype) and its decay a (float32)."""
+  r_BTR = jax.nn.sigmoid(gates_BTG2J[..., 0, :]).reshape(x_BTR.shape)
+  i_BTR = jax.nn.sigmoid(gates_BTG2J[..., 1, :]).reshape(x_BTR.shape)
+  log_a_BTR = -_C * r_BTR * jax.nn.softplus(decay_R.astype(jnp.float32))
+  start_BT1 = is_start_BT[..., None]
+  # One expm1 gives both without cancellation: a = 1 + e and 1 - a^2 = -e (2 + e).
+  e_BTR = jnp.expm1(log_a_BTR)
+  a_BTR = jnp.where(start_BT1, 0.0, 1.0 + e_BTR)
+  scale_BTR = jnp.where(start_BT1, 1.0, _bounded_sqrt(-e_BTR * (2.0 + e_BTR)))
+  in_BTR = scale_BTR * i_BTR * x_BTR.astype(jnp.float32)
+  return in_BTR.astype(x_BTR.dtype), a_BTR
+
+
+@jax.custom_jvp
+def _bounded_sqrt(z_BTR: jax.Array) -> jax.Array:
+  """sqrt(z), its derivative at most 1000: at z = 0 the true one is infinite."""
+  return jnp.sqrt(z_BTR)
+
+
+@_bounded_sqrt.defjvp
+def _bounded_sqrt_jvp(primals, tangents):
+  (z_BTR,), (dz_BTR,) = primals, tangents
+  slope_BTR = 0.5 * jax.lax.rsqrt(jnp.maximum(z_BTR, _LEAST_ONE_MINUS_A2))
+  return jnp.sqrt(z_BTR), slope_BTR * dz_BTR
+
+
+def _paper_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """a^8 uniform in the range: decay = log(expm1(-ln(a^8) / 8))."""
+  low, high = _DECAY_RANGE
+  a8_R = jax.random.uniform(key, shape, jnp.float32, low, high)
+  return jnp.log(jnp.expm1(-jnp.log(a8_R) / _C))
+
+
+def _recurrentgemma_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """a uniform in the area of the ring low <= |a| <= high: decay = log(1/a - 1)."""
+  low, high = _DECAY_RANGE
+  a_R = jnp.sqrt(jax.random.uniform(key, shape, jnp.float32, low**2, high**2))
+  return jnp.log(1.0 / a_R - 1.0)
+
+
+_DECAY_INITS: dict[str, Initializer] = {
+  "paper": _paper_decay,
+  "recurrentgemma": _recurrentgemma_decay,
+}

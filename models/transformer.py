@@ -1,0 +1,34 @@
+"""The multi-query-attention Transformer that Griffin is measured against (arXiv:2402.19427)."""
+
+from models.block import BlockConfig
+from models.decoder import DecoderConfig, DType, Remat
+from models.layers import attention, gated_mlp
+
+
+def mqa_transformer(
+  *,
+  vocab_size: int,
+  width: int,
+  num_blocks: int,
+  num_heads: int,
+  head_size: int,
+  mlp_width: int,
+  window: int | None = None,
+  dtype: DType = "bfloat16",
+  param_dtype: DType = "float32",
+  remat: Remat = "block",
+) -> DecoderConfig:
+  """`num_blocks` blocks of attention over the whole row, or over a window where one is given."""
+  block = BlockConfig(
+    mixer=attention.Config(num_heads=num_heads, head_size=head_size, window=window),
+    mlp=gated_mlp.Config(mlp_width=mlp_width),
+  )
+  return DecoderConfig(
+    vocab_size=vocab_size,
+    width=width,
+    num_blocks=num_blocks,
+    pattern=(block,),
+    dtype=dtype,
+    param_dtype=param_dtype,
+    remat=remat,
+  )

@@ -1,0 +1,1 @@
+"""Tests import anything and are imported by nobody."""
