@@ -1,0 +1,1 @@
+"""From the names of dimensions to devices: meshes, layouts, and what a compiled program sends."""

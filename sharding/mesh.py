@@ -1,0 +1,89 @@
+"""The device mesh: data x fsdp x sequence x tensor, in this order, slowest links first."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+  """Devices along each axis of the mesh; -1 on one axis takes all devices that the others leave.
+
+  data      replicas: each has the whole state (of its tensor shard), they exchange gradients
+  fsdp      ZeRO: the state is split over it as the rules say; batches are split over data x fsdp
+  sequence  the time of one row: not supported yet, its place is kept
+  tensor    Megatron: heads, MLP, recurrence and vocabulary are split over it
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  sequence: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    for axis, size in zip(AXES, self.sizes):
+      if size < 1 and size != -1:
+        raise ValueError(f"MeshShape: {axis} {size} must be at least 1, or -1 for the rest")
+    if self.sizes.count(-1) > 1:
+      raise ValueError(f"MeshShape: {self} has more than one -1; only one axis can take the rest")
+    if self.sequence != 1:
+      raise ValueError(
+        f"MeshShape: sequence {self.sequence} is not supported yet: rows are not split over "
+        "devices; use sequence=1 and a larger data, fsdp or tensor"
+      )
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    """In the order of the mesh's axes."""
+    return (self.data, self.fsdp, self.sequence, self.tensor)
+
+  def resolved(self, num_devices: int) -> "MeshShape":
+    """The shape with its -1 replaced; raises unless it uses exactly `num_devices` devices."""
+    fixed = math.prod(size for size in self.sizes if size != -1)
+    if num_devices % fixed or (-1 not in self.sizes and fixed != num_devices):
+      rule = "does not divide" if -1 in self.sizes else "is not"
+      raise ValueError(
+        f"MeshShape: {_product(self.sizes)} = {fixed} {rule} the number of devices {num_devices}; "
+        "change an axis, or set one to -1 to take the rest"
+      )
+    rest = num_devices // fixed
+    sizes = [rest if size == -1 else size for size in self.sizes]
+    return MeshShape(**dict(zip(AXES, sizes)))
+
+
+def make_mesh(
+  shape: MeshShape, *, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """A mesh with Auto axes over `devices` (all, if None), neighbours in hardware close in the mesh.
+
+  Slices of a multi-slice job lie over `data`, the one axis that needs little of the network between
+  them; a `data` that the slices do not divide is an error.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  shape = shape.resolved(len(devices))
+  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if shape.data % num_slices:
+    raise ValueError(
+      f"MeshShape: data {shape.data} is not divisible by the number of slices {num_slices}; slices "
+      "lie over data"
+    )
+  if num_slices > 1:
+    within = (shape.data // num_slices, *shape.sizes[1:])
+    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1, 1), devices)
+  elif devices[0].platform == "tpu" and len(devices) == jax.device_count():
+    array = mesh_utils.create_device_mesh(shape.sizes, devices)
+  else:
+    # In the order given: GPUs and simulated devices are numbered host by host, so that tensor, the
+    # last axis, stays within a host; a subset of a pod has no torus to fit.
+    array = np.array(devices).reshape(shape.sizes)
+  return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _product(sizes: tuple[int, ...]) -> str:
+  return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes) if size != -1)
