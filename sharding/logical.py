@@ -3,9 +3,9 @@
 A table is a dict from the name of a dimension to what it is split over: a mesh axis, a tuple of
 them, None (not split), or `IfDivisible(axis)`. A name that a table lacks is an error.
 
-`placement(mesh, rules)` is the one ambient value; without it `constrain`, `gathered` and `on_shards`
-do nothing, so that models run on one device as they are written. It is part of the cache key of
-jax.jit: a function traced under one placement is traced again under another.
+`placement(mesh, rules)` is the one ambient value; without it `constrain`, `gathered` and
+`on_shards` do nothing, so that models run on one device as they are written. It is part of the
+cache key of jax.jit: a function traced under one placement is traced again under another.
 """
 
 import dataclasses
@@ -174,12 +174,21 @@ def use(w: jax.Array, axes: Axes, *, name: str = "parameter") -> jax.Array:
 
 
 def gathered(params: Any, axes: Any) -> Any:
-  """`use` of every parameter of a tree; `axes` holds tuples of names where `params` holds arrays."""
+  """`use` of every parameter of a tree; `axes` holds their names in the same tree."""
 
   def one(path: Any, names: Axes, w: jax.Array) -> jax.Array:
     return use(w, names, name=jax.tree_util.keystr(path, simple=True, separator="/"))
 
   return jax.tree_util.tree_map_with_path(one, axes, params, is_leaf=_is_axes)
+
+
+def constrain_gradients(grads: Any, axes: Any) -> Any:
+  """A tree of gradients, laid out by the gradient table; without a placement, the tree."""
+  placed = _placed()
+  if placed is None:
+    return grads
+  layout = shardings(axes, grads, placed.rules.gradients, placed.mesh)
+  return jax.lax.with_sharding_constraint(grads, layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -206,14 +215,14 @@ def on_shards(
 ) -> Callable[..., Any]:
   """`f` run by every device on its own shards (jax.shard_map); without a placement, `f`.
 
-  `in_axes` is a tuple with the activation axes of each argument, `out_axes` those of the result, or
-  a tuple of them for several. Differentiable in every argument: the gradient of one that is whole on
-  several devices is the sum over them. Inside, `mesh_axis(name)` is what to sum over.
+  `in_axes` is a tuple with the activation axes of each argument, `out_axes` those of the result,
+  or a tuple of them for several. Differentiable in every argument: the gradient of one that is
+  whole on several devices is the sum over them. Inside, `mesh_axis(name)` is what to sum over.
 
   check_vma=True lets JAX track over which axes values differ between devices: then no sum is made
-  twice, and an output that is not the same on all devices that should share it is an error. A Pallas
-  kernel with its own gradient does not carry that tracking and needs False; its gradients are right
-  then too, at the price of an all-reduce for every psum in `f`.
+  twice, and an output that is not the same on all devices that should share it is an error. A
+  Pallas kernel with its own gradient does not carry that tracking and needs False; its gradients
+  are right then too, at the price of an all-reduce for every psum in `f`.
   """
   placed = _placed()
   if placed is None or placed.mesh.size == 1:

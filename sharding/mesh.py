@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,9 +58,7 @@ class MeshShape:
     return MeshShape(**dict(zip(AXES, sizes)))
 
 
-def make_mesh(
-  shape: MeshShape, *, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
+def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """A mesh with Auto axes over `devices` (all, if None), neighbours in hardware close in the mesh.
 
   Slices of a multi-slice job lie over `data`, the one axis that needs little of the network between
