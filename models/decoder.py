@@ -34,6 +34,7 @@ from sharding import logical
 Params = dict[str, Any]
 Remat = Literal["none", "block", "matmuls"]
 DType = Literal["float32", "bfloat16"]
+EmbeddingScale = Literal["none", "sqrt_width"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class DecoderConfig:
   width: int
   num_blocks: int
   pattern: tuple[BlockConfig, ...]
-  embedding_scale: Literal["none", "sqrt_width"] = "none"
+  embedding_scale: EmbeddingScale = "none"
   logit_cap: float | None = None
   dtype: DType = "bfloat16"
   param_dtype: DType = "float32"
@@ -176,9 +177,7 @@ def _runs(blocks: tuple[BlockConfig, ...], config: DecoderConfig) -> list[_Run]:
   runs = []
   for block, equal in itertools.groupby(blocks):
     part = _part(
-      lambda rngs, block=block: block.build(
-        config.width, num_blocks=config.num_blocks, rngs=rngs
-      ),
+      lambda rngs, block=block: block.build(config.width, num_blocks=config.num_blocks, rngs=rngs),
       config.param_dtype,
     )
     runs.append(_Run(f"{len(runs)}", part, len(list(equal))))

@@ -1,7 +1,7 @@
 """Griffin (arXiv:2402.19427): two recurrent blocks to one block of local attention."""
 
 from models.block import BlockConfig
-from models.decoder import DecoderConfig, DType, Remat
+from models.decoder import DecoderConfig, DType, EmbeddingScale, Remat
 from models.layers import attention, gated_mlp, rg_lru
 from models.layers.rg_lru import DecayInit
 
@@ -18,11 +18,13 @@ def griffin(
   mlp_width: int,
   num_gate_blocks: int = 16,
   decay_init: DecayInit = "paper",
+  embedding_scale: EmbeddingScale = "none",
+  logit_cap: float | None = None,
   dtype: DType = "bfloat16",
   param_dtype: DType = "float32",
   remat: Remat = "block",
 ) -> DecoderConfig:
-  """Blocks R, R, A, R, R, A, ... cut off at `num_blocks`; no embedding scale, no logit cap."""
+  """Blocks R, R, A, R, R, A, ... cut off at `num_blocks`."""
   mlp = gated_mlp.Config(mlp_width=mlp_width)
   recurrent = BlockConfig(
     mixer=rg_lru.Config(
@@ -38,7 +40,37 @@ def griffin(
     width=width,
     num_blocks=num_blocks,
     pattern=(recurrent, recurrent, local),
+    embedding_scale=embedding_scale,
+    logit_cap=logit_cap,
     dtype=dtype,
     param_dtype=param_dtype,
     remat=remat,
+  )
+
+
+def recurrentgemma_2b() -> DecoderConfig:
+  """RecurrentGemma 2B (arXiv:2404.07839): 2.03B parameters and 0.66B of embedding."""
+  return _recurrentgemma(width=2560, num_blocks=26, num_heads=10)
+
+
+def recurrentgemma_9b() -> DecoderConfig:
+  """RecurrentGemma 9B (arXiv:2404.07839v2): 7.53B parameters and 1.05B of embedding."""
+  return _recurrentgemma(width=4096, num_blocks=38, num_heads=16)
+
+
+def _recurrentgemma(*, width: int, num_blocks: int, num_heads: int) -> DecoderConfig:
+  """Griffin with scaled embeddings, capped logits, and one gate block for each head."""
+  return griffin(
+    vocab_size=256_000,
+    width=width,
+    rnn_width=width,
+    num_blocks=num_blocks,
+    num_heads=num_heads,
+    head_size=width // num_heads,
+    window=2048,
+    mlp_width=3 * width,
+    num_gate_blocks=num_heads,
+    decay_init="recurrentgemma",
+    embedding_scale="sqrt_width",
+    logit_cap=30.0,
   )

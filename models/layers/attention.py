@@ -80,9 +80,7 @@ class Attention(nnx.Module):
     """Room for `window` tokens, or for `context` tokens where attention is global."""
     size = context if self.window is None else self.window
     empty_BWH = jnp.zeros((batch, size, self.head_size), dtype)
-    return AttentionState(
-      empty_BWH, empty_BWH, jnp.full((batch, size), NO_DOCUMENT, jnp.int32)
-    )
+    return AttentionState(empty_BWH, empty_BWH, jnp.full((batch, size), NO_DOCUMENT, jnp.int32))
 
   def __call__(
     self, x_BTD: jax.Array, segments: Segments, state: AttentionState | None

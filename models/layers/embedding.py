@@ -37,7 +37,5 @@ def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 def cap_logits(x_BTD: jax.Array, unembed_VD: jax.Array, logit_cap: float | None) -> jax.Array:
   """Float32 logits [batch, time, vocabulary], c tanh(logits / c) where a cap c is given."""
-  logits_BTV = jnp.einsum(
-    "BTD,VD->BTV", x_BTD, unembed_VD, preferred_element_type=jnp.float32
-  )
+  logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, unembed_VD, preferred_element_type=jnp.float32)
   return logits_BTV if logit_cap is None else logit_cap * jnp.tanh(logits_BTV / logit_cap)

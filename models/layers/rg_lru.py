@@ -84,7 +84,9 @@ class RecurrentBlock(nnx.Module):
       normal(1.0 / width), (width, 2, rnn_width), ("embed", "branch", "rnn"), rngs=rngs
     )
     self.b_in_2R = param(zeros, (2, rnn_width), ("branch", "rnn"), rngs=rngs)
-    self.w_conv_KR = param(normal(0.01 / 4), (config.conv_taps, rnn_width), ("tap", "rnn"), rngs=rngs)
+    self.w_conv_KR = param(
+      normal(0.01 / 4), (config.conv_taps, rnn_width), ("tap", "rnn"), rngs=rngs
+    )
     self.b_conv_R = param(zeros, (rnn_width,), ("rnn",), rngs=rngs)
     self.w_gates_GI2J = param(
       normal(1.0 / block_width),

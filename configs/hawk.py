@@ -1,0 +1,25 @@
+"""Hawk at the published sizes (arXiv:2402.19427, Table 2).
+
+  python -m launch.train --config=configs/hawk.py:1b --workdir=runs/hawk-1b
+
+Sizes: 100m 200m 400m 1b 3b 7b 14b (no 14b Hawk was published). 16 gate blocks (section 4.1).
+Optimizer and batch are ours and untuned: train/recipes.py.
+"""
+
+from models.hawk import hawk
+from models.sizes import size
+from train.config import Run
+from train.recipes import VOCAB_SIZE, pretraining
+
+
+def get_config(name: str = "100m") -> Run:
+  """The run of one published size."""
+  row = size(name)
+  model = hawk(
+    vocab_size=VOCAB_SIZE,
+    width=row.width,
+    rnn_width=row.rnn_width,
+    num_blocks=row.num_blocks,
+    mlp_width=row.mlp_width,
+  )
+  return pretraining(f"hawk-{name}", model, row)

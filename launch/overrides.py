@@ -1,0 +1,154 @@
+"""`--config=FILE.py[:ARG]` to a `Run`, with `--config.some.field=value` applied and type-checked.
+
+A config file is a program with `get_config(arg) -> Run`, nested frozen dataclasses. Its values are
+laid out as a locked ml_collections ConfigDict, whose flags parse and check the overrides, and the
+dataclasses are then built again, so that every check in them sees the final values.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app
+from ml_collections import config_dict, config_flags
+
+from train.config import Run
+
+_FLAG = "--config"
+
+
+def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
+  """Calls main(run, overridden) with the run that the command line describes; `overridden` maps
+  the path of each changed field to its value in the preset and now. A wrong flag is one line on
+  stderr and exit status 2."""
+  try:
+    preset, argv = _preset(sys.argv)
+  except ValueError as error:
+    _refuse(error)
+  config = config_flags.DEFINE_config_dict("config", to_config_dict(preset), lock_config=True)
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return app.parse_flags_with_usage(list(argv))
+    except (AttributeError, KeyError, ValueError, TypeError, IndexError) as error:
+      _refuse(error)
+
+  def with_run(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      _refuse(ValueError(f"{argv[1]!r} is not a flag; fields are set as {_FLAG}.some.field=value"))
+    try:
+      run = rebuild(preset, config.value)
+    except ValueError as error:
+      _refuse(error)
+    main(run, difference(preset, run))
+
+  app.run(with_run, argv=argv, flags_parser=parse)
+
+
+def load(spec: str) -> Run:
+  """The run of "path/to/file.py" or "path/to/file.py:argument"."""
+  path, _, argument = spec.partition(":")
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f"{_FLAG}={spec}: there is no file {path!r} (seen from the current folder)")
+  module_spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
+  if module_spec is None or module_spec.loader is None:
+    raise ValueError(f"{_FLAG}={spec}: {path!r} is not a Python file")
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"{_FLAG}={spec}: {path!r} has no function get_config")
+  run = module.get_config(argument) if argument else module.get_config()
+  if not isinstance(run, Run):
+    raise ValueError(
+      f"{_FLAG}={spec}: get_config gave a {type(run).__name__}, not a train.config.Run"
+    )
+  return run
+
+
+def to_config_dict(value: Any) -> Any:
+  """Dataclasses as ConfigDicts, tuples of them as tuples; a field that may be None keeps its type."""
+  if isinstance(value, tuple):
+    return tuple(to_config_dict(item) for item in value)
+  if not dataclasses.is_dataclass(value):
+    return value
+  hints = typing.get_type_hints(type(value))
+  fields = {}
+  for field in dataclasses.fields(value):
+    item = to_config_dict(getattr(value, field.name))
+    if optional := _optional_type(hints[field.name]):
+      item = config_dict.FieldReference(item, field_type=optional)
+    fields[field.name] = item
+  return config_dict.ConfigDict(fields, convert_dict=False)
+
+
+def rebuild(original: Any, changed: Any) -> Any:
+  """The dataclasses of `original` with the values of `changed`; every __post_init__ runs again."""
+  if isinstance(original, tuple) and any(dataclasses.is_dataclass(item) for item in original):
+    return tuple(rebuild(item, new) for item, new in zip(original, changed, strict=True))
+  if not dataclasses.is_dataclass(original) or isinstance(original, type):
+    return changed
+  values = {
+    field.name: rebuild(getattr(original, field.name), changed[field.name])
+    for field in dataclasses.fields(original)
+  }
+  return type(original)(**values)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+  """Path of each field, as it is written in an override, to its value."""
+  if dataclasses.is_dataclass(value):
+    items = [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+  elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+    items = [(f"[{index}]", item) for index, item in enumerate(value)]
+  else:
+    return {prefix.removeprefix("."): value}
+  flat = {}
+  for name, item in items:
+    flat.update(flatten(item, prefix + name))
+  return flat
+
+
+def difference(preset: Run, run: Run) -> dict[str, tuple[Any, Any]]:
+  """The fields in which `run` is not the preset: path -> (value in the preset, value now)."""
+  before, after = flatten(preset), flatten(run)
+  return {
+    path: (before.get(path), after[path]) for path in after if before.get(path) != after[path]
+  }
+
+
+def _optional_type(hint: Any) -> type | None:
+  """T of an annotation `T | None`, for the plain types that a flag can carry."""
+  if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+    return None
+  arguments = [argument for argument in typing.get_args(hint) if argument is not types.NoneType]
+  plain = len(arguments) == 1 and arguments[0] in (int, float, str, bool)
+  return arguments[0] if plain and types.NoneType in typing.get_args(hint) else None
+
+
+def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
+  """The run of the one --config flag, and the arguments without it."""
+  specs, rest = [], []
+  arguments = iter(argv)
+  for argument in arguments:
+    if argument == _FLAG:
+      specs.append(next(arguments, ""))
+    elif argument.startswith(f"{_FLAG}="):
+      specs.append(argument.removeprefix(f"{_FLAG}="))
+    else:
+      rest.append(argument)
+  if {"--help", "--helpfull", "--helpshort", "-h"} & set(rest) and not specs:
+    specs.append("configs/smoke.py")
+  if len(specs) != 1:
+    raise ValueError(f"{_FLAG}=FILE.py[:ARG] must be given once, it is given {len(specs)} times")
+  return load(specs[0]), rest
+
+
+def _refuse(error: Exception) -> typing.NoReturn:
+  text = str(error.args[0]) if error.args else str(error)
+  print(f"error: {text}", file=sys.stderr)
+  sys.exit(2)

@@ -1,0 +1,52 @@
+"""A whole run as one value, and the checks that need more than one part of it."""
+
+import dataclasses
+from typing import Literal
+
+from data.pipeline import DataConfig
+
+from models.decoder import DecoderConfig
+from sharding.mesh import MeshShape
+from train.checkpoint import CheckpointConfig
+from train.faults import NonFinitePolicy
+from train.metrics import MetricsConfig
+from train.optimizer import AdamW
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """What `python -m launch.train` runs. `batch_size` is in rows, over all devices and microbatches.
+
+  zero_stage: what is split over the mesh axis `fsdp`: 1 moments, 2 gradients too, 3 parameters too.
+  z_loss multiplies the mean of log(Z)^2. eval_every and total_steps are in optimizer steps.
+  """
+
+  name: str
+  model: DecoderConfig
+  data: DataConfig
+  optimizer: AdamW
+  batch_size: int
+  total_steps: int
+  num_microbatches: int = 1
+  z_loss: float = 0.0
+  seed: int = 0
+  eval_every: int = 500
+  mesh: MeshShape = MeshShape()
+  zero_stage: Literal[1, 2, 3] = 3
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  metrics: MetricsConfig = MetricsConfig()
+  non_finite: NonFinitePolicy = NonFinitePolicy()
+
+  def __post_init__(self):
+    for name in ("batch_size", "total_steps", "num_microbatches", "eval_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"Run: {name} {getattr(self, name)} must be at least 1")
+    if self.zero_stage not in (1, 2, 3):
+      raise ValueError(f"Run: zero_stage {self.zero_stage} is none of 1, 2, 3")
+    if self.z_loss < 0:
+      raise ValueError(f"Run: z_loss {self.z_loss} must not be negative")
+    if self.batch_size % self.num_microbatches:
+      raise ValueError(
+        f"Run: batch_size {self.batch_size} is not divisible by num_microbatches "
+        f"{self.num_microbatches}"
+      )

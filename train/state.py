@@ -1,0 +1,48 @@
+"""What training carries from step to step, and where each array lies."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.decoder import Model
+from sharding import logical
+from sharding.logical import Rules
+
+
+class TrainState(NamedTuple):
+  """`step` counts finished optimizer steps, so it is also the data position: batches consumed."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def init_state(key: jax.Array, *, model: Model, tx: optax.GradientTransformation) -> TrainState:
+  """Fresh parameters and moments; jit it with `state_shardings` so that no device holds them all."""
+  params = model.init(key)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def abstract_state(model: Model, tx: optax.GradientTransformation) -> TrainState:
+  """Shapes and dtypes of the state; nothing is allocated."""
+  return jax.eval_shape(lambda key: init_state(key, model=model, tx=tx), jax.random.key(0))
+
+
+def state_shardings(
+  model: Model, tx: optax.GradientTransformation, *, mesh: jax.sharding.Mesh, rules: Rules
+) -> TrainState:
+  """The sharding of every array of the state on `mesh`: moments lie as `rules.moments` says."""
+  params = logical.shardings(model.axes, model.shapes, rules.parameters, mesh)
+  moments = logical.shardings(model.axes, model.shapes, rules.moments, mesh)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  abstract = abstract_state(model, tx)
+  opt_state = optax.tree_map_params(
+    tx,
+    lambda _, sharding: sharding,
+    abstract.opt_state,
+    moments,
+    transform_non_params=lambda _: replicated,
+  )
+  return TrainState(replicated, params, opt_state)
