@@ -1,0 +1,102 @@
+"""Mesh shapes are filled up and refused with numbers; slices lie over data."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from sharding.mesh import AXES, MeshShape, make_mesh
+
+
+def test_the_axes_are_in_this_order_and_auto():
+  mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+  assert mesh.axis_names == AXES == ("data", "fsdp", "sequence", "tensor")
+  assert mesh.devices.shape == (2, 2, 1, 2)
+  assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 4
+  assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+  ("shape", "sizes"),
+  [
+    (MeshShape(data=-1), (8, 1, 1, 1)),
+    (MeshShape(fsdp=-1, tensor=2), (1, 4, 1, 2)),
+    (MeshShape(data=2, fsdp=4, tensor=-1), (2, 4, 1, 1)),
+    (MeshShape(tensor=8), (1, 1, 1, 8)),
+  ],
+)
+def test_minus_one_takes_the_rest(shape, sizes):
+  assert shape.resolved(8).sizes == sizes
+  assert make_mesh(shape).devices.shape == sizes
+
+
+def test_a_mesh_can_be_made_of_some_devices():
+  mesh = make_mesh(MeshShape(fsdp=2), devices=jax.devices()[4:6])
+  assert [device.id for device in mesh.devices.flat] == [4, 5]
+
+
+@pytest.mark.parametrize(
+  ("shape", "message"),
+  [
+    (MeshShape(), r"data 1 x fsdp 1 x sequence 1 x tensor 1 = 1 is not the number of devices 8"),
+    (MeshShape(data=2, fsdp=3), r"= 6 is not the number of devices 8"),
+    (MeshShape(data=16), r"= 16 is not the number of devices 8"),
+    (MeshShape(data=-1, tensor=3), r"fsdp 1 x sequence 1 x tensor 3 = 3 does not divide.* 8"),
+  ],
+)
+def test_a_shape_that_does_not_use_all_devices_is_an_error_with_the_numbers(shape, message):
+  with pytest.raises(ValueError, match=message):
+    make_mesh(shape)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": 0}, "data 0 must be at least 1"),
+    ({"tensor": -2}, "tensor -2 must be at least 1"),
+    ({"data": -1, "fsdp": -1}, "more than one -1"),
+    ({"sequence": 2}, "sequence 2 is not supported yet"),
+    ({"sequence": -1}, "sequence -1 is not supported yet"),
+  ],
+)
+def test_impossible_shapes_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    MeshShape(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  """What mesh_utils asks of a device of a multi-slice TPU job."""
+
+  id: int
+  slice_index: int
+  process_index: int
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
+
+  @property
+  def coords(self) -> tuple[int, int, int]:
+    return (self.id % 2, self.id // 2 % 2, 0)
+
+
+def _slices(number: int) -> list[_Device]:
+  return [_Device(i, slice_index=i // 4, process_index=i // 4) for i in range(4 * number)]
+
+
+@pytest.mark.parametrize("shape", [MeshShape(data=4, tensor=2), MeshShape(data=2, fsdp=4)])
+def test_slices_lie_over_data(shape, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    jax.sharding, "Mesh", lambda array, *unused, **types: made.append(array) or array
+  )
+  make_mesh(shape, devices=_slices(2))
+  (array,) = made
+  assert array.shape == shape.sizes
+  for slice_index, half in enumerate((array[: shape.data // 2], array[shape.data // 2 :])):
+    assert {device.slice_index for device in half.flat} == {slice_index}
+
+
+def test_data_that_the_slices_do_not_divide_is_an_error():
+  with pytest.raises(ValueError, match="data 3 is not divisible by the number of slices 2"):
+    make_mesh(MeshShape(data=3, tensor=4), devices=_slices(3)[:8] + _slices(2)[4:])
