@@ -183,15 +183,6 @@ def gathered(params: Any, axes: Any) -> Any:
 
 
 def constrain_gradients(grads: Any, axes: Any) -> Any:
-  """A tree of gradients, laid out by the gradient table; without a placement, the tree."""
-  placed = _placed()
-  if placed is None:
-    return grads
-  layout = shardings(axes, grads, placed.rules.gradients, placed.mesh)
-  return jax.lax.with_sharding_constraint(grads, layout)
-
-
-def constrain_gradients(grads: Any, axes: Any) -> Any:
   """A tree of gradients laid out by the gradient table; without a placement, `grads`."""
   placed = _placed()
   return grads if placed is None else _constrain_tree(grads, axes, placed.rules.gradients, placed)
@@ -208,8 +199,7 @@ def constrain_moments(tree: Any, axes: Any) -> Any:
 
 
 def _constrain_tree(tree: Any, axes: Any, table: Table, placed: _Placement) -> Any:
-  layouts = shardings(axes, tree, table, placed.mesh)
-  return jax.tree.map(jax.lax.with_sharding_constraint, tree, layouts)
+  return jax.lax.with_sharding_constraint(tree, shardings(axes, tree, table, placed.mesh))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
