@@ -56,9 +56,9 @@ class Config:
         f"rg_lru.Config: rnn_width {self.rnn_width} is not divisible by num_gate_blocks "
         f"{self.num_gate_blocks}"
       )
-    if self.decay_init not in _DECAY_INITS:
+    if self.decay_init not in DECAY_INITS:
       raise ValueError(
-        f"rg_lru.Config: decay_init {self.decay_init!r} is none of {sorted(_DECAY_INITS)}"
+        f"rg_lru.Config: decay_init {self.decay_init!r} is none of {sorted(DECAY_INITS)}"
       )
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "RecurrentBlock":
@@ -97,7 +97,7 @@ class RecurrentBlock(nnx.Module):
     self.b_gates_G2J = param(
       zeros, (blocks, 2, block_width), ("gate_block", "branch", "gate_out"), rngs=rngs
     )
-    self.decay_R = param(_DECAY_INITS[config.decay_init], (rnn_width,), ("rnn",), rngs=rngs)
+    self.decay_R = param(DECAY_INITS[config.decay_init], (rnn_width,), ("rnn",), rngs=rngs)
     self.w_out_RD = param(
       normal(2.0 / (num_blocks * rnn_width)), (rnn_width, width), ("rnn", "embed"), rngs=rngs
     )
@@ -161,13 +161,13 @@ class RecurrentBlock(nnx.Module):
       )
       gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
       # Recomputed in the backward pass: all of it is elementwise, and float32.
-      gated_input = jax.checkpoint(_gated_input, prevent_cse=False)
-      in_BTR, a_BTR = gated_input(x_BTR, gates_BTG2J, self.decay_R[...], segments.is_start_BT)
+      recomputed = jax.checkpoint(gated_input, prevent_cse=False)
+      in_BTR, a_BTR = recomputed(x_BTR, gates_BTG2J, self.decay_R[...], segments.is_start_BT)
     with jax.named_scope("scan"):
       return linear_scan.linear_scan(in_BTR, a_BTR, h_BR, implementation=self.scan)
 
 
-def _gated_input(
+def gated_input(
   x_BTR: jax.Array, gates_BTG2J: jax.Array, decay_R: jax.Array, is_start_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """What enters the recurrence (in x's dtype) and its decay a (float32)."""
@@ -178,18 +178,18 @@ def _gated_input(
   # One expm1 gives both without cancellation: a = 1 + e and 1 - a^2 = -e (2 + e).
   e_BTR = jnp.expm1(log_a_BTR)
   a_BTR = jnp.where(start_BT1, 0.0, 1.0 + e_BTR)
-  scale_BTR = jnp.where(start_BT1, 1.0, _bounded_sqrt(-e_BTR * (2.0 + e_BTR)))
+  scale_BTR = jnp.where(start_BT1, 1.0, bounded_sqrt(-e_BTR * (2.0 + e_BTR)))
   in_BTR = scale_BTR * i_BTR * x_BTR.astype(jnp.float32)
   return in_BTR.astype(x_BTR.dtype), a_BTR
 
 
 @jax.custom_jvp
-def _bounded_sqrt(z_BTR: jax.Array) -> jax.Array:
+def bounded_sqrt(z_BTR: jax.Array) -> jax.Array:
   """sqrt(z), its derivative at most 1000: at z = 0 the true one is infinite."""
   return jnp.sqrt(z_BTR)
 
 
-@_bounded_sqrt.defjvp
+@bounded_sqrt.defjvp
 def _bounded_sqrt_jvp(primals, tangents):
   (z_BTR,), (dz_BTR,) = primals, tangents
   slope_BTR = 0.5 * jax.lax.rsqrt(jnp.maximum(z_BTR, _LEAST_ONE_MINUS_A2))
@@ -210,7 +210,7 @@ def _recurrentgemma_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:
   return jnp.log(1.0 / a_R - 1.0)
 
 
-_DECAY_INITS: dict[str, Initializer] = {
+DECAY_INITS: dict[str, Initializer] = {
   "paper": _paper_decay,
   "recurrentgemma": _recurrentgemma_decay,
 }

@@ -1,0 +1,71 @@
+# make train   a Griffin learns real text on this machine; again: it goes on, or says it is complete
+# make test    everything that must be true          make lint    ruff and pyright
+# make lock    requirements.lock again, from pyproject.toml (needs uv)
+#
+# Each sets up what it needs in .venv by itself: with uv where it is there, with plain pip elsewhere.
+# EXTRA=tpu or EXTRA=cuda chooses the jax of `make train`; PYTHON the interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+EXTRA ?= cpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+CORPUS := runs/corpus
+
+.PHONY: help
+help:
+	@sed -n 's/^# \{0,1\}//; 1,6p' Makefile
+
+# install,EXTRAS: the pinned versions of those extras. The project itself is an empty package.
+define install
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed, set PYTHON=/path/to/python3.11")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: install the venv module of $(PYTHON) (Debian: python3-venv)' >&2; exit 1; }
+	@echo 'installing the pinned dependencies ($(1)) into $(VENV) ...'
+	@if command -v uv >/dev/null; then \
+	  uv pip install --quiet --python $(RUN) --constraint requirements.lock '.[$(1)]'; \
+	else \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock '.[$(1)]'; \
+	fi
+	@touch $@
+endef
+
+$(VENV)/ready-$(EXTRA): pyproject.toml requirements.lock
+	$(call install,$(EXTRA))
+
+$(VENV)/ready-test: pyproject.toml requirements.lock
+	$(call install,cpu$(comma)seqio$(comma)test)
+
+$(VENV)/ready-lint: pyproject.toml requirements.lock
+	$(call install,cpu$(comma)lint)
+
+comma := ,
+
+.PHONY: train
+train: $(VENV)/ready-$(EXTRA)
+ifeq ($(strip $(ARGS)),)
+	@$(RUN) -m launch.prepare --input 'data/corpus/*.jsonl.zst' --vocabulary byte \
+	  --output $(CORPUS)/train --holdout_every 20 --holdout_output $(CORPUS)/eval
+	@$(RUN) -m launch.train --config=configs/smoke.py --workdir=runs/smoke
+else
+	@$(RUN) -m launch.train $(ARGS)
+endif
+
+.PHONY: test
+test: $(VENV)/ready-test
+	@$(RUN) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/ready-lint
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyright
+
+.PHONY: lock
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
+	  --no-emit-find-links --no-header --no-annotate --all-extras \
+	  --output-file requirements.lock pyproject.toml

@@ -1,0 +1,184 @@
+"""The published models: sizes, parameter counts, FLOPs, and a compile time that ignores depth."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import decoder
+from models.flops import count_params, flops_per_token, visible_keys
+from models.griffin import griffin, recurrentgemma_2b, recurrentgemma_9b
+from models.hawk import hawk
+from models.layers import attention, rg_lru
+from models.sizes import SIZES
+from models.transformer import mqa_transformer
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+# Millions without embedding, from the formulas of the paper's shapes (arXiv:2402.19427, Table 2).
+PARAMS = {
+  "100m": {"transformer": 80.3, "hawk": 93.8, "griffin": 89.3},
+  "200m": {"transformer": 141.7, "hawk": 173.7, "griffin": 163.0},
+  "400m": {"transformer": 316.3, "hawk": 374.8, "griffin": 355.3},
+  "1b": {"transformer": 1120.4, "hawk": 1304.2, "griffin": 1242.9},
+  "3b": {"transformer": 2511.0, "hawk": 2996.5, "griffin": 2834.6},
+  "7b": {"transformer": 5940.4, "hawk": 7176.4, "griffin": 6790.2},
+  "14b": {"transformer": 11588.8, "hawk": 14811.2, "griffin": 13763.9},
+}
+BLOCKS = {"100m": (8, 4), "1b": (16, 8), "7b": (22, 10), "14b": (27, 13)}
+
+
+def _run(family, size):
+  spec = importlib.util.spec_from_file_location(family, CONFIGS / f"{family}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(size)
+
+
+@pytest.mark.parametrize("size", PARAMS)
+@pytest.mark.parametrize("family", ["transformer", "hawk", "griffin"])
+def test_parameter_counts_are_the_published_ones(family, size):
+  config = _run(family, size).model
+  count = count_params(config)
+  assert round(count.rest / 1e6, 1) == PARAMS[size][family]
+  assert count.embedding == 32_000 * SIZES[size].width
+
+
+@pytest.mark.parametrize(
+  ("config", "rest", "total"),
+  [(recurrentgemma_2b(), 2.03, 2.68), (recurrentgemma_9b(), 7.53, 8.58)],
+  ids=["2b", "9b"],
+)
+def test_recurrentgemma_has_the_released_size(config, rest, total):
+  count = count_params(config)
+  assert (round(count.rest / 1e9, 2), round(count.total / 1e9, 2)) == (rest, total)
+  assert config.embedding_scale == "sqrt_width" and config.logit_cap == 30.0
+
+
+@pytest.mark.parametrize("size", BLOCKS)
+def test_griffin_is_two_recurrent_blocks_to_one_of_attention(size):
+  blocks = _run("griffin", size).model.blocks
+  recurrent = [isinstance(block.mixer, rg_lru.Config) for block in blocks]
+  assert (sum(recurrent), len(recurrent) - sum(recurrent)) == BLOCKS[size]
+  assert recurrent[:6] == [True, True, False] * 2
+  gate_blocks = {b.mixer.num_gate_blocks for b in blocks if isinstance(b.mixer, rg_lru.Config)}
+  windows = {b.mixer.window for b in blocks if isinstance(b.mixer, attention.Config)}
+  assert gate_blocks == {16} and windows == {1024}
+
+
+def test_an_unknown_size_lists_the_known_ones():
+  with pytest.raises(ValueError, match=r"size '2b' is none of .*100m, 200m, 400m, 1b, 3b, 7b, 14b"):
+    _run("griffin", "2b")
+
+
+# GFLOP per token in training without logits at row 2048, the recurrence's elementwise work included.
+@pytest.mark.parametrize(
+  ("family", "size", "gflops"),
+  [("transformer", "1b", 7.32), ("hawk", "1b", 7.82), ("griffin", "1b", 7.61), ("griffin", "14b", 83.19)],
+)
+def test_flops_are_those_of_the_layers(family, size, gflops):
+  flops = flops_per_token(_run(family, size).model, 2048)
+  body = flops.train - 3 * flops.logits + 3 * flops.recurrence
+  assert round(body / 1e9, 2) == gflops
+
+
+@pytest.mark.parametrize(("row_length", "window"), [(1, None), (7, None), (9, 3), (9, 8), (5, 40)])
+def test_visible_keys_are_counted_one_by_one(row_length, window):
+  counts = [min(t, row_length if window is None else window) + 1 for t in range(row_length)]
+  assert visible_keys(row_length, window) == pytest.approx(np.mean(counts))
+
+
+TINY = {
+  "griffin": griffin(
+    vocab_size=512, width=128, rnn_width=256, num_blocks=3, num_heads=4, head_size=32, window=15,
+    mlp_width=384, dtype="float32", remat="none",
+  ),
+  "hawk": hawk(
+    vocab_size=512, width=128, rnn_width=256, num_blocks=2, mlp_width=384, dtype="float32",
+    remat="none",
+  ),
+  "transformer": mqa_transformer(
+    vocab_size=512, width=128, num_blocks=2, num_heads=4, head_size=32, mlp_width=384,
+    dtype="float32", remat="none",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_flops_are_those_that_the_compiler_counts(family):
+  """The reference attention multiplies every key, so every key is counted here."""
+  config = TINY[family]
+  pattern = tuple(
+    dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, implementation="reference"))
+    if isinstance(block.mixer, attention.Config)
+    else block
+    for block in config.pattern
+  )
+  # Unrolled: the compiler counts the body of a loop once, whatever its trip count.
+  model = decoder.build(dataclasses.replace(config, pattern=pattern, layers="unroll"))
+  time = 64
+  tokens = jax.ShapeDtypeStruct((1, time), jnp.int32)
+  compiled = jax.jit(model.logits).lower(model.shapes, tokens, tokens).compile()
+  flops = flops_per_token(config, time)
+  keys = sum(
+    4 * block.mixer.num_heads * block.mixer.head_size * time
+    for block in config.blocks
+    if isinstance(block.mixer, attention.Config)
+  )
+  expected = time * (flops.forward - flops.attention_keys + keys)
+  counted = compiled.cost_analysis()["flops"]
+  # The rest is elementwise: norms, gates, softmax.
+  assert expected <= counted <= 1.06 * expected
+
+
+def test_what_is_compiled_does_not_grow_with_depth():
+  def program_size(num_blocks):
+    model = decoder.build(dataclasses.replace(TINY["griffin"], num_blocks=num_blocks))
+    tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    loss = jax.grad(lambda params, tokens: model.logits(params, tokens, tokens).sum())
+    return len(jax.jit(loss).lower(model.shapes, tokens).as_text().splitlines())
+
+  assert program_size(38) <= 1.01 * program_size(5)
+  assert program_size(39) <= 1.01 * program_size(6)
+
+
+def test_blocks_can_be_taken_apart_and_joined():
+  config = dataclasses.replace(TINY["griffin"], num_blocks=8)
+  model = decoder.build(config)
+  params = model.init(jax.random.key(0))
+  blocks = decoder.split_blocks(config, params)
+  assert ["decay_R" in block["mixer"] for block in blocks] == [True, True, False] * 2 + [True, True]
+  joined = decoder.join_blocks(config, blocks)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    joined,
+    {"groups": params["groups"], "remainder": params["remainder"]},
+  )
+
+
+def test_initialisation_has_the_variances_of_the_table():
+  model = decoder.build(dataclasses.replace(TINY["griffin"], num_blocks=6))
+  params = model.init(jax.random.key(0))
+  recurrent, local = params["groups"]["0"], params["groups"]["1"]
+  expected = [
+    (params["embedding"]["table_VD"], 1 / 128),
+    (recurrent["mixer"]["w_in_D2R"], 1 / 128),
+    (recurrent["mixer"]["w_conv_KR"], 0.01 / 4),
+    (recurrent["mixer"]["w_gates_GI2J"], 1 / 16),
+    (recurrent["mixer"]["w_out_RD"], 2 / 6 / 256),
+    (recurrent["mlp"]["w_up_D2F"], 1 / 128),
+    (recurrent["mlp"]["w_down_FD"], 2 / 6 / 384),
+    (local["mixer"]["w_q_DNH"], 1 / 128),
+    (local["mixer"]["w_kv_D2H"], 1 / 128),
+    (local["mixer"]["w_out_NHD"], 2 / 6 / 128),
+  ]
+  for w, variance in expected:
+    assert np.var(w) == pytest.approx(variance, rel=0.1)
+    assert abs(np.mean(w)) < 4 * np.sqrt(variance / w.size)
+  # Two layers of one run begin differently.
+  assert (recurrent["mixer"]["decay_R"][0, 0] != recurrent["mixer"]["decay_R"][0, 1]).any()
+  assert (recurrent["mixer"]["decay_R"][0, 0] != recurrent["mixer"]["decay_R"][1, 0]).any()

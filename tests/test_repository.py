@@ -1,0 +1,101 @@
+"""The shape of the repository: layers, owners of dependencies, names that resolve here."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("train", "models", "sharding", "data", "kernels", "configs", "launch")
+
+# Who may import whom; docs/architecture.md says why.
+ALLOWED = {
+  "kernels": set(),
+  "sharding": set(),
+  "data": set(),
+  "models": {"kernels", "sharding"},
+  "train": {"models", "data", "sharding", "kernels"},
+  "configs": {"train", "models", "data", "sharding"},
+  "launch": {"train", "models", "data", "sharding"},
+}
+# Who may import a dependency: a folder or a file.
+OWNERS = {
+  "flax": ("models/",),
+  "optax": ("train/optimizer.py", "train/state.py", "train/step.py"),
+  "orbax": ("train/checkpoint.py",),
+  "grain": ("data/",),
+  "seqio": ("data/seqio_tasks.py",),
+  "tensorflow": ("data/seqio_tasks.py",),
+  "tensorstore": ("data/token_store.py",),
+  "wandb": ("train/metrics.py",),
+  "tensorboardX": ("train/metrics.py",),
+  "ml_collections": ("launch/",),
+}
+
+
+def _files() -> list[pathlib.Path]:
+  return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+  """The dotted names that a file imports, wherever in the file."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names.add(node.module)
+  return names
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder_is_this_repositorys(folder):
+  module = importlib.import_module(folder)
+  assert pathlib.Path(module.__file__).parent == ROOT / folder
+
+
+def test_layers_import_only_downward():
+  wrong = [
+    f"{path.relative_to(ROOT)} imports {name}"
+    for path in _files()
+    for name in _imports(path)
+    if name.split(".")[0] in FOLDERS
+    and name.split(".")[0] not in ALLOWED[path.relative_to(ROOT).parts[0]]
+    and name.split(".")[0] != path.relative_to(ROOT).parts[0]
+  ]
+  assert not wrong
+  configs = [
+    f"{path.relative_to(ROOT)} imports {name}"
+    for path in _files()
+    for name in _imports(path)
+    if name.split(".")[0] == "configs"
+  ]
+  assert not configs
+
+
+def test_each_dependency_has_one_owner():
+  wrong = [
+    f"{relative} imports {name}; owned by {OWNERS[name.split('.')[0]]}"
+    for path in _files()
+    for name in _imports(path)
+    for relative in [path.relative_to(ROOT).as_posix()]
+    if name.split(".")[0] in OWNERS and not relative.startswith(OWNERS[name.split(".")[0]])
+  ]
+  assert not wrong
+
+
+def test_data_never_imports_jax():
+  wrong = [
+    path.name
+    for path in sorted((ROOT / "data").rglob("*.py"))
+    if any(name.split(".")[0] in ("jax", "jaxlib") for name in _imports(path))
+  ]
+  assert not wrong
+
+
+def test_every_folder_has_an_init_that_only_speaks():
+  for folder in FOLDERS:
+    for path in [ROOT / folder, *(p for p in (ROOT / folder).rglob("*") if p.is_dir())]:
+      if any(path.glob("*.py")):
+        assert (path / "__init__.py").is_file(), f"{path.relative_to(ROOT)} has no __init__.py"
