@@ -157,7 +157,7 @@ def layer_arrays(rng):
   batch, time, width = 2, 29, 12
   x_BTD = quantized(rng.normal(size=(batch, time, width)))
   a_BTD = rng.uniform(0, 1, size=(batch, time, width)).astype(np.float32) ** 0.25
-  a_BTD[:, ::7] = 0.0
+  a_BTD[:, 5::7] = 0.0
   a_BTD[:, 3::11] = 1.0
   h0_BD = quantized(rng.normal(size=(batch, width)))
   for direction in ("forward", "reverse"):
