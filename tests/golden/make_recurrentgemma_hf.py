@@ -48,7 +48,10 @@ def main():
     shutil.rmtree(FOLDER / name, ignore_errors=True)
     if name == "sharded":
       model.to(torch.bfloat16).save_pretrained(FOLDER / name, max_shard_size="20KB")
-      model = model.float()
+      # Not model.float(): the rotary frequencies have been rounded too by now.
+      model = transformers.RecurrentGemmaForCausalLM.from_pretrained(
+        FOLDER / name, dtype=torch.float32, attn_implementation="eager"
+      ).eval()
     else:
       model.save_pretrained(FOLDER / name)
     (FOLDER / name / "generation_config.json").unlink(missing_ok=True)
