@@ -158,7 +158,8 @@ def to_json(config: DecoderConfig) -> dict[str, Any]:
         "save: window None (global attention) cannot be saved; RecurrentGemma's is local"
       )
   mlp_width = _only("mlp_width", [block.mlp.mlp_width for block in config.pattern])
-  settings = _FIXED | {
+  settings: dict[str, Any] = {key: value for key, value in _FIXED.items() if value is not None}
+  settings |= {
     "architectures": ["RecurrentGemmaForCausalLM"],
     "block_types": [
       "recurrent" if isinstance(mixer, rg_lru.Config) else "attention" for mixer in mixers
