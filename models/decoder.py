@@ -310,15 +310,16 @@ class _Decoder:
     return x_BTD, new_states
 
   def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
+    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
+    prevent_cse = self.config.layers == "unroll"
     match self.config.remat:
       case "none":
-        return block
+        return logical.regathering(block, prevent_cse=prevent_cse)
       case "block":
         policy = jax.checkpoint_policies.nothing_saveable
       case "matmuls":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
-    return jax.checkpoint(block, policy=policy, prevent_cse=self.config.layers == "unroll")
+    return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
   def _scan(self, body: Callable[..., Any], x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
     if self.config.layers == "scan":

@@ -9,13 +9,13 @@ cache key of jax.jit: a function traced under one placement is traced again unde
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+from jax.custom_derivatives import linear_call
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -202,23 +202,32 @@ def _constrain_tree(tree: Any, axes: Any, table: Table, placed: _Placement) -> A
   return jax.lax.with_sharding_constraint(tree, shardings(axes, tree, table, placed.mesh))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _relaid(w: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
   """w laid out as `forward`, its cotangent as `backward`: the built-in rule has one for both."""
-  del backward
-  return jax.lax.with_sharding_constraint(w, forward)
+
+  def forwards(_: tuple[()], w: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w, forward)
+
+  def backwards(_: tuple[()], dw: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(dw, backward)
+
+  return linear_call(forwards, backwards, (), w)
 
 
-def _relaid_forward(w, forward, backward):
-  return _relaid(w, forward, backward), None
+def regathering(f: Callable[..., Any], *, prevent_cse: bool) -> Callable[..., Any]:
+  """`f` that keeps all it needs for its backward pass, but gathers parameters again.
+
+  Without it a layer that saves its activations saves the parameters it used too, and so, over all
+  layers, every device keeps the whole model. Without a placement, `f`.
+  """
+  placed = _placed()
+  if placed is None or placed.mesh.size == 1:
+    return f
+  return jax.checkpoint(f, policy=_is_not_relaid, prevent_cse=prevent_cse)
 
 
-def _relaid_backward(forward, backward, _, dw):
-  del forward
-  return (jax.lax.with_sharding_constraint(dw, backward),)
-
-
-_relaid.defvjp(_relaid_forward, _relaid_backward)
+def _is_not_relaid(primitive: Any, *_: Any, **__: Any) -> bool:
+  return primitive.name != "linear_call"
 
 
 def on_shards(

@@ -151,6 +151,28 @@ def test_stacked_layers_are_used_inside_a_scan():
   )
 
 
+def test_layers_that_save_their_activations_do_not_save_gathered_parameters():
+  mesh = _mesh(fsdp=8)
+  num_layers, width = 16, 64
+  w_LDF = jax.ShapeDtypeStruct(
+    (num_layers, width, width),
+    jnp.float32,
+    sharding=NamedSharding(mesh, P(None, "fsdp")),
+  )
+  x_BD = jnp.ones((8, width))
+
+  def loss(w_LDF):
+    def layer(x_BD, w_DF):
+      return jnp.tanh(x_BD @ logical.use(w_DF, ("embed", "mlp"))), None
+
+    return jnp.sum(jax.lax.scan(logical.regathering(layer, prevent_cse=False), x_BD, w_LDF)[0])
+
+  with logical.placement(mesh, _RULES):
+    memory = jax.jit(jax.grad(loss)).lower(w_LDF).compile().memory_analysis()
+  assert memory.argument_size_in_bytes < 1.1 * w_LDF.size * 4 / 8
+  assert memory.temp_size_in_bytes < w_LDF.size * 4 / 2
+
+
 def _lookup_and_sum(table_VF, index_B, x_BF, scale):
   """Uses every way in which an argument may lie: split, whole on some axes, whole on all."""
   axis = logical.mesh_axis("mlp")
