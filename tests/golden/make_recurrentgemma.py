@@ -196,7 +196,6 @@ def layer_arrays(rng):
   segment_pos_BT = np.stack([positions(row) for row in ((7, 1, 1, 20), (3, 2, 24))])
   for name, module in {
     "rms_norm": layers.RMSNorm(width=width),
-    "conv": layers.Conv1D(width=width, temporal_width=4),
     "rg_lru": layers.RGLRU(width=width, num_heads=3, scan_type=common.ScanType.ASSOCIATIVE_NATIVE),
     "recurrent_block": modules.RecurrentBlock(
       width=width, num_heads=4, lru_width=16, scan_type=common.ScanType.ASSOCIATIVE_NATIVE
