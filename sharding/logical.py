@@ -185,21 +185,10 @@ def gathered(params: Any, axes: Any) -> Any:
 def constrain_gradients(grads: Any, axes: Any) -> Any:
   """A tree of gradients laid out by the gradient table; without a placement, `grads`."""
   placed = _placed()
-  return grads if placed is None else _constrain_tree(grads, axes, placed.rules.gradients, placed)
-
-
-def constrain_moments(tree: Any, axes: Any) -> Any:
-  """A tree shaped as the parameters laid out by the moment table; without a placement, `tree`.
-
-  For what meets the moments: gradients going into the optimizer, updates coming out. Otherwise the
-  partitioner may gather two moments in place of one update.
-  """
-  placed = _placed()
-  return tree if placed is None else _constrain_tree(tree, axes, placed.rules.moments, placed)
-
-
-def _constrain_tree(tree: Any, axes: Any, table: Table, placed: _Placement) -> Any:
-  return jax.lax.with_sharding_constraint(tree, shardings(axes, tree, table, placed.mesh))
+  if placed is None:
+    return grads
+  layout = shardings(axes, grads, placed.rules.gradients, placed.mesh)
+  return jax.lax.with_sharding_constraint(grads, layout)
 
 
 def _relaid(w: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:

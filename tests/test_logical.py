@@ -73,13 +73,12 @@ def test_the_shardings_of_a_tree_name_the_wrong_parameter():
 
 
 def test_without_a_placement_nothing_happens():
-  x_BD, w_DF = jnp.ones((3, 5)), jnp.ones((5, 7))
+  x_BD, w_DF, f = jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.sin
   assert logical.constrain(x_BD, "no", "such") is x_BD
   assert logical.use(w_DF, ("no", "such")) is w_DF
   assert logical.gathered({"w": w_DF}, {"w": ("no", "such")})["w"] is w_DF
   assert logical.constrain_gradients(w_DF, ("no", "such")) is w_DF
-  assert logical.constrain_moments(w_DF, ("no", "such")) is w_DF
-  f = jnp.sin
+  assert logical.regathering(f, prevent_cse=False) is f
   assert logical.on_shards(f, in_axes=(("no",),), out_axes=("no",)) is f
   assert logical.mesh_axis("no") is None
 
