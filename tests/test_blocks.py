@@ -85,9 +85,7 @@ def test_gradient_with_respect_to_the_future_is_zero(config):
   x_BTD = jax.random.normal(key, (1, 12, WIDTH))
   weight_D = jax.random.normal(jax.random.key(1), (WIDTH,))
   block = config.pattern[0].build(WIDTH, num_blocks=1, rngs=nnx.Rngs(0))
-  segments, _ = segments_lib.segments(
-    jnp.ones((1, 12), jnp.int32), segments_lib.initial_state(1)
-  )
+  segments, _ = segments_lib.segments(jnp.ones((1, 12), jnp.int32), segments_lib.initial_state(1))
 
   def output(x_BTD):
     return block(x_BTD, segments, None)[0][0] @ weight_D
@@ -153,7 +151,9 @@ def test_a_document_does_not_notice_that_another_changes(config):
   other_BT = other_BT.at[0, 21:].set((tokens_BT[0, 21:] + 7) % VOCAB)
   loss = _document_loss(model, 10, 21)
   jax.tree.map(
-    np.testing.assert_array_equal, loss(params, tokens_BT, SEGMENTS), loss(params, other_BT, SEGMENTS)
+    np.testing.assert_array_equal,
+    loss(params, tokens_BT, SEGMENTS),
+    loss(params, other_BT, SEGMENTS),
   )
 
 
@@ -202,9 +202,7 @@ def _loss_and_grads(config, params, tokens_BT):
   model = decoder.build(config)
   weights = jax.random.normal(jax.random.key(3), (BATCH, TIME, VOCAB))
   return jax.jit(
-    jax.value_and_grad(
-      lambda params: jnp.sum(model.logits(params, tokens_BT, SEGMENTS) * weights)
-    )
+    jax.value_and_grad(lambda params: jnp.sum(model.logits(params, tokens_BT, SEGMENTS) * weights))
   )(params)
 
 
@@ -222,7 +220,9 @@ def test_scan_and_remat_change_no_result(config, change):
 
 
 @pytest.mark.parametrize("name", SHARDED)
-@pytest.mark.parametrize("shape", [{"data": 2, "tensor": 4}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+  "shape", [{"data": 2, "tensor": 4}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str
+)
 def test_sharded_is_as_on_one_device(name, shape):
   config = CONFIGS[name]
   model = decoder.build(config)

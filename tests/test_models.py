@@ -78,7 +78,12 @@ def test_an_unknown_size_lists_the_known_ones():
 # GFLOP per token in training without logits at row 2048, the recurrence's elementwise work included.
 @pytest.mark.parametrize(
   ("family", "size", "gflops"),
-  [("transformer", "1b", 7.32), ("hawk", "1b", 7.82), ("griffin", "1b", 7.61), ("griffin", "14b", 83.19)],
+  [
+    ("transformer", "1b", 7.32),
+    ("hawk", "1b", 7.82),
+    ("griffin", "1b", 7.61),
+    ("griffin", "14b", 83.19),
+  ],
 )
 def test_flops_are_those_of_the_layers(family, size, gflops):
   flops = flops_per_token(_run(family, size).model, 2048)

@@ -78,7 +78,9 @@ def test_paper_decay_is_uniform_in_its_eighth_power():
   decay_R = rg_lru.DECAY_INITS["paper"](jax.random.key(0), (20_000,))
   a8_R = np.exp(-8 * np.log1p(np.exp(np.asarray(decay_R, np.float64))))
   assert a8_R.min() >= 0.9 - 1e-4 and a8_R.max() <= 0.999 + 1e-4
-  np.testing.assert_allclose(np.quantile(a8_R, [0.25, 0.5, 0.75]), [0.92475, 0.9495, 0.97425], atol=2e-3)
+  np.testing.assert_allclose(
+    np.quantile(a8_R, [0.25, 0.5, 0.75]), [0.92475, 0.9495, 0.97425], atol=2e-3
+  )
 
 
 def test_recurrentgemma_decay_is_uniform_in_the_area_of_the_ring():

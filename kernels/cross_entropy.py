@@ -1,0 +1,142 @@
+"""Softmax cross-entropy over a large vocabulary, in chunks of it: the logits are never whole.
+
+  log_z_BT, target_logit_BT = log_z_and_target_logit(x_BTD, unembed_VD, targets_BT, logit_cap=None)
+
+log_z = log sum_v exp(logit_v) and the target's logit, both float32; their difference is the loss, and
+log_z^2 the z-loss. Products take the inputs' dtype and are summed in float32. The backward pass forms
+the logits again, chunk by chunk: it keeps x, the unembedding and log_z.
+
+Inside `jax.shard_map` with the vocabulary split over `axis_name`, `unembed_VD` is a device's own
+[V / shards, D] and targets are global ids; two small all-reduces make log_z and the target's logit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Logits alive at a time: 128 MiB in float32.
+_MAX_LOGITS = 1 << 25
+
+
+def log_z_and_target_logit(
+  x_BTD: jax.Array,
+  unembed_VD: jax.Array,
+  targets_BT: jax.Array,
+  *,
+  logit_cap: float | None,
+  chunk: int | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """log Z and the target's logit of every token, float32 [batch, time].
+
+  `logit_cap` c makes logits c tanh(logits / c). `chunk` is the number of vocabulary entries at a
+  time; by default as many as keep the chunk's logits within 128 MiB.
+  """
+  if x_BTD.shape[:2] != targets_BT.shape or x_BTD.shape[-1] != unembed_VD.shape[-1]:
+    raise ValueError(
+      f"cross_entropy: x {x_BTD.shape}, unembedding {unembed_VD.shape} and targets "
+      f"{targets_BT.shape} do not fit as [B, T, D], [V, D], [B, T]"
+    )
+  vocab_size = unembed_VD.shape[0]
+  if chunk is None:
+    chunk = max(1024, _MAX_LOGITS // targets_BT.size)
+  chunk = min(chunk, vocab_size)
+  if axis_name is not None:
+    targets_BT = targets_BT - jax.lax.axis_index(axis_name) * vocab_size
+  arrays = _varying_alike(x_BTD, unembed_VD, targets_BT)
+  log_z_BT, target_logit_BT = _chunked(*arrays, logit_cap, chunk)
+  if axis_name is None:
+    return log_z_BT, target_logit_BT
+  # Which shard has the largest log Z is no matter of gradients: it cancels.
+  largest_BT = jax.lax.pmax(jax.lax.stop_gradient(log_z_BT), axis_name)
+  sum_BT = jax.lax.psum(jnp.exp(log_z_BT - largest_BT), axis_name)
+  return largest_BT + jnp.log(sum_BT), jax.lax.psum(target_logit_BT, axis_name)
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+  """The arrays, each marked as varying over every mesh axis that one of them varies over.
+
+  The gradient of what was the same on all devices is then summed over them, by JAX and outside the
+  custom gradient below.
+  """
+  axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+  marked = []
+  for x in arrays:
+    missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
+    marked.append(jax.lax.pcast(x, missing, to="varying") if missing else x)
+  return marked
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked(x_BTD, unembed_VD, targets_BT, logit_cap, chunk):
+  def one_chunk(carry, inputs):
+    largest_BT, sum_BT, target_BT = carry
+    logits_BTC, _, is_target_BTC = _logits(x_BTD, targets_BT, inputs, unembed_VD, logit_cap)
+    new_BT = jnp.maximum(largest_BT, jnp.max(logits_BTC, axis=-1))
+    sum_BT = sum_BT * jnp.exp(largest_BT - new_BT)
+    sum_BT += jnp.sum(jnp.exp(logits_BTC - new_BT[..., None]), axis=-1)
+    target_BT += jnp.sum(jnp.where(is_target_BTC, logits_BTC, 0.0), axis=-1)
+    return (new_BT, sum_BT, target_BT), None
+
+  # From x, to vary over the same mesh axes; finite, as -inf minus -inf would be no number.
+  zeros_BT = jnp.zeros_like(x_BTD[..., 0], jnp.float32)
+  carry = (zeros_BT - 1e30, zeros_BT, zeros_BT)
+  (largest_BT, sum_BT, target_BT), _ = _over_chunks(one_chunk, carry, unembed_VD, chunk)
+  return largest_BT + jnp.log(sum_BT), target_BT
+
+
+def _forward(x_BTD, unembed_VD, targets_BT, logit_cap, chunk):
+  log_z_BT, target_BT = _chunked(x_BTD, unembed_VD, targets_BT, logit_cap, chunk)
+  return (log_z_BT, target_BT), (x_BTD, unembed_VD, targets_BT, log_z_BT)
+
+
+def _backward(logit_cap, chunk, residuals, cotangents):
+  x_BTD, unembed_VD, targets_BT, log_z_BT = residuals
+  dlog_z_BT1, dtarget_BT1 = (cotangent[..., None] for cotangent in cotangents)
+
+  def one_chunk(dx_BTD, inputs):
+    embed_CD, _ = inputs
+    logits_BTC, slope_BTC, is_target_BTC = _logits(x_BTD, targets_BT, inputs, unembed_VD, logit_cap)
+    dlogits_BTC = dlog_z_BT1 * jnp.exp(logits_BTC - log_z_BT[..., None])
+    dlogits_BTC += jnp.where(is_target_BTC, dtarget_BT1, 0.0)
+    dlogits_BTC = (dlogits_BTC * slope_BTC).astype(x_BTD.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx_BTD += product("BTC,CD->BTD", dlogits_BTC, embed_CD)
+    return dx_BTD, product("BTC,BTD->CD", dlogits_BTC, x_BTD).astype(unembed_VD.dtype)
+
+  dx_BTD, dunembed_VD = _over_chunks(
+    one_chunk, jnp.zeros_like(x_BTD, jnp.float32), unembed_VD, chunk
+  )
+  return dx_BTD.astype(x_BTD.dtype), dunembed_VD, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _over_chunks(one_chunk, carry, unembed_VD, chunk):
+  """Scans over the vocabulary; what a chunk gives out is joined along it. One chunk: no loop."""
+  vocab_size, width = unembed_VD.shape
+  if chunk == vocab_size:
+    return one_chunk(carry, (unembed_VD, 0))
+  num_chunks = -(-vocab_size // chunk)
+  padded_VD = jnp.pad(unembed_VD, ((0, num_chunks * chunk - vocab_size), (0, 0)))
+  starts = jnp.arange(num_chunks) * chunk
+  carry, outputs = jax.lax.scan(
+    one_chunk, carry, (padded_VD.reshape(num_chunks, chunk, width), starts)
+  )
+  return carry, None if outputs is None else outputs.reshape(-1, width)[:vocab_size]
+
+
+def _logits(x_BTD, targets_BT, inputs, unembed_VD, logit_cap):
+  """The logits of one chunk, their derivative by the uncapped ones, and where the targets are."""
+  embed_CD, start = inputs
+  logits_BTC = jnp.einsum("BTD,CD->BTC", x_BTD, embed_CD, preferred_element_type=jnp.float32)
+  slope_BTC = jnp.float32(1.0)
+  if logit_cap is not None:
+    tanh_BTC = jnp.tanh(logits_BTC / logit_cap)
+    logits_BTC, slope_BTC = logit_cap * tanh_BTC, 1.0 - jnp.square(tanh_BTC)
+  entries_C = start + jnp.arange(embed_CD.shape[0])
+  # The entries that fill up the last chunk are no part of the vocabulary.
+  logits_BTC = jnp.where(entries_C < unembed_VD.shape[0], logits_BTC, -1e30)
+  return logits_BTC, slope_BTC, targets_BT[..., None] == entries_C

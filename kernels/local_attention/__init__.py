@@ -1,0 +1,67 @@
+"""Causal multi-query attention within documents and a window: many query heads, one key-value head.
+
+  o_BTNH = local_attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=1024,
+                           implementation="auto")
+
+Keys are aligned with queries at the end: query t is row S - T + t, and the first S - T keys belong to
+an earlier chunk of a split row. Query t sees key s if both carry the same document number and
+
+  0 <= (S - T + t) - s <= window
+
+so itself and `window` keys before it: window + 1 in all. `window=None` lets it see every earlier key
+of its document. Logits are scaled by H^-0.5; logits and softmax are float32, the result has the
+dtype of q. What a query does not see has a weight of exactly 0. The backward pass recomputes the
+weights: only q, k and v are kept.
+
+  reference   the whole T x S matrix, as the definition reads
+  banded      blocks of queries against the keys that they can reach: O(T x window) time and memory;
+              with window=None one block of queries at a time against all keys
+"""
+
+import jax
+
+from kernels import dispatch
+from kernels.local_attention import banded, reference
+
+_ATTENTIONS = {"reference": reference.attention, "banded": banded.attention}
+IMPLEMENTATIONS = tuple(_ATTENTIONS)
+_DEFAULTS = {"cpu": "banded", "gpu": "banded", "tpu": "banded"}
+
+
+def resolve(requested: str) -> str:
+  """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
+  return dispatch.resolve(
+    "local_attention", requested, available=IMPLEMENTATIONS, defaults=_DEFAULTS
+  )
+
+
+def local_attention(
+  q_BTNH: jax.Array,
+  k_BSH: jax.Array,
+  v_BSH: jax.Array,
+  q_documents_BT: jax.Array,
+  k_documents_BS: jax.Array,
+  *,
+  window: int | None,
+  implementation: str,
+) -> jax.Array:
+  """Attention as the module says, [batch, time, heads, head size] in the dtype of q."""
+  batch, time, _, head_size = q_BTNH.shape
+  keys = k_BSH.shape[1]
+  expected = {
+    "k": (k_BSH.shape, (batch, keys, head_size)),
+    "v": (v_BSH.shape, (batch, keys, head_size)),
+    "q_documents": (q_documents_BT.shape, (batch, time)),
+    "k_documents": (k_documents_BS.shape, (batch, keys)),
+  }
+  for name, (actual, needed) in expected.items():
+    if actual != needed:
+      raise ValueError(f"local_attention: {name} {actual} must be {needed} beside q {q_BTNH.shape}")
+  if keys < time:
+    raise ValueError(
+      f"local_attention: {keys} keys are fewer than the {time} queries they end with"
+    )
+  if window is not None and window < 1:
+    raise ValueError(f"local_attention: window {window} must be at least 1, or None")
+  attention = _ATTENTIONS[resolve(implementation)]
+  return attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=window)

@@ -1,0 +1,118 @@
+"""The chunked loss against whole logits: one device and vocabulary shards."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kernels.cross_entropy import log_z_and_target_logit
+from sharding.mesh import MeshShape, make_mesh
+from tests.tolerances import assert_close
+
+
+def _inputs(vocab_size, dtype="float32", batch=4, time=6, width=16):
+  keys = jax.random.split(jax.random.key(0), 5)
+  x_BTD = jax.random.normal(keys[0], (batch, time, width)).astype(dtype)
+  unembed_VD = jax.random.normal(keys[1], (vocab_size, width)).astype(dtype)
+  targets_BT = jax.random.randint(keys[2], (batch, time), 0, vocab_size)
+  targets_BT = targets_BT.at[0, 0].set(vocab_size - 1).at[0, 1].set(0)
+  weights = jax.random.normal(keys[3], (2, batch, time))
+  return x_BTD, unembed_VD, targets_BT, weights
+
+
+def _whole(x_BTD, unembed_VD, targets_BT, logit_cap):
+  logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, unembed_VD, preferred_element_type=jnp.float32)
+  if logit_cap is not None:
+    logits_BTV = logit_cap * jnp.tanh(logits_BTV / logit_cap)
+  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_BTV, axis=-1), target_BT
+
+
+def _with_gradients(function, x_BTD, unembed_VD, targets_BT, weights):
+  """Both results and the gradients of a weighted sum of them, as of loss and z-loss together."""
+
+  def loss(x_BTD, unembed_VD):
+    log_z_BT, target_BT = function(x_BTD, unembed_VD, targets_BT)
+    return jnp.sum(weights[0] * log_z_BT**2) + jnp.sum(weights[1] * target_BT), (
+      log_z_BT,
+      target_BT,
+    )
+
+  (_, results), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x_BTD, unembed_VD)
+  return *results, *grads
+
+
+@pytest.mark.parametrize("logit_cap", [None, 3.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("vocab_size", "chunk"), [(40, 40), (40, 8), (37, 8), (37, 64), (5, 1)])
+def test_chunks_are_the_whole(vocab_size, chunk, dtype, logit_cap):
+  arrays = _inputs(vocab_size, dtype)
+
+  def chunked(x, e, t):
+    return log_z_and_target_logit(x, e, t, logit_cap=logit_cap, chunk=chunk)
+
+  actual = _with_gradients(chunked, *arrays)
+  expected = _with_gradients(lambda x, e, t: _whole(x, e, t, logit_cap), *arrays)
+  for a, b in zip(actual, expected, strict=True):
+    assert a.dtype == b.dtype
+    assert_close(a, b, dtype=dtype if a.dtype == jnp.bfloat16 else "float32", reduction=64)
+
+
+@pytest.mark.parametrize(
+  "shape", [{"data": 2, "tensor": 4}, {"tensor": 8}, {"fsdp": 4, "tensor": 2}], ids=str
+)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_vocabulary_shards_are_the_whole(shape, chunk):
+  x_BTD, unembed_VD, targets_BT, weights = _inputs(48)
+  mesh = make_mesh(MeshShape(**shape))
+  batch, vocab = P(("data", "fsdp")), P("tensor")
+
+  def on_shard(x_BTD, unembed_VD, targets_BT):
+    return log_z_and_target_logit(
+      x_BTD, unembed_VD, targets_BT, logit_cap=5.0, chunk=chunk, axis_name="tensor"
+    )
+
+  sharded = jax.shard_map(
+    on_shard, mesh=mesh, in_specs=(batch, vocab, batch), out_specs=(batch, batch)
+  )
+  actual = _with_gradients(sharded, x_BTD, unembed_VD, targets_BT, weights)
+  expected = _with_gradients(
+    lambda x, e, t: _whole(x, e, t, 5.0), x_BTD, unembed_VD, targets_BT, weights
+  )
+  for a, b in zip(actual, expected, strict=True):
+    assert_close(a, b, dtype="float32", reduction=64)
+
+
+def test_no_array_is_as_large_as_all_logits():
+  vocab_size, tokens, width = 4096, 256, 8
+  x = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
+  unembed = jax.ShapeDtypeStruct((vocab_size, width), jnp.float32)
+  targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+  def loss(x, unembed, targets):
+    log_z, target = log_z_and_target_logit(x, unembed, targets, logit_cap=None, chunk=256)
+    return jnp.sum(log_z - target)
+
+  text = jax.jit(jax.grad(loss, (0, 1))).lower(x, unembed, targets).compile().as_text()
+  sizes = [
+    int(np.prod(list(map(int, shape.split(",")))))
+    for shape in re.findall(r"\bf32\[([\d,]+)\]", text)
+  ]
+  assert max(sizes) < tokens * vocab_size / 8
+
+
+def test_large_logits_do_not_overflow():
+  x = jnp.full((1, 2, 1), 1e4)
+  unembed = jnp.array([[1.0], [-1.0], [0.5]])
+  log_z, target = log_z_and_target_logit(x, unembed, jnp.array([[0, 1]]), logit_cap=None, chunk=1)
+  np.testing.assert_allclose(log_z, [[1e4, 1e4]])
+  np.testing.assert_allclose(target, [[1e4, -1e4]])
+
+
+def test_wrong_shapes_are_refused():
+  x, unembed, targets, _ = _inputs(40)
+  with pytest.raises(ValueError, match="do not fit"):
+    log_z_and_target_logit(x, unembed, targets[:, :3], logit_cap=None)

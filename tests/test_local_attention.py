@@ -1,0 +1,173 @@
+"""Banded attention against the definition, its band, and what it costs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import local_attention
+from tests.tolerances import assert_close
+
+
+def _inputs(batch=2, time=50, history=0, heads=3, size=8, dtype="float32", seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  q_BTNH = jax.random.normal(keys[0], (batch, time, heads, size)).astype(dtype)
+  k_BSH = jax.random.normal(keys[1], (batch, history + time, size)).astype(dtype)
+  v_BSH = jax.random.normal(keys[2], (batch, history + time, size)).astype(dtype)
+  documents = np.random.default_rng(seed).random((batch, history + time)) < 0.06
+  documents_BS = jnp.asarray(np.cumsum(documents, axis=1), jnp.int32)
+  return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
+
+
+def _attend(*arrays, window, implementation="banded"):
+  return local_attention.local_attention(*arrays, window=window, implementation=implementation)
+
+
+def _slow(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window):
+  """One query at a time, in float64."""
+  q, k, v = (np.float64(np.asarray(x, np.float32)) for x in (q_BTNH, k_BSH, v_BSH))
+  out = np.zeros(q.shape)
+  batch, time, heads, size = q.shape
+  for b in range(batch):
+    for t in range(time):
+      row = k.shape[1] - time + t
+      seen = [
+        s
+        for s in range(row + 1)
+        if k_documents_BS[b, s] == q_documents_BT[b, t] and (window is None or row - s <= window)
+      ]
+      for n in range(heads):
+        logits = k[b, seen] @ q[b, t, n] / np.sqrt(size)
+        weights = np.exp(logits - logits.max())
+        out[b, t, n] = weights @ v[b, seen] / weights.sum()
+  return out
+
+
+# Windows beside blocks, rows shorter than the window, single queries, carried keys of any number.
+CASES = [
+  {"time": 50, "window": 7},
+  {"time": 300, "window": 70, "batch": 1},
+  {"time": 64, "window": 64},
+  {"time": 65, "window": 16},
+  {"time": 17, "window": 40},
+  {"time": 1, "window": 5},
+  {"time": 1, "window": 5, "history": 5},
+  {"time": 1, "window": 5, "history": 9},
+  {"time": 3, "window": 6, "history": 6},
+  {"time": 40, "window": 9, "history": 9},
+  {"time": 40, "window": 9, "history": 30},
+  {"time": 40, "window": 9, "history": 4},
+  {"time": 50, "window": None},
+  {"time": 200, "window": None, "batch": 1},
+  {"time": 1, "window": None, "history": 12},
+  {"time": 30, "window": None, "history": 12},
+]
+
+
+@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_is_that_of_the_definition(implementation, case):
+  case = dict(case)
+  window = case.pop("window")
+  arrays = _inputs(**case)
+  actual = _attend(*arrays, window=window, implementation=implementation)
+  assert_close(actual, _slow(*arrays, window), dtype="float32", reduction=8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_those_of_the_reference(case, dtype):
+  case = dict(case)
+  window = case.pop("window")
+  q, k, v, *documents = _inputs(**case, dtype=dtype)
+  weights = jax.random.normal(jax.random.key(9), q.shape)
+
+  def loss(q, k, v, implementation):
+    out = _attend(q, k, v, *documents, window=window, implementation=implementation)
+    assert out.dtype == q.dtype
+    return jnp.sum(out.astype(jnp.float32) * weights)
+
+  gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+  for actual, expected in zip(
+    gradient(q, k, v, "banded"), gradient(q, k, v, "reference"), strict=True
+  ):
+    assert actual.dtype == expected.dtype
+    assert_close(actual, expected, dtype=dtype, reduction=16, floor=1.0)
+
+
+@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+def test_a_query_sees_itself_and_window_tokens_before_it(implementation):
+  """Equal keys: the output is the mean of the visible values, which tells how many there are."""
+  time, window = 12, 4
+  documents = jnp.zeros((1, time), jnp.int32)
+  v_BSH = jnp.arange(time, dtype=jnp.float32)[None, :, None]
+  out = _attend(
+    jnp.zeros((1, time, 1, 1)), jnp.zeros((1, time, 1)), v_BSH, documents, documents,
+    window=window, implementation=implementation,
+  )  # fmt: skip
+  expected = [np.mean(range(max(0, t - window), t + 1)) for t in range(time)]
+  np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [9, None])
+def test_a_document_does_not_notice_that_another_changes(window):
+  q, k, v, _, _ = _inputs(batch=1, time=80)
+  documents = jnp.asarray([[1] * 30 + [2] * 25 + [3] * 25], jnp.int32)
+  mine = slice(30, 55)
+  weights = jax.random.normal(jax.random.key(9), q.shape)
+
+  def loss(q, k, v):
+    out = _attend(q, k, v, documents, documents, window=window)[:, mine]
+    return jnp.sum(out * weights[:, mine]), out
+
+  run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+  other = jnp.ones((80,), bool).at[mine].set(False)[None, :, None]
+  (_, out), grads = run(q, k, v)
+  (_, other_out), other_grads = run(
+    jnp.where(other[..., None], 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
+  )
+  np.testing.assert_array_equal(out, other_out)
+  for grad, other_grad in zip(grads, other_grads, strict=True):
+    np.testing.assert_array_equal(grad, other_grad)
+    assert not np.delete(np.asarray(grad), np.r_[mine], axis=1).any()
+
+
+def _largest_array(compiled) -> int:
+  """Elements of the largest array that the compiled program names."""
+  shapes = re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", compiled.as_text())
+  return max(int(np.prod(list(map(int, shape.split(","))))) for shape in shapes)
+
+
+def test_no_array_is_as_large_as_the_whole_matrix():
+  time, window, heads = 2048, 128, 2
+  compiled = {}
+  for length in (time, 2 * time):
+    shapes = [
+      jax.ShapeDtypeStruct(shape, jnp.float32)
+      for shape in ((1, length, heads, 16), (1, length, 16), (1, length, 16))
+    ]
+    documents = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(q, k, v, documents):
+      return jnp.sum(_attend(q, k, v, documents, documents, window=window) ** 2)
+
+    compiled[length] = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, documents).compile()
+  assert _largest_array(compiled[time]) <= heads * time * 2 * window
+  memory = {
+    length: program.memory_analysis().temp_size_in_bytes for length, program in compiled.items()
+  }
+  assert memory[2 * time] <= 2.1 * memory[time]
+  flops = {length: program.cost_analysis()["flops"] for length, program in compiled.items()}
+  assert flops[2 * time] <= 2.1 * flops[time]
+
+
+def test_wrong_shapes_are_refused():
+  q, k, v, q_documents, k_documents = _inputs()
+  with pytest.raises(ValueError, match="v .* must be"):
+    _attend(q, k, v[..., :4], q_documents, k_documents, window=3)
+  with pytest.raises(ValueError, match="fewer than the 50 queries"):
+    _attend(q, k[:, :9], v[:, :9], q_documents, k_documents[:, :9], window=3)
+  with pytest.raises(ValueError, match="window 0 must be at least 1"):
+    _attend(q, k, v, q_documents, k_documents, window=0)
