@@ -1,0 +1,170 @@
+"""Vocabularies: text comes back, documents begin and end, faults are named."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from data import vocabulary
+
+TEXTS = [
+  "Friends, Romans, countrymen, lend me your ears.",
+  "déjà vu — 日本 🎭\x00\n",
+  "<s> spelt </s> in text",
+]
+
+
+@pytest.fixture(scope="module")
+def huggingface(tmp_path_factory):
+  """A byte-level BPE with the usual names."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=["<s>", "</s>", "<pad>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(TEXTS * 20, trainer)
+  path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+  tokenizer.save(str(path))
+  return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.Train(
+    sentence_iterator=iter(TEXTS * 20),
+    model_writer=model,
+    vocab_size=320,
+    model_type="bpe",
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    pad_id=3,
+    minloglevel=2,
+  )
+  path = tmp_path_factory.mktemp("spm") / "bpe.model"
+  path.write_bytes(model.getvalue())
+  return path
+
+
+@pytest.fixture(params=["byte", "huggingface", "sentencepiece_model"])
+def any_vocabulary(request):
+  if request.param == "byte":
+    return vocabulary.load("byte")
+  return vocabulary.load(str(request.getfixturevalue(request.param)))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_between_bos_and_eos(any_vocabulary, text):
+  ids = any_vocabulary.encode(text)
+  record = any_vocabulary.record
+  assert ids[0] == record.bos
+  assert ids[-1] == record.eos
+  assert ids.dtype == record.dtype
+  assert ids.max() < record.size
+  assert any_vocabulary.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_never_spells_the_end_of_a_document(any_vocabulary, text):
+  ids = any_vocabulary.encode(text)[1:-1]
+  assert any_vocabulary.record.bos not in ids
+  assert any_vocabulary.record.eos not in ids
+
+
+def test_bytes_are_their_own_ids():
+  byte = vocabulary.load("byte")
+  assert byte.encode("aé").tolist() == [254, 97, 0xC3, 0xA9, 255]
+  assert (byte.record.size, byte.record.pad) == (256, 0)
+
+
+@pytest.mark.parametrize(
+  ("size", "dtype"), [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)]
+)
+def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
+  record = vocabulary.VocabularyRecord(
+    kind="byte", size=size, bos=None, eos=1, pad=0, fingerprint=""
+  )
+  assert record.dtype == dtype
+
+
+def test_a_special_id_outside_the_vocabulary_is_refused():
+  with pytest.raises(ValueError, match="eos 256 is not an id below the size 256"):
+    vocabulary.VocabularyRecord(kind="byte", size=256, bos=1, eos=256, pad=0, fingerprint="")
+
+
+def test_the_fingerprint_follows_the_content(huggingface, tmp_path):
+  moved, changed = tmp_path / "moved.json", tmp_path / "changed.json"
+  moved.write_bytes(huggingface.read_bytes())
+  changed.write_bytes(huggingface.read_bytes() + b"\n")
+  original = vocabulary.load(str(huggingface)).record
+  assert vocabulary.load(str(moved)).record == original
+  assert vocabulary.load(str(changed)).record.fingerprint != original.fingerprint
+
+
+def test_a_long_document_is_not_cut_by_the_tokenizers_own_limit(huggingface, tmp_path):
+  tokenizer = tokenizers.Tokenizer.from_file(str(huggingface))
+  tokenizer.enable_truncation(4)
+  tokenizer.enable_padding(length=4)
+  tokenizer.save(str(tmp_path / "short.json"))
+  loaded = vocabulary.load(str(tmp_path / "short.json"))
+  assert loaded.decode(loaded.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_two_tokens_that_could_end_a_document_must_be_told_apart(huggingface, tmp_path):
+  tokenizer = tokenizers.Tokenizer.from_file(str(huggingface))
+  tokenizer.add_special_tokens(["<|endoftext|>"])
+  path = tmp_path / "two.json"
+  tokenizer.save(str(path))
+  with pytest.raises(ValueError, match=r"which token is eos\? .*--eos_token"):
+    vocabulary.load(str(path))
+  chosen = vocabulary.load(str(path), eos_token="<|endoftext|>")
+  assert chosen.record.eos == tokenizer.token_to_id("<|endoftext|>")
+  # A file of the model's publisher, where it lies beside, says it too.
+  config = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": None}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  assert vocabulary.load(str(path)).record.eos == chosen.record.eos
+
+
+def test_a_vocabulary_without_bos_only_ends_documents(huggingface):
+  without = vocabulary.load(str(huggingface), bos_token="none")
+  assert without.record.bos is None
+  assert without.encode("a").tolist()[0] != vocabulary.load(str(huggingface)).record.bos
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"eos_token": "none"}, "documents must end"),
+    ({"eos_token": "<nothing>"}, "--eos_token '<nothing>' is not in it"),
+    ({"pad_token": "<nothing>"}, "--pad_token '<nothing>' is not in it"),
+  ],
+)
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece_model"])
+def test_a_special_token_that_cannot_be_is_named(kind, arguments, message, request):
+  with pytest.raises(ValueError, match=message):
+    vocabulary.load(str(request.getfixturevalue(kind)), **arguments)
+
+
+def test_files_that_are_no_vocabulary_are_refused(tmp_path):
+  for name, content, message in [
+    ("a.json", "{}", "not a Hugging Face tokenizer.json"),
+    ("a.model", "nonsense", "not a SentencePiece model"),
+    ("a.txt", "a", "neither .json"),
+  ]:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+      vocabulary.load(str(tmp_path / name))
+  with pytest.raises(ValueError, match="no such file; give byte"):
+    vocabulary.load(str(tmp_path / "absent.json"))
+  with pytest.raises(ValueError, match="byte has its own"):
+    vocabulary.load("byte", eos_token="</s>")
