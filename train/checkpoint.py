@@ -1,0 +1,421 @@
+"""Checkpoints: the state, the data position and the run record, complete or not there at all.
+
+  CHECKPOINTS/00000500/state/                Orbax (OCDBT): parameters and optimizer as plain dicts
+  CHECKPOINTS/00000500/record/record.json    step, kind, every array's checksum, the run's record
+  CHECKPOINTS/damaged-00000500/              set aside because it was damaged
+
+A checkpoint is written into 00000500.orbax-checkpoint-tmp, flushed to disk and renamed, and nothing
+older is removed before that: whenever the process is killed, the last complete one is there. The
+folder has to be on a file system that all processes see and that renames folders in one step.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from train import checkpoint_folder as files
+from train.checkpoint_folder import DamagedCheckpointError, UnreadableError, steps
+from train.checksums import checksums, named_leaves
+
+Kind = Literal["permanent", "temporary"]
+
+# With several processes, asking process 0 for the time is a collective: not in every step.
+_STEPS_BETWEEN_CLOCKS = 16
+_SAVE_TIMEOUT_SECONDS = 1200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When checkpoints are written and which are kept; times are of process 0.
+
+  every_steps: a permanent one at each multiple; keep_permanent: the newest so many, None for all.
+  temporary_minutes: a temporary one when so long nothing was saved, None for never; a temporary
+  one goes when keep_temporary newer ones (of either kind) are complete.
+  on_damage: "refuse" a damaged newest checkpoint, or go on from the one before ("previous").
+  verify: compare the checksum of every restored array.
+  """
+
+  every_steps: int = 1000
+  keep_permanent: int | None = None
+  temporary_minutes: float | None = None
+  keep_temporary: int = 1
+  on_damage: Literal["refuse", "previous"] = "refuse"
+  verify: bool = True
+
+  def __post_init__(self):
+    for name in ("every_steps", "keep_permanent", "keep_temporary"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"CheckpointConfig: {name} {value} must be at least 1")
+    if self.temporary_minutes is not None and not self.temporary_minutes > 0:
+      raise ValueError(
+        f"CheckpointConfig: temporary_minutes {self.temporary_minutes} must be above 0; None is "
+        "no temporary checkpoints"
+      )
+    if self.on_damage not in ("refuse", "previous"):
+      raise ValueError(
+        f"CheckpointConfig: on_damage {self.on_damage!r} is none of 'refuse', 'previous'"
+      )
+
+
+class SaveFailedError(RuntimeError):
+  """A checkpoint could not be written: the run must not go on as if it had been."""
+
+
+Check = Callable[[dict[str, Any]], object]
+
+
+def _no_check(record: dict[str, Any]) -> None:
+  del record
+
+
+class Restored(NamedTuple):
+  """A state in the layout asked for, with the record of the run that saved it."""
+
+  step: int
+  state: Any
+  record: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one run, for the processes that train it; use it in a `with`.
+
+  Every method has to be called by all processes alike. A failed save raises SaveFailedError from
+  the next call of any method.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+    self.directory = pathlib.Path(os.path.abspath(directory))
+    self.config = config
+    self._is_first = jax.process_index() == 0
+    _quieten_orbax()
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._lock = files.lock(self.directory) if self._is_first else None
+    self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
+    if self._is_first:
+      for pattern in ("*.orbax-checkpoint-tmp*", "deleted-*"):
+        for leftover in self.directory.glob(pattern):
+          logging.info("removing what an interrupted run left: %s", leftover.name)
+          self._remove(leftover)
+    self._kinds = _kinds(self.directory)
+    self._pending: int | None = None
+    self._ours: set[int] = set()  # steps whose checkpoint holds the state this run had there
+    self._last_seconds = time.monotonic()
+    self._checkpointer = ocp.AsyncCheckpointer(
+      _handler(),
+      async_options=ocp.AsyncOptions(
+        timeout_secs=_SAVE_TIMEOUT_SECONDS, post_finalization_callback=self._flush
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The newest step with a readable checkpoint; None where there is none.
+
+    A newer folder without a readable record raises DamagedCheckpointError, or is set aside if
+    on_damage is "previous".
+    """
+    self._settle()
+    while (step := _of_first_process(max(steps(self.directory), default=-1))) >= 0:
+      try:
+        self._content(step)
+        return step
+      except DamagedCheckpointError as error:
+        self._pass_over(step, error)
+    return None
+
+  def record(self, step: int) -> dict[str, Any]:
+    """The run record stored with a step; nothing else is read."""
+    return self._content(step)["run"]
+
+  def due(self, step: int) -> Kind | None:
+    """What has to be saved after `step` finished steps; call it once after each step."""
+    self._settle()
+    if step % self.config.every_steps == 0:
+      return "permanent"
+    if self.config.temporary_minutes is not None:
+      if jax.process_count() > 1 and step % _STEPS_BETWEEN_CLOCKS:
+        return None
+      seconds = time.monotonic() - self._last_seconds
+      if _of_first_process(int(seconds >= 60 * self.config.temporary_minutes)):
+        return "temporary"
+    return None
+
+  def save(self, step: int, state: Any, record: dict[str, Any], *, kind: Kind) -> None:
+    """Starts writing; returns when the arrays may be overwritten. JSON must hold `record`.
+
+    A step that this run has saved already, or was restored from, is not written twice.
+    """
+    with self._failing(self._pending):
+      if self._pending is not None and not self._folder(self._pending).exists():
+        logging.warning(
+          "step %d: waiting for the checkpoint of step %d; save less often", step, self._pending
+        )
+      self._checkpointer.wait_until_finished()
+    self._settle()
+    if step in self._ours:
+      logging.info("the checkpoint of step %d is there already", step)
+      return
+    folder = self._folder(step)
+    if folder.exists():
+      raise ValueError(
+        f"{folder} exists and is not of this run, which started before it; move it away, or use "
+        "another workdir"
+      )
+    named = named_leaves(state)
+    content = files.sealed(
+      {
+        "format": files.FORMAT,
+        "step": step,
+        "position": step,
+        "kind": kind,
+        "arrays": files.describe(named, checksums(named)),
+        "run": record,
+      }
+    )
+    with self._failing(step):
+      self._pending = step
+      self._checkpointer.save(
+        folder,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(files.nested(named)),
+          record=ocp.args.JsonSave(content),
+        ),
+      )
+    self._kinds[step] = kind
+    self._ours.add(step)
+    self._last_seconds = time.monotonic()
+
+  def restore(
+    self, abstract: Any, *, check: Check = _no_check, step: int | None = None
+  ) -> Restored | None:
+    """The newest checkpoint, or that of `step`; None if there is no checkpoint at all.
+
+    `abstract` is the state as ShapeDtypeStructs with the shardings to restore into, any mesh.
+    `check` gets the saved run record before any array is read, and may raise. Damage raises
+    DamagedCheckpointError; with on_damage "previous" and no `step`, the damaged checkpoint is set
+    aside and the one before is used.
+    """
+    newest = self.latest() if step is None else step
+    while newest is not None:
+      try:
+        restored = restore(self.directory, newest, abstract, check=check, verify=self.config.verify)
+        self._ours.add(newest)
+        return restored
+      except DamagedCheckpointError as error:
+        if step is not None:
+          raise
+        self._pass_over(newest, error)
+        newest = self.latest()
+    return None
+
+  def wait(self) -> None:
+    """Returns when nothing is being written; raises SaveFailedError if that failed."""
+    with self._failing(self._pending):
+      self._checkpointer.wait_until_finished()
+    self._settle()
+
+  def close(self) -> None:
+    """Finishes writing and removing, and lets another run write here."""
+    try:
+      self.wait()
+    finally:
+      self._checkpointer.close()
+      self._remover.shutdown(wait=True)
+      if self._lock is not None:
+        self._lock.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    try:
+      self.close()
+    except SaveFailedError as error:
+      # The error that is on its way out matters more; this one must not hide it.
+      if kind is None:
+        raise
+      logging.error("%s", error)
+
+  def _folder(self, step: int) -> pathlib.Path:
+    return self.directory / f"{step:08d}"
+
+  def _content(self, step: int) -> dict[str, Any]:
+    return files.read_content(self._folder(step))
+
+  def _settle(self) -> None:
+    """Notices that a save has finished or failed, and then removes what it makes superfluous."""
+    with self._failing(self._pending):
+      self._checkpointer.check_for_errors()
+    if self._pending is None or not self._folder(self._pending).exists():
+      return
+    complete, self._pending = self._pending, None
+    logging.info("checkpoint of step %d is complete", complete)
+    if self._is_first:
+      files.flush_to_disk(self.directory)
+      for step in superfluous(self._kinds, self.config):
+        del self._kinds[step]
+        self._remove(self._folder(step))
+
+  def _flush(self) -> None:
+    """Puts a finished, not yet renamed checkpoint on disk: the rename must not get there first."""
+    for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+      for path, _, names in os.walk(folder):
+        for name in names:
+          files.flush_to_disk(pathlib.Path(path, name))
+        files.flush_to_disk(pathlib.Path(path))
+
+  def _remove(self, folder: pathlib.Path) -> None:
+    """Renames it, so that what is named like a step is never half there, and removes it later."""
+    doomed = self.directory / f"deleted-{folder.name}-{time.time_ns()}"
+    folder.rename(doomed)
+    self._remover.submit(files.remove_tree, doomed)
+
+  def _pass_over(self, step: int, error: DamagedCheckpointError) -> None:
+    """Sets a damaged checkpoint aside if that is asked for, else raises."""
+    before = [other for other in steps(self.directory) if other < step]
+    instead = f"that of step {max(before)}" if before else "a new start"
+    if self.config.on_damage == "refuse":
+      raise DamagedCheckpointError(
+        f"{error}. To go on from {instead}: checkpoint.on_damage=previous, or move the folder away"
+      ) from error
+    if isinstance(error, UnreadableError) and jax.process_count() > 1:
+      raise DamagedCheckpointError(
+        f"{error}. Other processes may be able to read it, so it is not set aside: move the folder "
+        f"away to go on from {instead}"
+      ) from error
+    aside = self.directory / f"damaged-{step:08d}-{time.time_ns()}"
+    _of_first_process(0)  # nobody is reading it any more
+    if self._is_first:
+      self._folder(step).rename(aside)
+    _of_first_process(0)
+    self._kinds.pop(step, None)
+    logging.error("%s. It is now %s; going on from %s", error, aside.name, instead)
+
+  @contextlib.contextmanager
+  def _failing(self, step: int | None):
+    """Turns whatever a save raises into SaveFailedError."""
+    try:
+      yield
+    # Orbax and TensorStore raise all kinds, bare Exception too.
+    except Exception as error:
+      self._pending = None
+      if step is not None:
+        self._kinds.pop(step, None)
+        self._ours.discard(step)
+      complete = steps(self.directory)
+      last = f"that of step {max(complete)}" if complete else "none"
+      raise SaveFailedError(
+        f"the checkpoint of step {step} could not be written to {self.directory}: {error}. "
+        f"The last complete one is {last}"
+      ) from error
+
+
+def superfluous(kinds: dict[int, Kind], config: CheckpointConfig) -> list[int]:
+  """Which of the complete checkpoints (step -> kind) the policy no longer keeps, ascending."""
+  newest_first = sorted(kinds, reverse=True)
+  permanent = [step for step in newest_first if kinds[step] == "permanent"]
+  kept = set(newest_first[: config.keep_temporary]) | set(permanent[: config.keep_permanent])
+  return sorted(step for step in kinds if step not in kept)
+
+
+def restore(
+  directory: str | os.PathLike[str],
+  step: int,
+  abstract: Any,
+  *,
+  check: Check = _no_check,
+  verify: bool = True,
+) -> Restored:
+  """Reads one checkpoint and changes nothing, so also while a run is writing there.
+
+  Arguments and errors as of Checkpoints.restore.
+  """
+  folder = pathlib.Path(os.path.abspath(directory)) / f"{step:08d}"
+  content = files.read_content(folder)
+  check(content["run"])
+  named = {name: _placed(leaf) for name, leaf in named_leaves(abstract).items()}
+  files.check_arrays(content["arrays"], named, folder)
+  found = named_leaves(_restore_arrays(folder, files.nested(named)))
+  if verify:
+    wrong = [
+      name
+      for name, checksum in checksums({name: found[name] for name in named}).items()
+      if checksum != content["arrays"][name][2]
+    ]
+    if wrong:
+      raise DamagedCheckpointError(
+        f"checkpoint {folder} is damaged: {files.first_few(wrong)} changed after it was written "
+        "(checksum)"
+      )
+  state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in named])
+  return Restored(step, state, content["run"])
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+  return ocp.CompositeCheckpointHandler(
+    state=ocp.StandardCheckpointHandler(),
+    record=ocp.JsonCheckpointHandler(filename="record.json"),
+  )
+
+
+def _restore_arrays(folder: pathlib.Path, abstract: Any) -> Any:
+  try:
+    with ocp.Checkpointer(_handler()) as checkpointer:
+      return checkpointer.restore(
+        folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+      ).state
+  except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+    raise  # nothing is wrong with the files
+  # Orbax and TensorStore raise all kinds for a broken file, bare Exception too.
+  except Exception as error:
+    raise UnreadableError(
+      f"checkpoint {folder} is damaged: its arrays cannot be read ({_first_line(error)})"
+    ) from error
+
+
+def _kinds(directory: pathlib.Path) -> dict[int, Kind]:
+  """The kind of each readable checkpoint; those that are not are never removed."""
+  kinds = {}
+  for step in steps(directory):
+    with contextlib.suppress(ValueError):
+      kinds[step] = files.read_content(directory / f"{step:08d}")["kind"]
+  return kinds
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().partition("[tensorstore_spec")[0].splitlines()
+  return lines[0].strip() if lines else type(error).__name__
+
+
+def _of_first_process(value: int) -> int:
+  """Process 0's value, on every process; all have arrived when it returns."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _is_worth_reading(record: Any) -> bool:
+  """Of log records: Orbax tells at INFO level about every thread of every save."""
+  return record.levelname != "INFO" or "/orbax/" not in record.pathname
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+  logging.get_absl_logger().addFilter(_is_worth_reading)

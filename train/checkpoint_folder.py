@@ -1,0 +1,148 @@
+"""What a checkpoint's folder holds besides its arrays, and how to tell whether it is broken."""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+from typing import Any, NoReturn, TextIO
+
+import jax
+from absl import logging
+
+FORMAT = "checkpoint 1"
+
+
+class DamagedCheckpointError(ValueError):
+  """A checkpoint cannot be read, or is not what was written; the message names what and where."""
+
+
+class UnreadableError(DamagedCheckpointError):
+  """Damage that one process may see and another not."""
+
+
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+  """The steps with a folder, ascending; a folder that is still being written has another name."""
+  found = pathlib.Path(directory)
+  if not found.is_dir():
+    return []
+  return sorted(int(path.name) for path in found.iterdir() if path.name.isdecimal())
+
+
+def read_content(folder: pathlib.Path) -> dict[str, Any]:
+  """What record.json holds, after checking that it is what was written."""
+  path = folder / "record" / "record.json"
+  try:
+    content = json.loads(path.read_bytes())
+  except (FileNotFoundError, NotADirectoryError) as error:
+    if not folder.exists():
+      raise ValueError(
+        f"there is no checkpoint {folder}; there are: {steps(folder.parent)}"
+      ) from error
+    raise DamagedCheckpointError(
+      f"checkpoint {folder} is damaged: it has no record/record.json"
+    ) from error
+  except ValueError as error:
+    raise DamagedCheckpointError(
+      f"checkpoint {folder} is damaged: record.json is not JSON"
+    ) from error
+  if not isinstance(content, dict) or content != sealed(content):
+    raise DamagedCheckpointError(
+      f"checkpoint {folder} is damaged: record.json changed after it was written (sha256)"
+    )
+  if content["format"] != FORMAT:
+    raise ValueError(
+      f"checkpoint {folder} has format {content['format']!r}, this code reads {FORMAT!r}"
+    )
+  if content["step"] != int(folder.name):
+    raise DamagedCheckpointError(f"checkpoint {folder} is damaged: it is of step {content['step']}")
+  return content
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+  """With the sha256 of all the rest, as JSON gives it back."""
+  rest = {key: value for key, value in content.items() if key != "sha256"}
+  text = json.dumps(rest, sort_keys=True, allow_nan=False)
+  return {**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def nested(named: dict[str, Any]) -> dict[str, Any]:
+  """Plain nested dicts: the names in a checkpoint do not depend on our classes."""
+  tree: dict[str, Any] = {}
+  for name, leaf in named.items():
+    *parents, last = name.split("/")
+    functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, tree)[last] = leaf
+  return tree
+
+
+def describe(named: dict[str, jax.Array], sums: dict[str, str]) -> dict[str, list[Any]]:
+  return {name: [list(x.shape), str(x.dtype), sums[name]] for name, x in named.items()}
+
+
+def check_arrays(saved: dict[str, Any], named: dict[str, Any], folder: pathlib.Path) -> None:
+  """Raises unless the checkpoint has exactly the arrays that the model and optimizer need."""
+  now = {name: (list(x.shape), str(x.dtype)) for name, x in named.items()}
+  then = {name: (shape, dtype) for name, (shape, dtype, _) in saved.items()}
+  wrong = [f"{name} is missing in the checkpoint" for name in now if name not in then]
+  wrong += [f"{name} is only in the checkpoint" for name in then if name not in now]
+  wrong += [
+    f"{name} is {then[name][1]}{then[name][0]} in the checkpoint, {dtype}{shape} now"
+    for name, (shape, dtype) in now.items()
+    if name in then and then[name] != (shape, dtype)
+  ]
+  if wrong:
+    raise ValueError(
+      f"checkpoint {folder} is not of this model and optimizer: {first_few(wrong, '; ')}. Use the "
+      "config it was made with, or another workdir"
+    )
+
+
+def first_few(names: list[str], separator: str = ", ", limit: int = 5) -> str:
+  more = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""
+  return separator.join(names[:limit]) + more
+
+
+def flush_to_disk(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    # Some network file systems cannot flush folders; they keep renames in order themselves.
+    with contextlib.suppress(OSError):
+      os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def remove_tree(folder: pathlib.Path) -> None:
+  try:
+    shutil.rmtree(folder)
+  except OSError as error:
+    # It has another name than a step, so nothing depends on it but space.
+    logging.error("%s could not be removed: %s", folder, error)
+
+
+def lock(directory: pathlib.Path) -> TextIO:
+  """Held until it is closed or the process dies, however it dies."""
+  file = (directory / "lock").open("a+")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    holder = file.read().strip()
+    file.close()
+    _refuse_second_writer(directory, holder)
+  except OSError as error:
+    logging.warning("%s: no lock on this file system (%s)", directory, error)
+  file.truncate(0)
+  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+  file.flush()
+  return file
+
+
+def _refuse_second_writer(directory: pathlib.Path, holder: str) -> NoReturn:
+  raise ValueError(
+    f"{directory} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
+  )
