@@ -44,8 +44,10 @@ class DecoderConfig:
   embedding_scale "sqrt_width" multiplies the embedded tokens by sqrt(width), rounded to bfloat16, as
   RecurrentGemma does; logit_cap c bounds logits as c tanh(logits / c). dtype is that of activations,
   param_dtype that of matrices and vectors alike, but for norms, gate biases and decay: those are
-  float32. remat "block" keeps only block inputs for the backward pass, "matmuls" the results of
-  matrix products as well. layers "unroll" writes every block out: for tests and tiny models.
+  float32. remat: what the backward pass computes again. "none": nothing but elementwise work, whose
+  results would fill memory for longer than they take to make; "matmuls": attention, scans and the
+  gates' small products too; "block": everything, keeping only block inputs. layers "unroll" writes
+  every block out: for tests and tiny models.
   """
 
   vocab_size: int
@@ -314,7 +316,10 @@ class _Decoder:
     prevent_cse = self.config.layers == "unroll"
     match self.config.remat:
       case "none":
-        return logical.regathering(block, prevent_cse=prevent_cse)
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+          policies.dots_saveable, policies.save_only_these_names("scan", "attention")
+        )
       case "block":
         policy = jax.checkpoint_policies.nothing_saveable
       case "matmuls":

@@ -9,6 +9,7 @@ import optax
 from models.decoder import Model
 from sharding import logical
 from sharding.logical import Rules
+from train.optimizer import AdamWState
 
 
 class TrainState(NamedTuple):
@@ -20,7 +21,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(key: jax.Array, *, model: Model, tx: optax.GradientTransformation) -> TrainState:
-  """Fresh parameters and moments; jit it with `state_shardings` so that no device holds them all."""
+  """Fresh parameters and moments; jit it with `state_shardings`, or one device holds them all."""
   params = model.init(key)
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
@@ -30,19 +31,9 @@ def abstract_state(model: Model, tx: optax.GradientTransformation) -> TrainState
   return jax.eval_shape(lambda key: init_state(key, model=model, tx=tx), jax.random.key(0))
 
 
-def state_shardings(
-  model: Model, tx: optax.GradientTransformation, *, mesh: jax.sharding.Mesh, rules: Rules
-) -> TrainState:
+def state_shardings(model: Model, *, mesh: jax.sharding.Mesh, rules: Rules) -> TrainState:
   """The sharding of every array of the state on `mesh`: moments lie as `rules.moments` says."""
   params = logical.shardings(model.axes, model.shapes, rules.parameters, mesh)
   moments = logical.shardings(model.axes, model.shapes, rules.moments, mesh)
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  abstract = abstract_state(model, tx)
-  opt_state = optax.tree_map_params(
-    tx,
-    lambda _, sharding: sharding,
-    abstract.opt_state,
-    moments,
-    transform_non_params=lambda _: replicated,
-  )
-  return TrainState(replicated, params, opt_state)
+  return TrainState(replicated, params, AdamWState(replicated, mu=moments, nu=moments))

@@ -24,6 +24,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch
 from kernels.linear_scan import associative, chunked, reference
@@ -71,6 +72,8 @@ def _linear_scan(x_BTD, a_BTD, h0_BD, implementation, reverse):
 
 def _forward(x_BTD, a_BTD, h0_BD, implementation, reverse):
   y_BTD, hT_BD = _linear_scan(x_BTD, a_BTD, h0_BD, implementation, reverse)
+  # A remat policy can keep what is named: the states, rather than run the recurrence again.
+  y_BTD = checkpoint_name(y_BTD, "scan")
   return (y_BTD, hT_BD), (y_BTD, a_BTD, h0_BD)
 
 

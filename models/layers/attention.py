@@ -9,6 +9,7 @@ head is computed on every shard, and its gradient is the sum over the shards' he
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from kernels import local_attention
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import normal, param, zeros
+from sharding import logical
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,14 +101,21 @@ class Attention(nnx.Module):
         v_BSH = jnp.concatenate([state.v_BWH, v_BSH], axis=1)
         document_BS = jnp.concatenate([state.document_BW, document_BS], axis=1)
         state = AttentionState(k_BSH[:, -size:], v_BSH[:, -size:], document_BS[:, -size:])
-      y_BTNH = local_attention.local_attention(
-        q_BTNH,
-        k_BSH,
-        v_BSH,
-        segments.document_BT,
-        document_BS,
-        window=self.window,
-        implementation=self.implementation,
+      # Split by heads here, the gradients of the one key and value are summed over the shards once;
+      # left to the partitioner they are summed block by block, in float32.
+      attend = logical.on_shards(
+        functools.partial(
+          local_attention.local_attention, window=self.window, implementation=self.implementation
+        ),
+        in_axes=(
+          ("batch", "time", "heads", "head"),
+          ("batch", "time", "head"),
+          ("batch", "time", "head"),
+          ("batch", "time"),
+          ("batch", "time"),
+        ),
+        out_axes=("batch", "time", "heads", "head"),
       )
+      y_BTNH = attend(q_BTNH, k_BSH, v_BSH, segments.document_BT, document_BS)
       y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_out_NHD[...].astype(dtype))
       return y_BTD + self.b_out_D[...].astype(dtype), state

@@ -1,0 +1,139 @@
+"""A run laid out on a mesh: its model, optimizer and layouts, and the steps compiled for them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data.rows import Batch
+from models import decoder
+from models.decoder import DecoderConfig, Model
+from models.layers import attention, rg_lru
+from sharding import logical, rules
+from sharding.logical import Rules
+from sharding.mesh import make_mesh
+from train.config import Run
+from train.optimizer import decay_mask
+from train.state import TrainState, abstract_state, init_state, state_shardings
+from train.step import eval_step, train_step
+
+_ZERO_STAGES = {1: rules.ZERO1, 2: rules.ZERO2, 3: rules.ZERO3}
+
+
+class Program(NamedTuple):
+  """What a run is on one mesh; nothing is compiled or allocated yet."""
+
+  run: Run
+  mesh: Mesh
+  rules: Rules
+  model: Model
+  tx: optax.GradientTransformation
+  shardings: TrainState
+  abstract: TrainState  # ShapeDtypeStructs with their shardings
+
+
+def build(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Program:
+  """The run on a mesh over `devices` (all there are); ValueError if it does not fit that mesh."""
+  mesh = make_mesh(run.mesh, devices=devices)
+  _check_fits(run, mesh)
+  table = _ZERO_STAGES[run.zero_stage]
+  model = decoder.build(run.model)
+  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
+  shardings = state_shardings(model, mesh=mesh, rules=table)
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    abstract_state(model, tx),
+    shardings,
+  )
+  return Program(run, mesh, table, model, tx, shardings, abstract)
+
+
+def initialize(program: Program) -> TrainState:
+  """The state before the first step, made in its layout: no device ever holds all of it."""
+  key = jax.random.key(program.run.seed)
+
+  def init(key: jax.Array) -> TrainState:
+    return init_state(key, model=program.model, tx=program.tx)
+
+  with logical.placement(program.mesh, program.rules):
+    return jax.jit(init, out_shardings=program.shardings)(key)
+
+
+def lower_train_step(program: Program) -> jax.stages.Lowered:
+  """The training step `(state, batch) -> (state, StepMetrics)`, the state donated."""
+  run = program.run
+
+  def step(state: TrainState, batch: Batch):
+    return train_step(
+      state,
+      batch,
+      model=program.model,
+      tx=program.tx,
+      num_microbatches=run.num_microbatches,
+      z_loss=run.z_loss,
+      clip_norm=run.optimizer.clip_norm,
+    )
+
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(program.shardings, None))
+  with logical.placement(program.mesh, program.rules):
+    return jitted.lower(program.abstract, _abstract_batch(program))
+
+
+def lower_eval_step(program: Program) -> jax.stages.Lowered:
+  """The evaluation step `(params, batch) -> LossSums`."""
+
+  def step(params: Any, batch: Batch):
+    return eval_step(params, batch, model=program.model)
+
+  with logical.placement(program.mesh, program.rules):
+    return jax.jit(step).lower(program.abstract.params, _abstract_batch(program))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows are dealt out over data and fsdp; every tensor shard has the whole row."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+  """This process's rows of a batch as part of the global arrays."""
+  sharding = batch_sharding(mesh)
+  return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+
+
+def _abstract_batch(program: Program) -> Batch:
+  shape = (program.run.batch_size, program.run.data.row_length)
+  sharding = batch_sharding(program.mesh)
+  ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+  weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+  return Batch(ids, ids, ids, weights)  # pyright: ignore[reportArgumentType]
+
+
+def _check_fits(run: Run, mesh: Mesh) -> None:
+  """Raises if the mesh does not divide what it has to."""
+  rules.check_tensor_degree(mesh.shape["tensor"], sizes=_tensor_sizes(run.model))
+  row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = run.batch_size // run.num_microbatches
+  if rows % row_shards:
+    raise ValueError(
+      f"Run: {rows} rows of a microbatch (batch_size {run.batch_size} / num_microbatches "
+      f"{run.num_microbatches}) are not divisible by the {row_shards} devices of data x fsdp; "
+      "change batch_size, num_microbatches or the mesh"
+    )
+
+
+def _tensor_sizes(config: DecoderConfig) -> dict[str, int]:
+  """What tensor parallelism splits, by the name it has in a config."""
+  sizes = {"vocab_size": config.vocab_size}
+  for block in config.pattern:
+    sizes["mlp_width"] = block.mlp.mlp_width
+    match block.mixer:
+      case attention.Config() as mixer:
+        sizes["num_heads"] = mixer.num_heads
+      case rg_lru.Config() as mixer:
+        sizes["num_gate_blocks"] = mixer.num_gate_blocks
+        sizes["rnn_width"] = mixer.rnn_width
+  return sizes
