@@ -1,0 +1,120 @@
+"""The record of a run in each of its checkpoints, and what may change when the run goes on."""
+
+import dataclasses
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import jax
+
+from data.token_store import read_manifest
+from models.decoder import Model
+from train.config import Run
+
+# Paths of settings that leave the model and its batches as they are. All others may not change.
+MAY_CHANGE = (
+  "name",
+  "total_steps",  # the schedule of the learning rate follows it
+  "eval_every",
+  "num_microbatches",
+  "z_loss",
+  "optimizer*",  # but for moment_dtype: the arrays of the checkpoint have one
+  "mesh*",
+  "zero_stage",
+  "checkpoint*",
+  "metrics*",
+  "non_finite*",
+  "model.remat",
+  "model.layers",
+  "model.*.scan",
+  "model.*.implementation",
+  "data.at_end",  # the batches up to the end are the same
+  "data.num_epochs",
+  "data.eval_source",
+  "data.eval_rows",
+  "data.read_threads",
+  "data.prefetch_batches",
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "grain", "numpy", "optax", "orbax-checkpoint")
+
+
+def run_record(run: Run, model: Model) -> dict[str, Any]:
+  """What has to be known to repeat or continue `run`: plain values, as JSON gives them back.
+
+  identity: path -> value of every setting; token stores by their content, not by where they lie.
+  versions and devices are for people.
+  """
+  identity = {
+    path: value for path, value in _settings(run).items() if not path.startswith("data.sources")
+  }
+  for index, (path, weight) in enumerate(run.data.sources):
+    manifest = read_manifest(path)
+    identity[f"data.sources[{index}].weight"] = weight
+    identity[f"data.sources[{index}].fingerprint"] = manifest.fingerprint
+    for name, value in dataclasses.asdict(manifest.vocabulary).items():
+      identity[f"data.sources[{index}].vocabulary.{name}"] = value
+  identity["model.parameters"] = _fingerprint(model)
+  record = {
+    "identity": identity,
+    "sources": [path for path, _ in run.data.sources],
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    },
+    "devices": {
+      "kind": jax.devices()[0].device_kind,
+      "count": jax.device_count(),
+      "processes": jax.process_count(),
+    },
+  }
+  return json.loads(json.dumps(record))
+
+
+def compare_records(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+  """Lines "path: was -> is" for what differs and may; ValueError for what may not change."""
+  then, current = saved["identity"], now["identity"]
+  allowed, refused = [], []
+  for path in sorted({*then, *current}):
+    was, is_now = then.get(path, "(not there)"), current.get(path, "(not there)")
+    if was == is_now:
+      continue
+    may_change = any(fnmatch.fnmatchcase(path, pattern) for pattern in MAY_CHANGE)
+    (allowed if may_change else refused).append((path, was, is_now))
+  if refused:
+    lines = [
+      f"{path} is {was!r} in the checkpoint, {is_now!r} now" for path, was, is_now in refused
+    ]
+    raise ValueError(
+      f"this run cannot go on from its checkpoint: {'; '.join(lines)}. Set back what is named, or "
+      "start a new run with another --workdir"
+    )
+  return [f"{path}: {was!r} -> {is_now!r}" for path, was, is_now in allowed]
+
+
+def _settings(value: Any, path: str = "") -> dict[str, Any]:
+  """Every field by its path, and the class of every choice that is an object."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    kind = type(value)
+    settings = {path: f"{kind.__module__}.{kind.__qualname__}"} if path else {}
+    for field in dataclasses.fields(value):
+      inner = f"{path}.{field.name}".removeprefix(".")
+      settings.update(_settings(getattr(value, field.name), inner))
+    return settings
+  if isinstance(value, tuple | list) and any(dataclasses.is_dataclass(item) for item in value):
+    settings = {}
+    for index, item in enumerate(value):
+      settings.update(_settings(item, f"{path}[{index}]"))
+    return {**settings, f"{path}.length": len(value)}
+  return {path: value}
+
+
+def _fingerprint(model: Model) -> str:
+  """sha256 over name, shape and dtype of every parameter."""
+  arrays = [
+    (jax.tree_util.keystr(path, simple=True, separator="/"), list(x.shape), str(x.dtype))
+    for path, x in jax.tree_util.tree_leaves_with_path(model.shapes)
+  ]
+  return hashlib.sha256(json.dumps(arrays).encode()).hexdigest()
