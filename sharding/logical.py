@@ -228,10 +228,12 @@ def on_shards(
   or a tuple of them for several. Differentiable in every argument: the gradient of one that is
   whole on several devices is the sum over them. Inside, `mesh_axis(name)` is what to sum over.
 
-  check_vma=True lets JAX track over which axes values differ between devices: then no sum is made
-  twice, and an output that is not the same on all devices that should share it is an error. A
-  Pallas kernel with its own gradient does not carry that tracking and needs False; its gradients
-  are right then too, at the price of an all-reduce for every psum in `f`.
+  check_vma=True lets JAX track over which axes values differ between devices. Every argument counts
+  as different over all axes that any argument is split over, so that its gradient is summed once
+  and in its own dtype, and not wherever it meets another; an output that is not split over such an
+  axis must be summed over it, or is an error. A Pallas kernel with its own gradient does not carry
+  that tracking and needs False; its gradients are right then too, at the price of an all-reduce for
+  every psum in `f`.
   """
   placed = _placed()
   if placed is None or placed.mesh.size == 1:
@@ -245,7 +247,13 @@ def on_shards(
     else tuple(_inside_spec(axes, placed) for axes in out_axes)
   )
 
+  split = {axis for layout in in_specs for entry in layout for axis in _as_tuple(entry)}
+
   def body(*arguments: Any) -> Any:
+    if check_vma:
+      arguments = tuple(
+        _varying(x, split, layout) for x, layout in zip(arguments, in_specs, strict=True)
+      )
     with _ambient(placed._replace(is_inside=True)):
       return f(*arguments)
 
@@ -259,6 +267,12 @@ def on_shards(
     return mapped(*arguments)
 
   return checked
+
+
+def _varying(x: jax.Array, split: set[str], layout: PartitionSpec) -> jax.Array:
+  """x, which lies as `layout`, marked as different over all axes of `split`."""
+  missing = split - {axis for entry in layout for axis in _as_tuple(entry)}
+  return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def _inside_spec(axes: Axes, placed: _Placement) -> PartitionSpec:
