@@ -36,7 +36,8 @@ class Manifest:
   """What is in a store. Digests are of the values (little-endian bytes), not of the files.
 
   text_bytes: UTF-8 bytes of all documents. num_unknown: tokens that stand for text which the
-  vocabulary cannot spell. files: name and size of each file under the store.
+  vocabulary cannot spell. files: name and size of each file under the store. origin: what it was
+  made of, as the program that made it says; not in the fingerprint.
   """
 
   vocabulary: VocabularyRecord
@@ -47,7 +48,7 @@ class Manifest:
   token_digests: tuple[str, ...]  # sha256 of each shard
   starts_digest: str
   files: dict[str, int]
-  origin: str = ""
+  origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def fingerprint(self) -> str:
@@ -173,10 +174,12 @@ class TokenStore:
 class Writer:
   """Writes a store document by document; it is complete after close() and not before."""
 
-  def __init__(self, path: str, vocabulary: VocabularyRecord, *, origin: str = ""):
+  def __init__(
+    self, path: str, vocabulary: VocabularyRecord, *, origin: dict[str, Any] | None = None
+  ):
     self._path = path
     self._vocabulary = vocabulary
-    self._origin = origin
+    self._origin = origin or {}
     self._num_tokens = self._text_bytes = self._num_unknown = 0
     self._starts: list[np.ndarray] = []
     self._waiting: list[np.ndarray] = []
@@ -255,6 +258,11 @@ def write(
     writer.append(np.asarray(document), np.array([len(document)]), text_bytes=0)
   writer.append(np.empty(0, np.int64), np.empty(0, np.int64), text_bytes=text_bytes)
   return writer.close()
+
+
+def remove(path: str) -> None:
+  """Takes a finished store's manifest away: no store any more, and Writer may make it anew."""
+  _kvstore(path).write("manifest.json", None).result()
 
 
 def is_complete(path: str) -> bool:

@@ -1,0 +1,393 @@
+"""launch.prepare: what goes in comes out once, faults are named, a killed run goes on."""
+
+import dataclasses
+import gzip
+import json
+import lzma
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import zstandard
+
+from data import documents, token_store, vocabulary
+from data.encode import Settings
+from data.token_store import TokenStore
+from launch import prepare as prepare_module
+from launch.prepare import Job, prepare
+
+ROOT = pathlib.Path(__file__).parents[1]
+BYTE = vocabulary.load("byte")
+COMPRESS = {
+  ".gz": gzip.compress,
+  ".zst": zstandard.ZstdCompressor().compress,
+  ".xz": lzma.compress,
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+def _job(*inputs: str, **changes) -> Job:
+  job = Job(
+    inputs=inputs,
+    output="store",
+    settings=Settings(vocabulary="byte"),
+    num_workers=1,
+    holdout_every=0,
+    holdout_output="",
+    work_dir=pathlib.Path("store.partial"),
+  )
+  return dataclasses.replace(job, **changes)
+
+
+def _texts(path: str = "store") -> list[str]:
+  store = TokenStore(path)
+  flat = store.read(np.array([0]), store.manifest.num_tokens)[0]
+  return [BYTE.decode(document) for document in np.split(flat, store.starts[1:])]
+
+
+def _jsonl(path: str, texts: list[str], field: str = "text") -> None:
+  lines = [json.dumps({"id": n, field: text}) for n, text in enumerate(texts)]
+  pathlib.Path(path).write_text("\n".join(lines) + "\n")
+
+
+def test_every_format_gives_its_documents_in_order():
+  pathlib.Path("a.txt").write_bytes("déjà\r\nvu\n".encode())
+  pathlib.Path("b.md").write_bytes(b"\xef\xbb\xbfafter a byte order mark")
+  _jsonl("c.jsonl", ["one", "two\nlines"])
+  pathlib.Path("c.jsonl").write_text(pathlib.Path("c.jsonl").read_text().rstrip("\n"))
+  expected = ["déjà\r\nvu\n", "after a byte order mark", "one", "two\nlines"]
+  prepare(_job("*.txt", "*.md", "*.jsonl"))
+  assert _texts() == expected
+  manifest = token_store.read_manifest("store")
+  assert manifest.text_bytes == sum(len(text.encode()) for text in expected)
+  assert not pathlib.Path("store.partial").exists()
+
+
+@pytest.mark.parametrize("suffix", list(COMPRESS))
+def test_compressed_files_are_read_to_the_end(suffix):
+  text = "".join(f"line {n}\n" for n in range(1000))
+  compress = COMPRESS[suffix]
+  # Two members, as `cat a.gz b.gz` makes and parallel compressors write.
+  pathlib.Path(f"a.txt{suffix}").write_bytes(compress(text.encode()) + compress(b"and more"))
+  prepare(_job("a.txt.*"))
+  assert _texts() == [text + "and more"]
+
+
+@pytest.mark.parametrize("suffix", list(COMPRESS))
+@pytest.mark.parametrize("fault", ["truncated", "damaged"])
+def test_a_compressed_file_that_is_cut_off_or_damaged_is_named(suffix, fault):
+  content = COMPRESS[suffix](os.urandom(5000).hex().encode())
+  path = pathlib.Path(f"a.txt{suffix}")
+  path.write_bytes(content[:-20] if fault == "truncated" else b"nonsense" + content)
+  with pytest.raises(ValueError, match=rf"a\.txt{suffix}: {fault}"):
+    prepare(_job(str(path)))
+  assert not token_store.is_complete("store")
+
+
+def test_inputs_are_read_once_in_the_order_given():
+  for name in ("b.txt", "a.txt", "sub/c.txt"):
+    pathlib.Path(name).parent.mkdir(exist_ok=True)
+    pathlib.Path(name).write_text(name)
+  prepare(_job("b.txt", "**/*.txt"))
+  assert _texts() == ["b.txt", "a.txt", "sub/c.txt"]
+
+
+@pytest.mark.parametrize(
+  ("pattern", "message"),
+  [
+    ("nothing*.txt", r"'nothing\*\.txt': nothing matches"),
+    ("sub", r"'sub': a folder; give sub/\*\*/\*\.txt"),
+    ("table.csv", r"table\.csv: not one of \.txt, \.md, \.jsonl"),
+    ("archive.gz", r"archive\.gz: not one of"),
+  ],
+)
+def test_an_input_that_cannot_be_read_is_named(pattern, message):
+  pathlib.Path("sub").mkdir()
+  for name in ("table.csv", "archive.gz"):
+    pathlib.Path(name).write_text("x")
+  with pytest.raises(ValueError, match=message):
+    prepare(_job(pattern))
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_place():
+  pathlib.Path("a.txt").write_bytes("é".encode() + b"abc\xff")
+  with pytest.raises(ValueError, match=r"a\.txt: not UTF-8: byte 5 .* 0xff.*--errors=replace"):
+    prepare(_job("a.txt"))
+  pathlib.Path("b.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xe9"}\n')
+  with pytest.raises(ValueError, match=r"b\.jsonl:2: not UTF-8: byte 25 .* 0xe9"):
+    prepare(_job("b.jsonl"))
+  with gzip.open("c.txt.gz", "wb") as file:
+    file.write(b"ab\xc3")
+  with pytest.raises(ValueError, match=r"c\.txt\.gz: not UTF-8: byte 2 .* 0xc3: unexpected end"):
+    prepare(_job("c.txt.gz"))
+
+
+def test_bytes_that_are_not_utf8_are_replaced_if_asked(caplog):
+  pathlib.Path("a.txt").write_bytes(b"ab\xff")
+  _jsonl("b.jsonl", ["half \ud800 pair", "fine"])
+  with caplog.at_level("WARNING"):
+    prepare(_job("a.txt", "b.jsonl", settings=Settings(vocabulary="byte", errors="replace")))
+  assert "2 documents with bytes that are not UTF-8, replaced by U+FFFD: a.txt, b.jsonl:1" in (
+    caplog.text
+  )
+  assert _texts() == ["ab\ufffd", "half \ufffd pair", "fine"]
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ('{"text": "a"', r"a\.jsonl:2: not JSON: "),
+    ('["text"]', r"a\.jsonl:2: a list, not a JSON object"),
+    ('{"body": "a", "id": 1}', r"a\.jsonl:2: no field 'text'; it has body, id .*--text_field"),
+    ('{"text": null}', r"a\.jsonl:2: field 'text' is a NoneType, not a string"),
+    ('{"text": "\\ud800"}', r"a\.jsonl:2: character 0 is half of a surrogate pair"),
+  ],
+)
+def test_a_line_that_is_no_document_is_named(line, message):
+  pathlib.Path("a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+  with pytest.raises(ValueError, match=message):
+    prepare(_job("a.jsonl"))
+  assert not token_store.is_complete("store")
+
+
+def test_the_field_of_the_text_can_be_named():
+  _jsonl("a.jsonl", ["one"], field="body")
+  prepare(_job("a.jsonl", settings=Settings(vocabulary="byte", text_field="body")))
+  assert _texts() == ["one"]
+
+
+def test_empty_documents_are_left_out_and_reported(caplog):
+  pathlib.Path("a.txt").write_text("")
+  pathlib.Path("b.txt").write_text(" \n")
+  pathlib.Path("c.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n')
+  pathlib.Path("d.jsonl").write_text("")
+  pathlib.Path("e.txt.zst").write_bytes(zstandard.compress(b""))
+  with caplog.at_level("WARNING"):
+    prepare(_job("*.txt", "*.jsonl", "*.zst"))
+  assert _texts() == ["one"]
+  assert (
+    "6 empty documents left out: a.txt, b.txt, c.jsonl:2, c.jsonl:3, d.jsonl, ..." in caplog.text
+  )
+
+
+def test_inputs_without_any_text_are_an_error():
+  pathlib.Path("a.txt").write_text("")
+  with pytest.raises(ValueError, match=r"a\.txt: no document with text in it"):
+    prepare(_job("a.txt"))
+
+
+def test_every_nth_document_is_held_out_whole():
+  _jsonl("a.jsonl", [f"document {n}" for n in range(7)])
+  _jsonl("b.jsonl", [f"document {n}" for n in range(7, 11)])
+  prepare(_job("*.jsonl", holdout_every=3, holdout_output="held"))
+  assert _texts("held") == [f"document {n}" for n in (2, 5, 8)]
+  assert _texts() == [f"document {n}" for n in range(11) if n not in (2, 5, 8)]
+  both = [token_store.read_manifest(path) for path in ("store", "held")]
+  assert [m.text_bytes for m in both] == [8 * 10 + 1, 3 * 10]
+
+
+def test_too_few_documents_to_hold_one_out_are_an_error():
+  _jsonl("a.jsonl", ["one", "two"])
+  with pytest.raises(ValueError, match="--holdout_every=3: there are 2 documents"):
+    prepare(_job("a.jsonl", holdout_every=3, holdout_output="held"))
+
+
+def test_unknown_tokens_are_counted_and_reported(tmp_path, caplog):
+  tokenizer = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {
+      "type": "WordLevel",
+      "vocab": {"</s>": 0, "<unk>": 1, "a": 2, "b": 3},
+      "unk_token": "<unk>",
+    },
+    "pre_tokenizer": {"type": "Whitespace"},
+  }
+  pathlib.Path("tokenizer.json").write_text(json.dumps(tokenizer))
+  _jsonl("a.jsonl", ["a b c", "c c", "a"])
+  settings = Settings(vocabulary="tokenizer.json")
+  with caplog.at_level("WARNING"):
+    prepare(_job("a.jsonl", settings=settings, holdout_every=2, holdout_output="held"))
+  assert token_store.read_manifest("store").num_unknown == 1
+  assert token_store.read_manifest("held").num_unknown == 2
+  assert "held: 2 tokens are unknown" in caplog.text
+
+
+def test_a_finished_store_is_left_alone_and_says_so(caplog):
+  _jsonl("a.jsonl", ["one", "two", "three"])
+  job = _job("a.jsonl", holdout_every=2, holdout_output="held")
+  prepare(job)
+  before = {path: path.stat().st_mtime_ns for path in pathlib.Path("store").rglob("*")}
+  # As after a fresh checkout: another time, the same content.
+  os.utime("a.jsonl", ns=(1, 1))
+  with caplog.at_level("INFO"):
+    prepare(job)
+  assert "store is complete, nothing to do: 2 documents" in caplog.text
+  assert {path: path.stat().st_mtime_ns for path in pathlib.Path("store").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda: _jsonl("a.jsonl", ["one", "twice"]), r"a\.jsonl had \d+ bytes, it has"),
+    (lambda: _jsonl("a.jsonl", ["one", "TWO"]), r"a\.jsonl was edited"),
+    (lambda: _jsonl("0.jsonl", ["new"]), r"0\.jsonl is new"),
+    (lambda: os.rename("b.jsonl", "b.txt"), r"b\.jsonl is not among the inputs"),
+  ],
+)
+def test_a_finished_store_of_other_inputs_is_refused_with_the_reason(change, message):
+  _jsonl("a.jsonl", ["one", "two"])
+  _jsonl("b.jsonl", ["three"])
+  prepare(_job("*.jsonl"))
+  change()
+  with pytest.raises(ValueError, match=rf"store is complete.* something else: {message}"):
+    prepare(_job("*.jsonl"))
+
+
+def test_a_finished_store_of_other_settings_is_refused_with_the_reason():
+  _jsonl("a.jsonl", ["one", "two"])
+  prepare(_job("a.jsonl"))
+  with pytest.raises(ValueError, match="errors was 'strict', it is 'replace'"):
+    prepare(_job("a.jsonl", settings=Settings(vocabulary="byte", errors="replace")))
+  with pytest.raises(ValueError, match="holdout_every was 0, it is 2"):
+    prepare(_job("a.jsonl", holdout_every=2, holdout_output="held"))
+  token_store.write("other", [np.array([254, 255])], BYTE.record, text_bytes=0)
+  with pytest.raises(ValueError, match="it does not say what"):
+    prepare(_job("a.jsonl", output="other"))
+
+
+def test_a_damaged_finished_store_is_not_called_complete():
+  _jsonl("a.jsonl", ["one", "two"])
+  prepare(_job("a.jsonl"))
+  os.truncate("store/tokens/c/0", 10)
+  with pytest.raises(ValueError, match="tokens/c/0 has 10 bytes"):
+    prepare(_job("a.jsonl"))
+
+
+def test_a_missing_held_out_store_is_named():
+  _jsonl("a.jsonl", ["one", "two"])
+  job = _job("a.jsonl", holdout_every=2, holdout_output="held")
+  prepare(job)
+  token_store.remove("held")
+  with pytest.raises(ValueError, match="its held-out store held is not there"):
+    prepare(job)
+  # Killed between the two manifests, it is the other one that is missing: both are made again.
+  prepare(_job("a.jsonl", output="s2", holdout_every=2, holdout_output="h2"))
+  token_store.remove("s2")
+  prepare(_job("a.jsonl", output="s2", holdout_every=2, holdout_output="h2"))
+  assert _texts("s2") + _texts("h2") == ["one", "two"]
+
+
+def test_one_large_jsonl_is_shared_among_workers_without_changing_the_store(monkeypatch):
+  texts = [f"document {n}: " + "x" * (n % 50) for n in range(3000)]
+  _jsonl("a.jsonl", texts)
+  prepare(_job("a.jsonl", output="whole"))
+  monkeypatch.setattr(documents, "PIECE_BYTES", 10_000)
+  monkeypatch.setattr(prepare_module, "_BYTES_PER_WORKER", 1)
+  assert len(documents.pieces("a.jsonl")) > 5
+  prepare(_job("a.jsonl", num_workers=2))
+  assert _texts() == texts
+  left, right = (token_store.read_manifest(path) for path in ("whole", "store"))
+  assert left.fingerprint == right.fingerprint
+
+
+def test_a_fault_in_a_later_piece_has_the_line_of_the_file(monkeypatch):
+  lines = [json.dumps({"text": str(n) * 20}) for n in range(500)]
+  lines[400] = "{"
+  pathlib.Path("a.jsonl").write_text("\n".join(lines))
+  monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+  with pytest.raises(ValueError, match=r"a\.jsonl:401: not JSON"):
+    prepare(_job("a.jsonl"))
+
+
+def test_after_an_error_what_was_done_is_not_done_again(monkeypatch):
+  _jsonl("a.jsonl", ["one"])
+  pathlib.Path("b.txt").write_bytes(b"\xff")
+  with pytest.raises(ValueError, match=r"b\.txt: not UTF-8"):
+    prepare(_job("a.jsonl", "b.txt"))
+  pathlib.Path("b.txt").write_text("two")
+  encoded = []
+  original = prepare_module.encode.encode_all
+
+  def spy(named, **arguments):
+    encoded.extend(piece.path for piece, _ in named)
+    original(named, **arguments)
+
+  monkeypatch.setattr(prepare_module.encode, "encode_all", spy)
+  prepare(_job("a.jsonl", "b.txt"))
+  assert encoded == ["b.txt"]
+  assert _texts() == ["one", "two"]
+
+
+def test_the_working_folder_keeps_what_is_not_ours():
+  pathlib.Path("mine").mkdir()
+  pathlib.Path("mine/notes.json").write_text("{}")
+  _jsonl("a.jsonl", ["one"])
+  prepare(_job("a.jsonl", work_dir=pathlib.Path("mine")))
+  assert [path.name for path in pathlib.Path("mine").iterdir()] == ["notes.json"]
+
+
+def _command(*arguments: str) -> list[str]:
+  return [sys.executable, "-m", "launch.prepare", *arguments]
+
+
+def _run(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  return subprocess.run(
+    _command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=100
+  )
+
+
+def test_the_command_reports_one_line_and_its_exit_status(tmp_path):
+  _jsonl("a.jsonl", ["one", "two"])
+  done = _run("--input=a.jsonl", "--output=store", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "store is made: 2 documents, 10 tokens, 6 bytes of text" in done.stderr
+  wrong = _run("--input=b*.jsonl", "--output=other", cwd=tmp_path)
+  assert wrong.returncode == 1
+  assert "nothing matches" in wrong.stderr
+  assert "Traceback" not in wrong.stderr
+  for flags in (["--holdout_every=3"], ["--holdout_output=h"], ["--output=gs://bucket/s"]):
+    wrong = _run("--input=a.jsonl", "--output=other", *flags, cwd=tmp_path)
+    assert wrong.returncode == 1
+    assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_it_goes_on_to_the_same_store(tmp_path, seed):
+  rng = np.random.default_rng(seed)
+  for file in range(12):
+    _jsonl(f"{file:02d}.jsonl", ["word " * int(n) for n in rng.integers(1, 400, 400)])
+  prepare(_job("*.jsonl", output="straight", holdout_every=5, holdout_output="straight_held"))
+  arguments = ["--input=*.jsonl", "--output=store", "--holdout_every=5", "--holdout_output=held"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  kills = 0
+  for _ in range(3):
+    process = subprocess.Popen(
+      _command(*arguments), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    # From the first sign of work on; imports take much longer than the work.
+    deadline = time.monotonic() + 60
+    while not pathlib.Path("store.partial").exists() and process.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+    time.sleep(float(rng.uniform(0, 0.25)))
+    process.send_signal(signal.SIGKILL)
+    kills += process.wait() == -signal.SIGKILL
+  done = _run(*arguments, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  for path, straight in (("store", "straight"), ("held", "straight_held")):
+    TokenStore(path)
+    left, right = token_store.read_manifest(path), token_store.read_manifest(straight)
+    assert left.fingerprint == right.fingerprint
+    assert left.origin == right.origin
+  assert kills
