@@ -1,9 +1,9 @@
 """What a compiled program sends between devices, read from its text: kind, bytes, axes, how often.
 
 `read(compiled.as_text(), mesh)` understands the forms that XLA writes: asynchronous pairs (counted
-once, at their start), combined collectives with tuple shapes, and groups of devices as a list
-{{0,1},{2,3}}, as a reshape [4,2]<=[2,4]T(1,0), or as axes of XLA's own mesh. A form that it does
-not know is an error, never skipped.
+once, at their start), chains of fusions (TPU; counted once), combined collectives with tuple
+shapes, and groups of devices as a list {{0,1},{2,3}}, as a reshape [4,2]<=[2,4]T(1,0), or as axes
+of XLA's own mesh. A form that it does not know is an error, never skipped.
 """
 
 import dataclasses
@@ -67,12 +67,13 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
     for instructions in computations.values()
     for instruction in instructions.values()
     if instruction.opcode == "fusion"
-    for called, _ in _calls(instruction)
+    for called, _ in _calls(instruction, computations)
   }
-  found = []
+  found, chains = [], set()
   for computation, instructions in computations.items():
     for instruction in instructions.values() if computation in times else ():
-      if instruction.kind is not None:
+      if instruction.kind is not None and instruction.chain not in chains:
+        chains |= {instruction.chain} - {None}
         kind = _kind(instruction, instructions, is_fused=computation in fused)
         found.append(_collective(kind, instruction, instructions, times[computation], mesh))
   return found
@@ -114,6 +115,12 @@ class _Instruction:
     """The kind of a collective, also of one that starts here; None for all else."""
     kind = self.opcode.removesuffix("-start")
     return kind if kind in _KINDS else None
+
+  @property
+  def chain(self) -> tuple[str, ...] | None:
+    """What the links of one collective have in common that runs through several fusions (TPU)."""
+    chain = re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', self.rest)
+    return chain.groups() if chain else None
 
   @property
   def operands(self) -> list[str]:
@@ -162,7 +169,7 @@ def _times(computations: dict[str, dict[str, _Instruction]], entry: str) -> dict
     if name not in times:
       continue
     for instruction in computations[name].values():
-      for called, trips in _calls(instruction):
+      for called, trips in _calls(instruction, computations):
         per_call = times[name]
         calls = None if per_call is None or trips is None else per_call * trips
         before = times.get(called, 0)
@@ -170,19 +177,41 @@ def _times(computations: dict[str, dict[str, _Instruction]], entry: str) -> dict
   return times
 
 
-def _calls(instruction: _Instruction) -> list[tuple[str, int | None]]:
+def _calls(
+  instruction: _Instruction, computations: dict[str, dict[str, _Instruction]]
+) -> list[tuple[str, int | None]]:
   """The computations that an instruction runs, and how often."""
   # These name again what their start runs.
   if instruction.opcode in ("async-update", "async-done"):
     return []
   trips: int | None = 1
   if instruction.opcode == "while":
-    known = _TRIP_COUNT.search(instruction.rest)
-    trips = int(known[1]) if known else None
+    trips = _trips(instruction, computations)
   called = _CALLED.findall(instruction.rest)
   for branches in _BRANCHES.findall(instruction.rest):
     called += re.findall(r"%?([\w.\-]+)", branches)
   return [(name, trips) for name in called]
+
+
+def _trips(
+  instruction: _Instruction, computations: dict[str, dict[str, _Instruction]]
+) -> int | None:
+  """The trip count of a while loop: as annotated, or n of a condition that is `i < n`.
+
+  Loops of jax.lax.scan count from 0 by 1; None where the condition says something else.
+  """
+  if known := _TRIP_COUNT.search(instruction.rest):
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
+  assert condition is not None, f"no condition in {instruction.rest[:200]}"
+  instructions = computations[condition[1]]
+  last = list(instructions.values())[-1]
+  if last.opcode != "compare" or "direction=LT" not in last.rest:
+    return None
+  index, bound = (instructions[name] for name in last.operands)
+  is_counter = index.opcode == "get-tuple-element" and index.shape.startswith("s32[]")
+  constant = re.match(r"(\d+)\)", bound.rest) if bound.opcode == "constant" else None
+  return int(constant[1]) if is_counter and constant else None
 
 
 def _collective(

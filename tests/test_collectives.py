@@ -122,6 +122,31 @@ _PROGRAM = """HloModule jit_f, num_partitions=8
   ROOT %unused = f32[8]{0} all-reduce(%p.2), replica_groups={}, to_apply=%add
 }
 
+%first_link (p: f32[8]) -> f32[16] {
+  %p.3 = f32[8]{0} parameter(0)
+  ROOT %link = f32[16]{0} all-gather(%p.3), channel_id=7, replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%last_link (p: f32[8]) -> f32[16] {
+  %p.4 = f32[8]{0} parameter(0)
+  ROOT %link.1 = f32[16]{0} all-gather(%p.4), channel_id=7, replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p.5 = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %element.1 = f32[8]{0} get-tuple-element(%p.5), index=1
+  %started = f32[16]{0} fusion(%element.1), kind=kCustom, calls=%first_link
+  %finished = f32[16]{0} fusion(%element.1), kind=kCustom, calls=%last_link
+  ROOT %next = (s32[]{:T(128)}, f32[8]{0}) tuple(%p.5, %element.1)
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %six = s32[]{:T(128)} constant(6)
+  %p.6 = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %step = s32[]{:T(128)} get-tuple-element(%p.6), index=0
+  ROOT %less = pred[]{:T(512)} compare(%step, %six), direction=LT
+}
+
 ENTRY %main (x: f32[64], y: bf16[64,4]) -> f32[64] {
   %x = f32[64]{0:T(128)} parameter(0)
   %y = bf16[64,4]{1,0:T(8,128)(2,1)} parameter(1)
@@ -137,6 +162,7 @@ ENTRY %main (x: f32[64], y: bf16[64,4]) -> f32[64] {
   %which = s32[] constant(0)
   %args = (f32[8]) tuple(%x)
   %chosen = f32[8]{0} conditional(%which, %args, %args), branch_computations={%branch, %branch}
+  %loop = (s32[]{:T(128)}, f32[8]{0}) while(%args), condition=%condition, body=%body, metadata={}
   ROOT %out = f32[64]{0} copy(%permute.1)
 }
 """  # noqa: E501 (XLA writes one instruction on a line)
@@ -153,6 +179,7 @@ def test_every_form_of_a_collective_is_counted_once():
     "whole": ("reduce-scatter", ("data", "fsdp"), 64 * 4, 1),
     "permute": ("collective-permute", ("tensor",), 64 * 4, 1),
     "sent": ("collective-permute", ("data",), 8 * 4, 2),
+    "link": ("all-gather", ("tensor",), 16 * 4, 6),
   }
   (gather,) = [one for one in found if one.name == "gather"]
   assert gather.op_name == "jit(f)/conv/gather"
