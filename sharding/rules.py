@@ -5,9 +5,10 @@ vocabulary are split over `tensor`. The one key-value head ("head") is whole on 
 
 ZeRO splits the state over `fsdp`: stage 1 the optimizer's moments, stage 2 gradients too, stage 3
 parameters too. It takes the "embed" dimension of matrices and the "gate_in" dimension of the gates.
-Vectors over the recurrence or the MLP, the convolution and the norms stay whole over `fsdp`: in all
-about 20 of the 13 x width + 20 numbers per channel of a block. "gate_in" is rnn_width / 16, which a
-large `fsdp` does not always divide; then the gates, about 1% of the parameters, stay whole as well.
+What has neither stays whole over `fsdp`: norms, biases, decay and convolution, about 23 x width of
+the 13 x width^2 numbers of a block (0.2% at width 1024). "gate_in" is rnn_width / 16 (64 to 512 in
+the published sizes), which a large `fsdp` does not always divide; then the gates, about 1% of the
+parameters, stay whole as well.
 """
 
 from sharding.logical import IfDivisible, Rules, Table
