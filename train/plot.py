@@ -29,14 +29,15 @@ def plot_losses(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[
   if train:
     steps, values = list(train), list(train.values())
     axes.plot(steps, values, color=_TRAIN, alpha=0.3, linewidth=1)
-    label = f"training, smoothed: {smooth(values)[-1]:.3f}"
+    last = values[-max(1, len(values) // 20) :]
+    label = f"training: {sum(last) / len(last):.3f} at the end"
     axes.plot(steps, smooth(values), color=_TRAIN, linewidth=1.8, label=label)
   if held_out:
     steps, values = list(held_out), list(held_out.values())
-    label = f"held out: {values[-1]:.3f}"
+    label = f"held out: {values[-1]:.3f} at the end"
     axes.plot(steps, values, color=_EVAL, marker="o", markersize=4, linewidth=1.4, label=label)
   _dress(axes, [*train.values(), *held_out.values()])
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
   path = pathlib.Path(png_path)
   whole = path.with_name(path.name + ".tmp")
@@ -66,10 +67,13 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def _dress(axes: Any, values: list[float]) -> None:
-  """Axes, grid and legend; the first steps of training may leave the picture at the top."""
+  """Axes, grid and legend. Where the first steps would leave no room for the others, they leave the
+  picture at the top."""
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
-  low, high = min(values), sorted(values)[int(0.98 * (len(values) - 1))]
+  low, high, most = min(values), max(values), sorted(values)[int(0.98 * (len(values) - 1))]
+  if high - low > 3 * (most - low) > 0:
+    high = most
   room = 0.06 * (high - low) or 0.05 * abs(low) or 0.1
   axes.set_ylim(low - room, high + 2 * room)
   axes.margins(x=0.02)
