@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from data.token_store import read_manifest
+from kernels import linear_scan, local_attention
 from models.decoder import Model
 from train.config import Run
 
@@ -44,12 +45,19 @@ _PACKAGES = ("jax", "jaxlib", "flax", "grain", "numpy", "optax", "orbax-checkpoi
 def run_record(run: Run, model: Model) -> dict[str, Any]:
   """What has to be known to repeat or continue `run`: plain values, as JSON gives them back.
 
-  identity: path -> value of every setting; token stores by their content, not by where they lie.
+  identity: path -> value of every setting; kernels by the name of what runs, token stores by their
+  content and not by where they lie.
   versions and devices are for people.
   """
   identity = {
     path: value for path, value in _settings(run).items() if not path.startswith("data.sources")
   }
+  for path, value in identity.items():
+    # The name of what ran, not "auto": it may mean another kernel on the next machine.
+    if path.endswith(".mixer.scan"):
+      identity[path] = linear_scan.resolve(value)
+    elif path.endswith(".mixer.implementation"):
+      identity[path] = local_attention.resolve(value)
   for index, (path, weight) in enumerate(run.data.sources):
     manifest = read_manifest(path)
     identity[f"data.sources[{index}].weight"] = weight
