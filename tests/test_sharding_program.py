@@ -24,6 +24,9 @@ from train.optimizer import AdamW, Constant, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.step import train_step
 
+# One worker for all of them: they share the compiled programs.
+pytestmark = pytest.mark.xdist_group("sharding_program")
+
 _ROWS, _TIME, _WIDTH, _VOCAB, _HEAD_SIZE = 40, 24, 32, 64, 8
 _NUM_RECURRENT, _NUM_ATTENTION = 4, 2
 _NUM_BLOCKS = _NUM_RECURRENT + _NUM_ATTENTION
