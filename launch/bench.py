@@ -1,10 +1,11 @@
 """Measures training on the devices at hand: `python -m launch.bench --config=configs/bench_cpu.py`.
 
-Prints one JSON object: tokens_per_second (median over the timed steps), compile_seconds (trace, lower
-and compile the step), peak_bytes (of the compiled step: arguments + temporaries + outputs that alias
-no argument, per device), loader_tokens_per_second, the config and the device. Rows are random bytes
-in documents of random length: the time does not depend on what is in them. The loader is measured on
-the config's token store if it is there, else on one made of the same rows.
+Prints one JSON object. tokens_per_second: the row tokens of a step over the median time of the timed
+steps, all devices. compile_seconds: to trace, lower and compile the training step, with no cache.
+peak_bytes: what the compiled step needs on each device (arguments, temporaries, code, and outputs
+that take no argument's place); process_peak_bytes: the largest resident set of this process.
+loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random length;
+the loader reads the config's token stores if they are there, else one made of such documents.
 """
 
 import dataclasses
@@ -12,7 +13,9 @@ import datetime
 import json
 import pathlib
 import platform
+import resource
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -23,17 +26,122 @@ import numpy as np
 from absl import flags
 
 from data import pipeline, token_store
+from data.pipeline import DataConfig
 from data.rows import Batch
-from launch.overrides import flatten, run_app
-from models import decoder
+from data.vocabulary import ByteVocabulary
+from launch.overrides import run_app
 from models.flops import count_params, flops_per_token
-from sharding import logical, topology
-from sharding.mesh import make_mesh
-from train import state
-from train.config import Run, placement_rules
-from train.loop import batch_sharding, compile_step, to_devices
+from sharding import topology
+from train import program as programs
+from train.config import Run
 from train.metrics import mfu
-from train.optimizer import decay_mask
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=0)
+_LOADER_SECONDS = 2.0
+
+
+def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
+  program = programs.build(run)
+  start = time.perf_counter()
+  compiled = programs.lower_train_step(program).compile()
+  compile_seconds = time.perf_counter() - start
+
+  state = programs.initialize(program)
+  batch = programs.to_devices(_random_batch(run), program.mesh)
+  seconds = []
+  for _ in range(_WARMUP.value + _STEPS.value):
+    start = time.perf_counter()
+    state, metrics = compiled(state, batch)
+    jax.block_until_ready((state, metrics))
+    seconds.append(time.perf_counter() - start)
+  step_seconds = statistics.median(seconds[_WARMUP.value :])
+  tokens_per_second = run.batch_size * run.data.row_length / step_seconds
+
+  device = jax.devices()[0]
+  chip = topology.chip_of(device.device_kind)
+  flops = flops_per_token(run.model, run.data.row_length).train
+  result = {
+    "tokens_per_second": round(tokens_per_second, 1),
+    "step_seconds": {
+      "median": step_seconds,
+      "min": min(seconds[_WARMUP.value :]),
+      "max": max(seconds[_WARMUP.value :]),
+      "steps": _STEPS.value,
+    },
+    "compile_seconds": round(compile_seconds, 2),
+    "peak_bytes": _peak_bytes(compiled),
+    "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "loader_tokens_per_second": round(_loader_tokens_per_second(run), 1),
+    "mfu": None
+    if chip is None
+    else mfu(flops, tokens_per_second, chip.peak_flops * device.client.device_count()),
+    "loss": float(metrics.loss),
+    "parameters": count_params(run.model).total,
+    "train_flops_per_token": flops,
+    "config": run.name,
+    "overrides": {path: now for path, (_, now) in overridden.items()},
+    "batch_size": run.batch_size,
+    "row_length": run.data.row_length,
+    "num_blocks": run.model.num_blocks,
+    "device": device.device_kind,
+    "num_devices": len(jax.devices()),
+    "machine": f"{platform.machine()}, {platform.system()}",
+    "jax": jax.__version__,
+    "date": datetime.date.today().isoformat(),
+    "command": shlex.join(["python", "-m", "launch.bench", *sys.argv[1:]]),
+  }
+  print(json.dumps(result, default=repr))
+
+
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
+  """Bytes per device while the step runs."""
+  memory = compiled.memory_analysis()
+  assert memory is not None
+  new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+    + new_outputs
+  )
+
+
+def _random_batch(run: Run) -> Batch:
+  """Rows of random tokens in documents of random length, a few to a row."""
+  rng = np.random.default_rng(0)
+  shape = (run.batch_size // jax.process_count(), run.data.row_length)
+  window = rng.integers(0, run.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
+  starts = rng.random(shape) < 4 / run.data.row_length
+  segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
+  weights = np.concatenate([segments[:, 1:] == segments[:, :-1], np.ones((shape[0], 1), bool)], 1)
+  return Batch(window[:, :-1], window[:, 1:], segments, weights.astype(np.float32))
+
+
+def _loader_tokens_per_second(run: Run) -> float:
+  """Tokens of batches read in a few seconds, by one process of this run."""
+  if all(pathlib.Path(path).exists() for path, _ in run.data.sources):
+    return _read(run.data, run.batch_size)
+  with tempfile.TemporaryDirectory() as folder:
+    path = f"{folder}/store"
+    rng = np.random.default_rng(0)
+    vocabulary = ByteVocabulary()
+    with token_store.Writer(path, vocabulary.record) as writer:
+      for _ in range(2000):
+        text = bytes(rng.integers(32, 127, rng.integers(200, 8000), dtype=np.uint8)).decode()
+        writer.add(vocabulary.encode(text), text_bytes=len(text))
+    config = dataclasses.replace(run.data, sources=((path, 1.0),), eval_source=None)
+    return _read(config, run.batch_size)
+
+
+def _read(config: DataConfig, batch_size: int) -> float:
+  with pipeline.train_batches(config, batch_size=batch_size, start_step=0) as batches:
+    next(batches)
+    tokens, start = 0, time.perf_counter()
+    while time.perf_counter() - start < _LOADER_SECONDS:
+      tokens += next(batches).tokens_BT.size
+    return tokens / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+  run_app(main)

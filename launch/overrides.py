@@ -30,7 +30,9 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
     preset, argv = _preset(sys.argv)
   except ValueError as error:
     _refuse(error)
-  config = config_flags.DEFINE_config_dict("config", to_config_dict(preset), lock_config=True)
+  config = to_config_dict(preset)
+  # The flags --config.some.field=value change `config` itself.
+  config_flags.DEFINE_config_dict("config", config, lock_config=True)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
@@ -42,7 +44,7 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
     if len(argv) > 1:
       _refuse(ValueError(f"{argv[1]!r} is not a flag; fields are set as {_FLAG}.some.field=value"))
     try:
-      run = rebuild(preset, config.value)
+      run = rebuild(preset, config)
     except ValueError as error:
       _refuse(error)
     main(run, difference(preset, run))

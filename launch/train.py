@@ -5,6 +5,7 @@ signal with everything saved (start me again), 1 stopped by an error, 2 a comman
 """
 
 import json
+import logging as python_logging
 import pathlib
 import sys
 import traceback
@@ -24,7 +25,7 @@ _STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, start me again.
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
-  logging.set_verbosity(logging.INFO)
+  _log_for_people()
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
   for path, (before, now) in overridden.items():
@@ -39,6 +40,15 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     sys.exit(1)
   if outcome == "stopped":
     sys.exit(_STOPPED)
+
+
+def _log_for_people() -> None:
+  """Time and message on each line, and of JAX only what is a warning."""
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().setFormatter(
+    python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  )
+  python_logging.getLogger("jax").setLevel(python_logging.WARNING)
 
 
 if __name__ == "__main__":

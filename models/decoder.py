@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 
 from models.block import BlockConfig
@@ -112,8 +111,6 @@ def build(config: DecoderConfig) -> Model:
   """The model of `config`; kernels are chosen here, once. No array is made."""
   decoder = _Decoder(config)
   shapes = jax.eval_shape(decoder.init, jax.random.key(0))
-  for index, block in enumerate(config.pattern):
-    logging.info("block %d of the pattern: %s", index, block)
   return Model(
     config,
     decoder.axes,

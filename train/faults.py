@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from data.mixture import RowAddress
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NonFinitePolicy:
@@ -51,29 +53,43 @@ def record_bad_step(
   step: int,
   loss: float,
   grad_norm: float,
-  rows: Sequence[int],
+  rows: Sequence[RowAddress],
   tensors: Sequence[str],
 ) -> str:
   """Writes bad_steps/<step>.json, from which the rows can be replayed; returns one line for people.
 
-  `step` is the number of the step that failed, counted from 1; `rows` the global row numbers of its
-  batch.
+  `step` is the number of the step that failed, counted from 1; `rows` are those of its batch, which
+  `data.pipeline.read_rows` reads again.
   """
   record = {
     "step": step,
     "loss": repr(loss),
     "grad_norm": repr(grad_norm),
-    "rows": list(map(int, rows)),
+    "rows": [row._asdict() for row in rows],
     "tensors": list(tensors),
   }
   path = directory / "bad_steps" / f"{step:08d}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(record, indent=1) + "\n")
-  shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+  path.write_text(json.dumps(record) + "\n")
+  shown = ", ".join(f"{row.row} of source {row.source}" for row in rows[:8])
+  shown += f" and {len(rows) - 8} more" if len(rows) > 8 else ""
   where = ", ".join(tensors) if tensors else "no gradient, only the loss"
   return (
     f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite. Rows: {shown}. "
     f"Not finite: {where}. Written to {path}"
+  )
+
+
+def advice(policy: NonFinitePolicy, skipped_in_a_row: int) -> str:
+  """What can be done after the run has stopped."""
+  if policy.action == "stop":
+    return (
+      "The last checkpoint is from before it. non_finite.action=skip goes on without such steps; "
+      "else lower optimizer.peak_lr, or look at the rows"
+    )
+  return (
+    f"{skipped_in_a_row} such steps in a row are more than non_finite.max_skipped "
+    f"{policy.max_skipped}: lower optimizer.peak_lr and start again from an earlier checkpoint"
   )
 
 

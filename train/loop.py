@@ -1,30 +1,31 @@
 """`fit`: the whole of training, top to bottom. Start reading here.
 
-Every step is dispatched before the one before it is read: the host never makes the device wait.
+Each step is dispatched before the one before it is read, so the host never makes the device wait.
 """
 
-import functools
+import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
 
 from data import pipeline
-from data.rows import Batch
-from models import decoder
 from models.flops import count_params, flops_per_token
-from sharding import logical, topology
-from sharding.mesh import make_mesh
-from train import faults, record, state, step
+from sharding import topology
+from train import faults
+from train import program as programs
 from train.checkpoint import Checkpoints
-from train.config import Run, placement_rules
-from train.evaluate import Evaluation, evaluate
-from train.metrics import Metrics, Throughput, mfu, plot_losses
-from train.optimizer import decay_mask
+from train.config import Run
+from train.evaluate import evaluate
+from train.metrics import JSONL, Metrics
+from train.plot import plot_losses
+from train.program import Program
+from train.record import compare_records, run_record
+from train.state import TrainState
+from train.step import StepMetrics
+from train.throughput import Throughput, mfu
 
 Outcome = Literal["complete", "stopped"]
 
@@ -32,30 +33,210 @@ Outcome = Literal["complete", "stopped"]
 def fit(run: Run, workdir: pathlib.Path) -> Outcome:
   """Trains `run` in `workdir`, from its newest checkpoint if there is one.
 
-  "complete" after the last step; "stopped" when a signal asked to leave, with everything saved.
+  "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
   Raises faults.NonFiniteError, and ValueError for what a user can set right.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  mesh = make_mesh(run.mesh)
-  rules = placement_rules(run, mesh)
-  model = decoder.build(run.model)
-  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
-  logging.info("mesh %s, %s parameters", dict(mesh.shape), f"{count_params(run.model).total:,}")
+  run = _within_the_data(run)
+  program = programs.build(run)
+  record = run_record(run, program.model)
+  count = count_params(run.model)
+  logging.info("%s: %s parameters, of them %s embedding", run.name, *_thousands(count))
+  logging.info("mesh %s, ZeRO stage %d", dict(program.mesh.shape), run.zero_stage)
 
-  with (
-    logical.placement(mesh, rules),
-    Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
-    faults.StopRequest() as stop,
-  ):
-    shardings = state.state_shardings(model, tx, mesh=mesh, rules=rules)
-    now = record.run_record(run, model)
-    train_state = _restore_or_init(run, checkpoints, model, tx, shardings, now)
-    start = int(train_state.step)
-    if start >= run.total_steps:
-      logging.info("the run is complete: step %d of %d", start, run.total_steps)
+  def check(saved: dict[str, Any]) -> None:
+    for change in compare_records(saved, record):
+      logging.info("changed since the checkpoint: %s", change)
+
+  with Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
+    restored = checkpoints.restore(program.abstract, check=check)
+    if restored is None:
+      state, step = programs.initialize(program), 0
+    else:
+      state, step = restored.state, restored.step
+      logging.info("restored step %d from %s", step, checkpoints.directory)
+    if step >= run.total_steps:
+      logging.info("the run is complete: step %d of %d", step, run.total_steps)
       return "complete"
+    metrics = Metrics(
+      workdir,
+      run.metrics,
+      name=run.name,
+      settings=record["identity"],
+      start_step=step,
+      total_steps=run.total_steps,
+    )
+    with metrics, faults.StopRequest() as stop:
+      outcome = _Session(program, workdir, checkpoints, metrics, record).train(state, step, stop)
+  if jax.process_index() == 0:
+    plot_losses(workdir / JSONL, workdir / "loss.png")
+  logging.info("%s; metrics: %s, picture: %s", outcome, workdir / JSONL, workdir / "loss.png")
+  return outcome
 
-    compiled = _compile(run, model, tx, mesh, shardings)
-    with Metrics(workdir, run.metrics, run=run, start_step=start) as metrics:
-      loop = _Loop(run, workdir, mesh, model, compiled, checkpoints, metrics, now)
-      return loop.run_from(train_state, start, stop)
+
+class _Running(NamedTuple):
+  """A step that the device may still be working on."""
+
+  step: int
+  metrics: StepMetrics
+
+
+class _Session:
+  """One start of a run: from its first step to its last, or to the signal that ends it."""
+
+  def __init__(
+    self,
+    program: Program,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    record: dict[str, Any],
+  ):
+    self.run, self.program, self.workdir, self.record = program.run, program, workdir, record
+    self.checkpoints, self.metrics = checkpoints, metrics
+    start = time.monotonic()
+    self.train_step = programs.lower_train_step(program).compile()
+    evaluates = self.run.data.eval_source is not None
+    self.eval_step = programs.lower_eval_step(program).compile() if evaluates else None
+    logging.info("compiled in %.1f s", time.monotonic() - start)
+    self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
+    chip = topology.chip_of(jax.devices()[0].device_kind)
+    self.peak_flops = None if chip is None else chip.peak_flops * program.mesh.size
+    self.skipped = self.skipped_in_a_row = 0
+
+  def train(self, state: TrainState, step: int, stop: faults.StopRequest) -> Outcome:
+    """Steps `step` + 1 to the last; all of them have been looked at when it returns."""
+    run = self.run
+    self.throughput = Throughput(
+      tokens_per_step=run.batch_size * run.data.row_length,
+      start_step=step,
+      total_steps=run.total_steps,
+    )
+    running: _Running | None = None
+    with self._train_batches(step) as batches:
+      while step < run.total_steps and stop.signal_name is None:
+        with self.throughput.waiting():
+          batch = programs.to_devices(next(batches), self.program.mesh)
+        state, metrics = self.train_step(state, batch)
+        step += 1
+        if running is not None:
+          self._finish(running)
+        running = _Running(step, metrics)
+
+        is_last = step == run.total_steps or stop.signal_name is not None
+        kind = self.checkpoints.due(step) or ("permanent" if is_last else None)
+        evaluates = step % run.eval_every == 0 or step == run.total_steps
+        if kind or (evaluates and self.eval_step is not None):
+          # First look at the step itself: a bad one is never saved.
+          self._finish(running)
+          running = None
+          with self.throughput.excluded(after=state):
+            if kind:
+              self.checkpoints.save(step, state, self.record, kind=kind)
+            if evaluates and self.eval_step is not None:
+              self._evaluate(step, state)
+      if running is not None:
+        # The signal came after this step's turn to be saved.
+        self._finish(running)
+        self.checkpoints.save(step, state, self.record, kind="permanent")
+    self.checkpoints.wait()
+    return "complete" if step == run.total_steps else "stopped"
+
+  def _finish(self, running: _Running) -> None:
+    """Reads what a step on the device has told, once it is over; writes it if it is due."""
+    step, metrics = running
+    if not bool(metrics.is_finite):
+      self._not_finite(step, metrics)
+    else:
+      self.skipped_in_a_row = 0
+    self.throughput.count_step()
+    if not self.metrics.due(step):
+      return
+    rates = self.throughput.read()
+    values = {
+      "train/loss": float(metrics.loss),
+      "train/z_loss": float(metrics.z_loss),
+      "train/targets": float(metrics.weight),
+      "train/grad_norm": float(metrics.grad_norm),
+      "train/learning_rate": float(
+        self.run.optimizer.learning_rate(step, total_steps=self.run.total_steps)
+      ),
+      "train/tokens_per_second": rates.tokens_per_second,
+      "train/step_seconds": rates.step_seconds,
+      "train/data_wait": rates.data_wait,
+      "train/seconds_left": rates.seconds_left,
+    }
+    if self.peak_flops is not None:
+      values["train/mfu"] = mfu(
+        flops_per_token=self.flops,
+        tokens_per_second=rates.tokens_per_second,
+        peak_flops=self.peak_flops,
+      )
+    if self.skipped:
+      values["train/skipped_steps"] = self.skipped
+    self.metrics.write(step, values)
+
+  def _not_finite(self, step: int, metrics: StepMetrics) -> None:
+    """Records a step whose loss or gradient is not finite, and stops the run if it has to."""
+    rows = pipeline.batch_addresses(self.run.data, step=step - 1, batch_size=self.run.batch_size)
+    line = faults.record_bad_step(
+      self.workdir,
+      step=step,
+      loss=float(metrics.loss),
+      grad_norm=float(metrics.grad_norm),
+      rows=rows,
+      tensors=faults.bad_tensors(metrics.square_norms),
+    )
+    self.skipped += 1
+    self.skipped_in_a_row += 1
+    policy = self.run.non_finite
+    if policy.action == "stop" or self.skipped_in_a_row > policy.max_skipped:
+      raise faults.NonFiniteError(f"{line}. {faults.advice(policy, self.skipped_in_a_row)}")
+    logging.warning("%s. Skipped: parameters and moments are as before", line)
+
+  def _evaluate(self, step: int, state: TrainState) -> None:
+    assert self.eval_step is not None
+    start = time.monotonic()
+    data = self.run.data
+    batches = pipeline.eval_batches(data, batch_size=self.run.batch_size, **_process())
+    with batches:
+      result = evaluate(
+        self.eval_step,
+        state.params,
+        (programs.to_devices(batch, self.program.mesh) for batch in batches),
+        bytes_per_target=pipeline.bytes_per_target(data),
+      )
+    values = {
+      "eval/loss": result.loss,
+      "eval/bits_per_byte": result.bits_per_byte,
+      "eval/seconds": time.monotonic() - start,
+    }
+    self.metrics.write(step, values)
+
+  def _train_batches(self, step: int) -> pipeline.Batches:
+    return pipeline.train_batches(
+      self.run.data, batch_size=self.run.batch_size, start_step=step, **_process()
+    )
+
+
+def _within_the_data(run: Run) -> Run:
+  """The run, ended where its data ends, after checking that its data is for its model."""
+  vocabulary = pipeline.vocabulary(run.data)
+  if vocabulary.size > run.model.vocab_size:
+    raise ValueError(
+      f"the token stores use a vocabulary of {vocabulary.size} ids ({vocabulary.kind}), the model "
+      f"has {run.model.vocab_size}; set model.vocab_size to at least {vocabulary.size}, or prepare "
+      "the text with the model's vocabulary"
+    )
+  available = pipeline.num_steps_available(run.data, batch_size=run.batch_size)
+  if available is None or available >= run.total_steps:
+    return run
+  logging.info("the data ends after %d steps, total_steps was %d", available, run.total_steps)
+  return dataclasses.replace(run, total_steps=available)
+
+
+def _process() -> dict[str, int]:
+  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _thousands(count: Any) -> tuple[str, str]:
+  return f"{count.total:,}", f"{count.embedding:,}"
