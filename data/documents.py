@@ -23,7 +23,7 @@ COMPRESSIONS = (".gz", ".zst", ".xz")
 
 _CHUNK = 1 << 20
 # Plain JSONL is cut at line ends into pieces of about this size, for many workers on one file.
-PIECE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 24
 # Windows of `zstd --long=31` too.
 _MAX_WINDOW = 1 << 31
 
@@ -56,7 +56,7 @@ class Document(NamedTuple):
   """is_replaced: some bytes were no UTF-8 and are U+FFFD now. A blank line is an empty document."""
 
   text: str
-  where: Place
+  where: Place | str
   is_replaced: bool
 
 

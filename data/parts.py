@@ -4,11 +4,14 @@ A part's name follows from all that its tokens depend on. So a killed run leaves
 to the next one, and after a change of a file or of a setting the old ones are simply not found.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ from data.token_store import Writer
 
 # How many empty or replaced documents a report names.
 _NUM_NAMED = 3
+_PART_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|sizes|json)(\.\d+)?")
 # Tokens of a part that are in memory at a time.
 _BLOCK_TOKENS = 1 << 22
 
@@ -43,6 +47,24 @@ class Part:
 def part_name(identity: Any) -> str:
   """The name of the part that depends on these values, which JSON can hold."""
   return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def working_folder(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the folder for this process alone; if all went well, removes what is ours in it."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"{folder}: another prepare is at work here; wait for it") from error
+    yield
+    for file in folder.iterdir():
+      if _PART_FILE.fullmatch(file.name):
+        file.unlink()
+    (folder / "lock").unlink()
+  if not any(folder.iterdir()):
+    folder.rmdir()
 
 
 class PartWriter:

@@ -5,27 +5,25 @@ Killed, it goes on when the same command is given again; finished, it says so an
 was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error.
 
 With --holdout_every=N, every N-th document, counted over all inputs in their order, goes whole into
---holdout_output instead.
+--holdout_output instead. With --seqio_task the documents are those of a seqio Task or Mixture, as
+its preprocessors made them (extra `seqio`); that export starts from the beginning after a kill.
 """
 
 import concurrent.futures.process
-import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tqdm
 from absl import app, flags, logging
 
 from data import documents, encode, origins, parts, token_store
-from data.documents import ErrorPolicy, Piece
+from data.documents import Document, ErrorPolicy, Piece
 from data.encode import Settings
-from data.parts import Part
+from data.parts import Part, PartWriter
 from data.token_store import Writer
 from data.vocabulary import VocabularyRecord
 
@@ -50,9 +48,16 @@ _WORK_DIR = flags.DEFINE_string(
   "work_dir", "", "Local folder for what is not finished; OUTPUT.partial unless given."
 )
 
+_SEQIO_TASK = flags.DEFINE_string("seqio_task", "", "A Task or Mixture, in place of --input.")
+_SEQIO_MODULE = flags.DEFINE_string("seqio_module", "", "The Python module that registers it.")
+_SEQIO_SPLIT = flags.DEFINE_string("seqio_split", "train", "The split of it.")
+_SEQIO_FEATURE = flags.DEFINE_string("seqio_feature", "targets", "The feature with the token ids.")
+_SEQIO_DOCUMENTS = flags.DEFINE_integer(
+  "seqio_documents", 0, "Take so many of the endless stream; 0: one epoch, as seqio ends it.", 0
+)
+
 # Starting a process costs about as much as encoding so much text.
 _BYTES_PER_WORKER = 1 << 22
-_PART_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|sizes|json)(\.\d+)?")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,10 +71,25 @@ def main(argv: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SeqioSource:
+  """Documents of a registered Task or Mixture; as in data/seqio_tasks.py."""
+
+  task: str
+  module: str
+  split: str
+  feature: str
+  num_documents: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """One call of this program. holdout_every is 0 and holdout_output "" to hold out nothing."""
+  """One call of this program. holdout_every is 0 and holdout_output "" to hold out nothing.
+
+  The documents come from the files of `inputs`, or from `seqio`, which `settings` do not touch.
+  """
 
   inputs: tuple[str, ...]
+  seqio: SeqioSource | None = None
   output: str
   settings: Settings
   num_workers: int
@@ -80,11 +100,16 @@ class Job:
 
 def prepare(job: Job) -> None:
   """Makes the store or stores of a job, from where the last attempt was killed."""
+  if job.seqio is not None:
+    _prepare_seqio(job, job.seqio)
+    return
   record = job.settings.load().record
-  origin = _origin(job, record)
+  settings = {"text_field": job.settings.text_field, "errors": job.settings.errors}
+  inputs = [origins.file(path) for path in documents.find(job.inputs)]
+  origin = _origin(job, record, settings, inputs)
   if _is_done(job, origin):
     return
-  with _working_folder(job.work_dir):
+  with parts.working_folder(job.work_dir):
     made = _encode(job, record, origin)
     for file in origin["inputs"]:
       pieces = [part.digest for piece, part in made if piece.path == file["path"]]
@@ -96,8 +121,9 @@ def _job(inputs: list[str]) -> Job:
   """The flags as one value; ValueError for those that do not go together."""
   errors: ErrorPolicy = "replace" if _ERRORS.value == "replace" else "strict"
   output, holdout = _OUTPUT.value, _HOLDOUT_OUTPUT.value
-  if not inputs:
-    raise ValueError("--input: nothing to read; give files or globs")
+  if bool(inputs) == bool(_SEQIO_TASK.value):
+    raise ValueError("--input, --seqio_task: give files or globs, or the name of a Task")
+  _refuse_flags_without_effect()
   if bool(_HOLDOUT_EVERY.value) != bool(holdout) or _HOLDOUT_EVERY.value == 1:
     raise ValueError(
       f"--holdout_every={_HOLDOUT_EVERY.value} --holdout_output={holdout!r}: give both, the first "
@@ -107,8 +133,16 @@ def _job(inputs: list[str]) -> Job:
     raise ValueError(f"--holdout_output {holdout!r} is --output; give it another place")
   if "://" in output and not _WORK_DIR.value:
     raise ValueError(f"--output {output!r} is remote: give a local folder with --work_dir")
+  seqio = SeqioSource(
+    task=_SEQIO_TASK.value,
+    module=_SEQIO_MODULE.value,
+    split=_SEQIO_SPLIT.value,
+    feature=_SEQIO_FEATURE.value,
+    num_documents=_SEQIO_DOCUMENTS.value,
+  )
   return Job(
     inputs=tuple(inputs),
+    seqio=seqio if seqio.task else None,
     output=output,
     settings=Settings(
       vocabulary=_VOCABULARY.value,
@@ -125,17 +159,21 @@ def _job(inputs: list[str]) -> Job:
   )
 
 
-def _origin(job: Job, record: VocabularyRecord) -> dict[str, Any]:
+def _refuse_flags_without_effect() -> None:
+  text = ("vocabulary", "bos_token", "eos_token", "pad_token", "text_field", "errors", "workers")
+  seqio = ("seqio_module", "seqio_split", "seqio_feature", "seqio_documents")
+  for name in text if _SEQIO_TASK.value else seqio:
+    if flags.FLAGS[name].present:
+      present = "with" if _SEQIO_TASK.value else "without"
+      raise ValueError(f"--{name} has no effect {present} --seqio_task")
+
+
+def _origin(
+  job: Job, record: VocabularyRecord, settings: dict[str, Any], inputs: list[dict[str, Any]]
+) -> dict[str, Any]:
   """All that decides what is in the stores, for the manifest."""
-  return {
-    "settings": {
-      "vocabulary": dataclasses.asdict(record),
-      "text_field": job.settings.text_field,
-      "errors": job.settings.errors,
-      "holdout_every": job.holdout_every,
-    },
-    "inputs": [origins.file(path) for path in documents.find(job.inputs)],
-  }
+  common = {"vocabulary": dataclasses.asdict(record), "holdout_every": job.holdout_every}
+  return {"settings": {**common, **settings}, "inputs": inputs}
 
 
 def _is_done(job: Job, origin: dict[str, Any]) -> bool:
@@ -157,6 +195,44 @@ def _is_done(job: Job, origin: dict[str, Any]) -> bool:
     )
   _report("is complete, nothing to do", job)
   return True
+
+
+def _prepare_seqio(job: Job, source: SeqioSource) -> None:
+  # TensorFlow takes 20 seconds to import, and only this needs it.
+  from data import seqio_tasks
+
+  provider = seqio_tasks.load(source.task, module=source.module)
+  record = seqio_tasks.record(provider, feature=source.feature)
+  origin = _origin(job, record, {"seqio": dataclasses.asdict(source)}, [])
+  if _is_done(job, origin):
+    return
+  if rates := seqio_tasks.rates(provider):
+    sources = ", ".join(f"{task} {rate:.4g}" for task, rate in rates.items())
+    logging.warning(
+      "%s is a Mixture (%s): an epoch of it ends with the first Task that is used up; for all of "
+      "each, prepare them one by one and give the stores to DataConfig.sources with these rates",
+      source.task,
+      sources,
+    )
+  with parts.working_folder(job.work_dir):
+    with (
+      tqdm.tqdm(desc="encode", unit="doc", disable=None) as bar,
+      PartWriter(job.work_dir, parts.part_name(origin), record.dtype) as writer,
+    ):
+      stream = seqio_tasks.documents(
+        provider,
+        split=source.split,
+        feature=source.feature,
+        num_documents=source.num_documents,
+      )
+      for number, (ids, text_bytes) in enumerate(stream, start=1):
+        bar.update()
+        if len(ids):
+          writer.append(ids, text_bytes=text_bytes, num_unknown=0)
+        else:
+          writer.note(Document("", f"{source.task} document {number}", False))
+      part = writer.close(digest="")
+    _assemble(job, record, [part], origin)
 
 
 def _encode(job: Job, record: VocabularyRecord, origin: dict[str, Any]) -> list[tuple[Piece, Part]]:
@@ -201,7 +277,7 @@ def _assemble(job: Job, record: VocabularyRecord, made: list[Part], origin: dict
   _warn("empty documents left out", made, "empty")
   _warn("documents with bytes that are not UTF-8, replaced by U+FFFD", made, "replaced")
   if not num_documents:
-    raise ValueError(f"{', '.join(job.inputs)}: no document with text in it")
+    raise ValueError(f"{', '.join(job.inputs) or 'the Task'}: no document with text in it")
   if job.holdout_every > num_documents:
     raise ValueError(
       f"--holdout_every={job.holdout_every}: there are {num_documents} documents, so none is held "
@@ -256,24 +332,6 @@ def _warn(what: str, made: list[Part], kind: str) -> None:
   if count:
     names = [name for part in made for name in getattr(part, kind)]
     logging.warning("%d %s: %s%s", count, what, ", ".join(names[:5]), ", ..." * (count > 5))
-
-
-@contextlib.contextmanager
-def _working_folder(folder: pathlib.Path) -> Iterator[None]:
-  """Holds the folder for this process alone; if all went well, removes what is ours in it."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "lock").open("w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ValueError(f"{folder}: another prepare is at work here; wait for it") from error
-    yield
-    for file in folder.iterdir():
-      if _PART_FILE.fullmatch(file.name):
-        file.unlink()
-    (folder / "lock").unlink()
-  if not any(folder.iterdir()):
-    folder.rmdir()
 
 
 if __name__ == "__main__":
