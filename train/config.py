@@ -4,7 +4,6 @@ import dataclasses
 from typing import Literal
 
 from data.pipeline import DataConfig
-
 from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape
 from train.checkpoint import CheckpointConfig

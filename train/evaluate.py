@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from data.rows import Batch
-
 from train.loss import LossSums
 
 

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
 from data.rows import Batch
 from kernels.cross_entropy import log_z_and_target_logit
-
 from sharding import logical
 
 

@@ -6,7 +6,6 @@ are ours and untuned; the learning rate falls with the width's size as small-sca
 """
 
 from data.pipeline import DataConfig
-
 from models.decoder import DecoderConfig
 from models.sizes import Size
 from sharding.mesh import MeshShape

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from data.rows import Batch
 
+from data.rows import Batch
 from models.decoder import Model
 from sharding import logical
 from train.loss import LossSums, loss_sums
