@@ -288,7 +288,20 @@ def test_flipping_any_bit_of_the_files_never_gives_a_wrong_state(directory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
-def test_checksums_see_every_change_and_no_layout(dtype):
+def test_checksums_are_those_of_the_device_wherever_they_are_computed(dtype, monkeypatch):
+  arrays = {
+    str(shape): (jax.random.normal(jax.random.key(0), shape) * 3).astype(dtype)
+    for shape in [(), (1,), (5, 7, 3), (0, 4)]
+  }
+  on_host = checksums(arrays)
+  monkeypatch.setattr("train.checksums.HOST_SIZE", -1)
+  assert checksums(arrays) == on_host
+
+
+@pytest.mark.parametrize("host_size", [-1, 1 << 22])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_checksums_see_every_change_and_no_layout(dtype, host_size, monkeypatch):
+  monkeypatch.setattr("train.checksums.HOST_SIZE", host_size)
   x = jax.random.normal(jax.random.key(0), (8, 6))
   x = x > 0 if dtype == "bool" else (100 * x).astype(dtype)
   sums = {

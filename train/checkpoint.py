@@ -299,9 +299,9 @@ class Checkpoints:
     _of_first_process(0)  # nobody is reading it any more
     if self._is_first:
       self._folder(step).rename(aside)
+      logging.error("%s. It is now %s; going on from %s", error, aside.name, instead)
     _of_first_process(0)
     self._kinds.pop(step, None)
-    logging.error("%s. It is now %s; going on from %s", error, aside.name, instead)
 
   @contextlib.contextmanager
   def _failing(self, step: int | None):

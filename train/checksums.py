@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Up to so many elements an array in host memory is summed by NumPy, for which nothing is compiled.
+HOST_SIZE = 1 << 22
+
 
 def named_leaves(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by path: TrainState(params={"w_DF": x}) has "params/w_DF"."""
@@ -30,12 +33,25 @@ def checksums(named: dict[str, jax.Array]) -> dict[str, str]:
         f"checksums: {name} has dtype {x.dtype}, which has no plain bits; keep real numbers, "
         "integers or jax.random.key_data in the state"
       )
-  sums = {name: _checksum(x) for name, x in named.items()}
+  sums = {name: (_on_host if _is_on_host(x) else _on_device)(x) for name, x in named.items()}
   return {name: f"{int(np.asarray(x)):08x}" for name, x in sums.items()}
 
 
+def _is_on_host(x: jax.Array) -> bool:
+  is_cpu = all(device.platform == "cpu" for device in x.sharding.device_set)
+  return is_cpu and x.is_fully_addressable and x.size <= HOST_SIZE
+
+
+def _on_host(x: jax.Array) -> np.uint32:
+  """`_on_device`, in the same words for NumPy."""
+  array = np.ascontiguousarray(np.asarray(x)).reshape(-1)
+  bits = array.view(f"uint{8 * min(4, array.itemsize)}").astype(np.uint32)
+  index = np.arange(bits.size, dtype=np.uint32)
+  return np.sum(_mix(bits ^ (index * np.uint32(0x9E3779B1))), dtype=np.uint32)
+
+
 @jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
+def _on_device(x: jax.Array) -> jax.Array:
   """Sum over elements of mix(bits ^ index * odd), uint32."""
   if x.dtype == jnp.bool_:
     bits = x.astype(jnp.uint32)
@@ -52,7 +68,7 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(_mix(bits ^ (index * np.uint32(0x9E3779B1))), dtype=jnp.uint32)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
   """A bijection of uint32 (the end of MurmurHash3), so that no single change cancels out."""
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
