@@ -2,8 +2,8 @@
 
   python -m launch.train --config=configs/smoke.py --workdir=runs/smoke
 
-Trains on the shipped corpus (data/corpus) as bytes: recurrent blocks and local attention whose window
-is shorter than the row, documents packed. All numbers are ours, untuned.
+Trains on the shipped corpus (data/corpus) as bytes: recurrent blocks and local attention whose
+window is shorter than the row, documents packed. All numbers are ours, untuned.
 """
 
 from data.pipeline import DataConfig

@@ -2,15 +2,16 @@
 
   log_z_BT, target_logit_BT = log_z_and_target_logit(x_BTD, unembed_VD, targets_BT, logit_cap=None)
 
-log_z = log sum_v exp(logit_v) and the target's logit, both float32; their difference is the loss, and
-log_z^2 the z-loss. Products take the inputs' dtype and are summed in float32. The backward pass forms
-the logits again, chunk by chunk: it keeps x, the unembedding and log_z.
+log_z = log sum_v exp(logit_v) and the target's logit, both float32; their difference is the loss,
+and log_z^2 the z-loss. Products take the inputs' dtype and are summed in float32. The backward pass
+forms the logits again, chunk by chunk: it keeps x, the unembedding and log_z.
 
 Inside `jax.shard_map` with the vocabulary split over `axis_name`, `unembed_VD` is a device's own
 [V / shards, D] and targets are global ids; two small all-reduces make log_z and the target's logit.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def log_z_and_target_logit(
   if axis_name is not None:
     targets_BT = targets_BT - jax.lax.axis_index(axis_name) * vocab_size
   arrays = _varying_alike(x_BTD, unembed_VD, targets_BT)
-  log_z_BT, target_logit_BT = _chunked(*arrays, logit_cap, chunk)
+  log_z_BT, target_logit_BT = cast(tuple[jax.Array, jax.Array], _chunked(*arrays, logit_cap, chunk))
   if axis_name is None:
     return log_z_BT, target_logit_BT
   # Which shard has the largest log Z is no matter of gradients: it cancels.
@@ -70,6 +71,10 @@ def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _chunked(x_BTD, unembed_VD, targets_BT, logit_cap, chunk):
+  return _forward_only(x_BTD, unembed_VD, targets_BT, logit_cap, chunk)
+
+
+def _forward_only(x_BTD, unembed_VD, targets_BT, logit_cap, chunk):
   def one_chunk(carry, inputs):
     largest_BT, sum_BT, target_BT = carry
     logits_BTC, _, is_target_BTC = _logits(x_BTD, targets_BT, inputs, unembed_VD, logit_cap)
@@ -87,7 +92,7 @@ def _chunked(x_BTD, unembed_VD, targets_BT, logit_cap, chunk):
 
 
 def _forward(x_BTD, unembed_VD, targets_BT, logit_cap, chunk):
-  log_z_BT, target_BT = _chunked(x_BTD, unembed_VD, targets_BT, logit_cap, chunk)
+  log_z_BT, target_BT = _forward_only(x_BTD, unembed_VD, targets_BT, logit_cap, chunk)
   return (log_z_BT, target_BT), (x_BTD, unembed_VD, targets_BT, log_z_BT)
 
 

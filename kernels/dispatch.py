@@ -12,8 +12,8 @@ def resolve(
 ) -> str:
   """The implementation to run: `requested`, or the default of this platform for "auto".
 
-  `defaults` goes from platform ("cpu", "gpu", "tpu") to implementation. A name that is not available
-  is a ValueError: it is never replaced by another.
+  `defaults` goes from platform ("cpu", "gpu", "tpu") to implementation. A name that is not
+  available is a ValueError: it is never replaced by another.
   """
   if requested != "auto":
     if requested not in available:

@@ -1,11 +1,12 @@
 """Measures training on the devices at hand: `python -m launch.bench --config=configs/bench_cpu.py`.
 
-Prints one JSON object. tokens_per_second: the row tokens of a step over the median time of the timed
-steps, all devices. compile_seconds: to trace, lower and compile the training step, with no cache.
-peak_bytes: what the compiled step needs on each device (arguments, temporaries, code, and outputs
-that take no argument's place); process_peak_bytes: the largest resident set of this process.
-loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random length;
-the loader reads the config's token stores if they are there, else one made of such documents.
+Prints one JSON object. tokens_per_second: the row tokens of a step over the median time of the
+timed steps, all devices. compile_seconds: to trace, lower and compile the training step, with no
+cache. peak_bytes: what the compiled step needs on each device (arguments, temporaries, code, and
+outputs that take no argument's place); process_peak_bytes: the largest resident set of this
+process. loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random
+length; the loader reads the config's token stores if they are there, else one made of such
+documents.
 """
 
 import dataclasses
@@ -25,16 +26,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from data import pipeline, token_store
+from data import pipeline, token_store, vocabulary
 from data.pipeline import DataConfig
 from data.rows import Batch
-from data.vocabulary import ByteVocabulary
 from launch.overrides import run_app
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from train import program as programs
 from train.config import Run
-from train.metrics import mfu
+from train.throughput import mfu
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=0)
@@ -73,9 +73,12 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     "peak_bytes": _peak_bytes(compiled),
     "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "loader_tokens_per_second": round(_loader_tokens_per_second(run), 1),
-    "mfu": None
-    if chip is None
-    else mfu(flops, tokens_per_second, chip.peak_flops * device.client.device_count()),
+    "mfu": chip
+    and mfu(
+      flops_per_token=flops,
+      tokens_per_second=tokens_per_second,
+      peak_flops=chip.peak_flops * program.mesh.size,
+    ),
     "loss": float(metrics.loss),
     "parameters": count_params(run.model).total,
     "train_flops_per_token": flops,
@@ -125,11 +128,13 @@ def _loader_tokens_per_second(run: Run) -> float:
   with tempfile.TemporaryDirectory() as folder:
     path = f"{folder}/store"
     rng = np.random.default_rng(0)
-    vocabulary = ByteVocabulary()
-    with token_store.Writer(path, vocabulary.record) as writer:
-      for _ in range(2000):
-        text = bytes(rng.integers(32, 127, rng.integers(200, 8000), dtype=np.uint8)).decode()
-        writer.add(vocabulary.encode(text), text_bytes=len(text))
+    words = vocabulary.load("byte")
+    texts = [
+      bytes(rng.integers(32, 127, rng.integers(200, 8000), dtype=np.uint8)).decode()
+      for _ in range(2000)
+    ]
+    documents = [words.encode(text) for text in texts]
+    token_store.write(path, documents, words.record, text_bytes=sum(map(len, texts)))
     config = dataclasses.replace(run.data, sources=((path, 1.0),), eval_source=None)
     return _read(config, run.batch_size)
 

@@ -73,7 +73,8 @@ def load(spec: str) -> Run:
 
 
 def to_config_dict(value: Any) -> Any:
-  """Dataclasses as ConfigDicts, tuples of them as tuples; a field that may be None keeps its type."""
+  """Dataclasses as ConfigDicts, tuples of them as tuples; a field that may be None keeps its
+  type."""
   if isinstance(value, tuple):
     return tuple(to_config_dict(item) for item in value)
   if not dataclasses.is_dataclass(value):

@@ -1,7 +1,8 @@
 """Trains: `python -m launch.train --config=configs/smoke.py --workdir=runs/smoke [--config.x.y=z]`.
 
 The same command again goes on from the newest checkpoint. Exit status: 0 complete, 75 stopped by a
-signal with everything saved (start me again), 1 stopped by an error, 2 a command that cannot be run.
+signal with everything saved (start me again), 1 stopped by an error, 2 a command that cannot be
+run.
 """
 
 import json

@@ -40,13 +40,13 @@ EmbeddingScale = Literal["none", "sqrt_width"]
 class DecoderConfig:
   """A decoder: `pattern` repeats and is cut off after `num_blocks` blocks.
 
-  embedding_scale "sqrt_width" multiplies the embedded tokens by sqrt(width), rounded to bfloat16, as
-  RecurrentGemma does; logit_cap c bounds logits as c tanh(logits / c). dtype is that of activations,
-  param_dtype that of matrices and vectors alike, but for norms, gate biases and decay: those are
-  float32. remat: what the backward pass computes again. "none": nothing but elementwise work, whose
-  results would fill memory for longer than they take to make; "matmuls": attention, scans and the
-  gates' small products too; "block": everything, keeping only block inputs. layers "unroll" writes
-  every block out: for tests and tiny models.
+  embedding_scale "sqrt_width" multiplies the embedded tokens by sqrt(width), rounded to bfloat16,
+  as RecurrentGemma does; logit_cap c bounds logits as c tanh(logits / c). dtype is that of
+  activations, param_dtype that of matrices and vectors alike, but for norms, gate biases and decay:
+  those are float32. remat: what the backward pass computes again. "none": nothing but elementwise
+  work, whose results would fill memory for longer than they take to make; "matmuls": attention,
+  scans and the gates' small products too; "block": everything, keeping only block inputs. layers
+  "unroll" writes every block out: for tests and tiny models.
   """
 
   vocab_size: int
@@ -154,8 +154,8 @@ def _part(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: str) -> _Part:
   for path, variable in variables:
     inner = part_axes
     for name in path[:-1]:
-      inner = inner.setdefault(name, {})
-    inner[path[-1]] = axes_of(variable)
+      inner = inner.setdefault(str(name), {})
+    inner[str(path[-1])] = axes_of(variable)
   return _Part(init, merge, part_axes)
 
 

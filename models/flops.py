@@ -1,11 +1,11 @@
 """Parameters and FLOPs of a model by part, from its config; nothing is allocated.
 
-Convention, for MFU too: one multiply-add is 2 FLOPs. Matrix products are counted (projections, gates,
-convolution, logits) and attention at the keys that a query sees, causal and within its window: not
-at those that a kernel multiplies and then masks. Documents are not taken into account: a row counts
-as one document. The elementwise work of the recurrence is told apart (`recurrence`) and is in no
-total: it runs on the vector unit, and peak FLOP/s are those of the matrix unit. Training is three
-times the forward pass; recomputation by remat is not counted.
+Convention, for MFU too: one multiply-add is 2 FLOPs. Matrix products are counted (projections,
+gates, convolution, logits) and attention at the keys that a query sees, causal and within its
+window: not at those that a kernel multiplies and then masks. Documents are not taken into account:
+a row counts as one document. The elementwise work of the recurrence is told apart (`recurrence`)
+and is in no total: it runs on the vector unit, and peak FLOP/s are those of the matrix unit.
+Training is three times the forward pass; recomputation by remat is not counted.
 """
 
 import dataclasses
@@ -36,11 +36,7 @@ class Flops:
   def forward(self) -> float:
     """All matrix products of the forward pass."""
     return (
-      self.mlp
-      + self.recurrent_matmul
-      + self.attention_matmul
-      + self.attention_keys
-      + self.logits
+      self.mlp + self.recurrent_matmul + self.attention_matmul + self.attention_keys + self.logits
     )
 
   @property

@@ -21,8 +21,8 @@ def generate(
 ) -> jax.Array:
   """`num_tokens` sampled tokens for each prompt, int32 [batch, num_tokens].
 
-  Prompts are padded on the left: segment 0 there, 1 on the prompt. temperature 0 takes the likeliest
-  token. Nothing stops at an end-of-document token: cut there.
+  Prompts are padded on the left: segment 0 there, 1 on the prompt. temperature 0 takes the
+  likeliest token. Nothing stops at an end-of-document token: cut there.
   """
   if num_tokens < 1 or temperature < 0:
     raise ValueError(

@@ -203,22 +203,6 @@ def _relaid(w: jax.Array, forward: NamedSharding, backward: NamedSharding) -> ja
   return linear_call(forwards, backwards, (), w)
 
 
-def regathering(f: Callable[..., Any], *, prevent_cse: bool) -> Callable[..., Any]:
-  """`f` that keeps all it needs for its backward pass, but gathers parameters again.
-
-  Without it a layer that saves its activations saves the parameters it used too, and so, over all
-  layers, every device keeps the whole model. Without a placement, `f`.
-  """
-  placed = _placed()
-  if placed is None or placed.mesh.size == 1:
-    return f
-  return jax.checkpoint(f, policy=_is_not_relaid, prevent_cse=prevent_cse)
-
-
-def _is_not_relaid(primitive: Any, *_: Any, **__: Any) -> bool:
-  return primitive.name != "linear_call"
-
-
 def on_shards(
   f: Callable[..., Any], *, in_axes: Any, out_axes: Any, check_vma: bool = True
 ) -> Callable[..., Any]:

@@ -4,8 +4,8 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test's time is LLVM's: without its optimisations the suite takes a quarter of the time. The
-# passes that lay out arrays, fuse and assign buffers, which tests read, run all the same.
+# Most of a test's time is LLVM's: without its optimisations the suite takes a quarter of the time.
+# The passes that lay out arrays, fuse and assign buffers, which tests read, run all the same.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),

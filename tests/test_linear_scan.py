@@ -44,7 +44,8 @@ def test_states_are_those_of_the_recurrence(implementation, reverse, dtype, shap
   y_BTD, hT_BD = linear_scan.linear_scan(
     x_BTD, a_BTD, h0_BD, implementation=implementation, reverse=reverse
   )
-  assert y_BTD.dtype == x_BTD.dtype and hT_BD.dtype == jnp.float32
+  assert y_BTD.dtype == x_BTD.dtype
+  assert hT_BD.dtype == jnp.float32
   expected_BTD, expected_BD = _slow(*map(np.asarray, (x_BTD, a_BTD, h0_BD)), reverse)
   assert_close(y_BTD, expected_BTD, dtype=dtype)
   # The carry is float32 whatever the dtype of x.
@@ -121,8 +122,10 @@ def test_nothing_crosses_a_decay_of_zero(implementation, reverse):
   np.testing.assert_array_equal(dx[:, mine], other_dx[:, mine])
   inside = np.arange(150)[mine] != 70  # the reset's own decay: its gradient is what came before
   np.testing.assert_array_equal(da[:, mine][:, inside], other_da[:, mine][:, inside])
-  assert not np.where(other, dx, 0).any() and not np.where(other, da, 0).any()
-  assert not dh0.any() and not other_dh0.any()
+  assert not np.where(other, dx, 0).any()
+  assert not np.where(other, da, 0).any()
+  assert not dh0.any()
+  assert not other_dh0.any()
 
 
 @every_implementation

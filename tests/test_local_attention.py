@@ -165,7 +165,7 @@ def test_no_array_is_as_large_as_the_whole_matrix():
 
 def test_wrong_shapes_are_refused():
   q, k, v, q_documents, k_documents = _inputs()
-  with pytest.raises(ValueError, match="v .* must be"):
+  with pytest.raises(ValueError, match=r"v .* must be"):
     _attend(q, k, v[..., :4], q_documents, k_documents, window=3)
   with pytest.raises(ValueError, match="fewer than the 50 queries"):
     _attend(q, k[:, :9], v[:, :9], q_documents, k_documents[:, :9], window=3)

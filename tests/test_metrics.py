@@ -134,7 +134,6 @@ def test_tensorboard_has_the_scalars(tmp_path):
   assert any(event.session_log.status == 1 and event.step == 6 for event in events)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_wandb_works_offline_with_one_id_through_restarts(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
   for start_step in (0, 10):

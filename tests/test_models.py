@@ -56,7 +56,8 @@ def test_parameter_counts_are_the_published_ones(family, size):
 def test_recurrentgemma_has_the_released_size(config, rest, total):
   count = count_params(config)
   assert (round(count.rest / 1e9, 2), round(count.total / 1e9, 2)) == (rest, total)
-  assert config.embedding_scale == "sqrt_width" and config.logit_cap == 30.0
+  assert config.embedding_scale == "sqrt_width"
+  assert config.logit_cap == 30.0
 
 
 @pytest.mark.parametrize("size", BLOCKS)
@@ -67,7 +68,8 @@ def test_griffin_is_two_recurrent_blocks_to_one_of_attention(size):
   assert recurrent[:6] == [True, True, False] * 2
   gate_blocks = {b.mixer.num_gate_blocks for b in blocks if isinstance(b.mixer, rg_lru.Config)}
   windows = {b.mixer.window for b in blocks if isinstance(b.mixer, attention.Config)}
-  assert gate_blocks == {16} and windows == {1024}
+  assert gate_blocks == {16}
+  assert windows == {1024}
 
 
 def test_an_unknown_size_lists_the_known_ones():
@@ -75,7 +77,8 @@ def test_an_unknown_size_lists_the_known_ones():
     _run("griffin", "2b")
 
 
-# GFLOP per token in training without logits at row 2048, the recurrence's elementwise work included.
+# GFLOP per token in training without logits at row 2048, the recurrence's elementwise work
+# included.
 @pytest.mark.parametrize(
   ("family", "size", "gflops"),
   [

@@ -22,7 +22,7 @@ ALLOWED = {
 # Who may import a dependency: a folder or a file.
 OWNERS = {
   "flax": ("models/",),
-  "optax": ("train/optimizer.py", "train/state.py", "train/step.py"),
+  "optax": ("train/optimizer.py",),
   "orbax": ("train/checkpoint.py",),
   "grain": ("data/",),
   "seqio": ("data/seqio_tasks.py",),

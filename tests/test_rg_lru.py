@@ -1,4 +1,5 @@
-"""The RG-LRU against a slow, obvious one, its initialisations, and where bfloat16 would break it."""
+"""The RG-LRU against a slow, obvious one, its initialisations, and where bfloat16 would break
+it."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,8 @@ def test_segments_restart_positions_and_never_reuse_a_document():
 def test_paper_decay_is_uniform_in_its_eighth_power():
   decay_R = rg_lru.DECAY_INITS["paper"](jax.random.key(0), (20_000,))
   a8_R = np.exp(-8 * np.log1p(np.exp(np.asarray(decay_R, np.float64))))
-  assert a8_R.min() >= 0.9 - 1e-4 and a8_R.max() <= 0.999 + 1e-4
+  assert a8_R.min() >= 0.9 - 1e-4
+  assert a8_R.max() <= 0.999 + 1e-4
   np.testing.assert_allclose(
     np.quantile(a8_R, [0.25, 0.5, 0.75]), [0.92475, 0.9495, 0.97425], atol=2e-3
   )
@@ -100,10 +102,12 @@ def test_slow_memories_still_listen_in_bfloat16(a):
   decay_R = jnp.log(jnp.expm1(-jnp.log(jnp.float32([a])) / 4))
   is_start_BT = jnp.array([[True, False, False]])
   in_BTR, a_BTR = rg_lru.gated_input(x_BTR, gates_BTG2J, decay_R, is_start_BT)
-  assert a_BTR.dtype == jnp.float32 and in_BTR.dtype == jnp.bfloat16
+  assert a_BTR.dtype == jnp.float32
+  assert in_BTR.dtype == jnp.bfloat16
   np.testing.assert_allclose(a_BTR[0, 1:, 0], a, rtol=1e-6)
   np.testing.assert_allclose(np.float32(in_BTR[0, 1:, 0]), np.sqrt(1 - a**2), rtol=2**-8)
-  assert a_BTR[0, 0, 0] == 0 and in_BTR[0, 0, 0] == 1
+  assert a_BTR[0, 0, 0] == 0
+  assert in_BTR[0, 0, 0] == 1
   wrong = jnp.sqrt(1 - jnp.exp(2 * jnp.log(jnp.bfloat16(a))))
   assert abs(float(wrong) - np.sqrt(1 - a**2)) > 2**-8 * np.sqrt(1 - a**2)
 

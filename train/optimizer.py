@@ -7,12 +7,16 @@ knows of a non-finite one before any moment changes.
 
 import dataclasses
 import types
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+# For whoever carries one: optax is imported here only.
+GradientTransformation: TypeAlias = optax.GradientTransformation
+apply_updates = optax.apply_updates
 
 # Names that count how often a parameter is there, rather than what it is.
 _STACKING = ("layers", "branch")

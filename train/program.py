@@ -6,22 +6,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.rows import Batch
 from models import decoder
 from models.decoder import DecoderConfig, Model
 from models.layers import attention, rg_lru
-from sharding import logical, rules
+from sharding import logical
+from sharding import rules as tables
 from sharding.logical import Rules
 from sharding.mesh import make_mesh
 from train.config import Run
-from train.optimizer import decay_mask
+from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.step import eval_step, train_step
 
-_ZERO_STAGES = {1: rules.ZERO1, 2: rules.ZERO2, 3: rules.ZERO3}
+_ZERO_STAGES = {1: tables.ZERO1, 2: tables.ZERO2, 3: tables.ZERO3}
 
 
 class Program(NamedTuple):
@@ -31,12 +31,12 @@ class Program(NamedTuple):
   mesh: Mesh
   rules: Rules
   model: Model
-  tx: optax.GradientTransformation
+  tx: GradientTransformation
   shardings: TrainState
   abstract: TrainState  # ShapeDtypeStructs with their shardings
 
 
-def build(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Program:
+def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
   """The run on a mesh over `devices` (all there are); ValueError if it does not fit that mesh."""
   mesh = make_mesh(run.mesh, devices=devices)
   _check_fits(run, mesh)
@@ -114,7 +114,7 @@ def _abstract_batch(program: Program) -> Batch:
 
 def _check_fits(run: Run, mesh: Mesh) -> None:
   """Raises if the mesh does not divide what it has to."""
-  rules.check_tensor_degree(mesh.shape["tensor"], sizes=_tensor_sizes(run.model))
+  tables.check_tensor_degree(mesh.shape["tensor"], sizes=_tensor_sizes(run.model))
   row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = run.batch_size // run.num_microbatches
   if rows % row_shards:

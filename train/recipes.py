@@ -1,4 +1,5 @@
-"""The training recipe that configs/ share: what the paper states, and our choices where it is silent.
+"""The training recipe that configs/ share: what the paper states, and our choices where it is
+silent.
 
 Stated (arXiv:2402.19427): AdamW, rows of 2048 tokens, the token budgets of Table 2, bfloat16. Not
 published: learning rate, betas, weight decay, batch, warm-up, schedule, clipping, vocabulary. Those

@@ -1,15 +1,14 @@
 """What training carries from step to step, and where each array lies."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from models.decoder import Model
 from sharding import logical
 from sharding.logical import Rules
-from train.optimizer import AdamWState
+from train.optimizer import AdamWState, GradientTransformation
 
 
 class TrainState(NamedTuple):
@@ -20,13 +19,13 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
-def init_state(key: jax.Array, *, model: Model, tx: optax.GradientTransformation) -> TrainState:
+def init_state(key: jax.Array, *, model: Model, tx: GradientTransformation) -> TrainState:
   """Fresh parameters and moments; jit it with `state_shardings`, or one device holds them all."""
   params = model.init(key)
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def abstract_state(model: Model, tx: optax.GradientTransformation) -> TrainState:
+def abstract_state(model: Model, tx: GradientTransformation) -> TrainState:
   """Shapes and dtypes of the state; nothing is allocated."""
   return jax.eval_shape(lambda key: init_state(key, model=model, tx=tx), jax.random.key(0))
 
@@ -36,4 +35,6 @@ def state_shardings(model: Model, *, mesh: jax.sharding.Mesh, rules: Rules) -> T
   params = logical.shardings(model.axes, model.shapes, rules.parameters, mesh)
   moments = logical.shardings(model.axes, model.shapes, rules.moments, mesh)
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return TrainState(replicated, params, AdamWState(replicated, mu=moments, nu=moments))
+  # A state of shardings instead of arrays.
+  optimizer: Any = AdamWState(cast(Any, replicated), mu=moments, nu=moments)
+  return TrainState(cast(Any, replicated), params, optimizer)

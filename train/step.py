@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from data.rows import Batch
 from models.decoder import Model
 from sharding import logical
 from train.loss import LossSums, loss_sums
-from train.optimizer import clip_by_norm, global_norm
+from train.optimizer import GradientTransformation, apply_updates, clip_by_norm, global_norm
 from train.state import TrainState
 
 
@@ -30,7 +29,7 @@ def train_step(
   batch: Batch,
   *,
   model: Model,
-  tx: optax.GradientTransformation,
+  tx: GradientTransformation,
   num_microbatches: int,
   z_loss: float,
   clip_norm: float | None,
@@ -75,7 +74,7 @@ def train_step(
   is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
   grads = clip_by_norm(grads, grad_norm, clip_norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = apply_updates(state.params, updates)
 
   def keep(new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(is_finite, new, old)

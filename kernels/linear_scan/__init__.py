@@ -3,9 +3,9 @@
   y_BTD, hT_BD = linear_scan(x_BTD, a_BTD, h0_BD, implementation="auto")
 
 y_t = h_t in the dtype of x; the carry, a, h0 and the last state hT are float32. `reverse=True` runs
-from the last token to the first (h_t = a_t h_{t+1} + x_t, hT is then h at token 0). Decays of exactly
-0 (a document starts) and 1 are exact: nothing divides by a, and no sum of logarithms is formed, so
-what comes before a 0 changes no bit of what comes after.
+from the last token to the first (h_t = a_t h_{t+1} + x_t, hT is then h at token 0). Decays of
+exactly 0 (a document starts) and 1 are exact: nothing divides by a, and no sum of logarithms is
+formed, so what comes before a 0 changes no bit of what comes after.
 
 The gradient is written once, here. With g the gradient that reaches h,
 
@@ -21,6 +21,7 @@ so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and n
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ _SCANS = {
 }
 IMPLEMENTATIONS = tuple(_SCANS)
 # cpu: the fastest at every shape of kernels/linear_scan/measured_cpu.json. tpu: not measured by us;
-# sequential beat associative there (arXiv:2402.19427, appendix D). gpu: not measured by us; one step
-# at a time is one kernel launch each there.
+# sequential beat associative there (arXiv:2402.19427, appendix D). gpu: not measured by us; one
+# step at a time is one kernel launch each there.
 _DEFAULTS = {"cpu": "reference", "tpu": "reference", "gpu": "chunked"}
 
 
@@ -57,21 +58,25 @@ def linear_scan(
   """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
   if x_BTD.ndim != 3 or x_BTD.shape != a_BTD.shape or h0_BD.shape != x_BTD.shape[::2]:
     raise ValueError(
-      f"linear_scan: x {x_BTD.shape} and a {a_BTD.shape} must be equal [batch, time, width], and h0 "
-      f"{h0_BD.shape} [batch, width]"
+      f"linear_scan: x {x_BTD.shape} and a {a_BTD.shape} must be equal [batch, time, width], and "
+      f"h0 {h0_BD.shape} [batch, width]"
     )
   if x_BTD.shape[1] == 0:
     raise ValueError("linear_scan: time is 0; give at least one token")
-  return _linear_scan(x_BTD, a_BTD, h0_BD.astype(jnp.float32), resolve(implementation), reverse)
+  arguments = (x_BTD, a_BTD, h0_BD.astype(jnp.float32), resolve(implementation), reverse)
+  y_BTD, hT_BD = cast(tuple[jax.Array, jax.Array], _linear_scan(*arguments))
+  return y_BTD, hT_BD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _linear_scan(x_BTD, a_BTD, h0_BD, implementation, reverse):
+def _linear_scan(
+  x_BTD: jax.Array, a_BTD: jax.Array, h0_BD: jax.Array, implementation: str, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
   return _SCANS[implementation](x_BTD, a_BTD, h0_BD, reverse=reverse)
 
 
 def _forward(x_BTD, a_BTD, h0_BD, implementation, reverse):
-  y_BTD, hT_BD = _linear_scan(x_BTD, a_BTD, h0_BD, implementation, reverse)
+  y_BTD, hT_BD = _SCANS[implementation](x_BTD, a_BTD, h0_BD, reverse=reverse)
   # A remat policy can keep what is named: the states, rather than run the recurrence again.
   y_BTD = checkpoint_name(y_BTD, "scan")
   return (y_BTD, hT_BD), (y_BTD, a_BTD, h0_BD)

@@ -1,7 +1,7 @@
 """Chunks of a row in parallel, each from a zero state, then the states that they hand on.
 
-Within chunk n, h_t = l_t + p_t s_n: l the states from zero, p the running product of decays, s_n the
-last state of the chunk before. A decay of 0 makes p exactly 0 from there on.
+Within chunk n, h_t = l_t + p_t s_n: l the states from zero, p the running product of decays, s_n
+the last state of the chunk before. A decay of 0 makes p exactly 0 from there on.
 """
 
 import math

@@ -3,13 +3,13 @@
   o_BTNH = local_attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=1024,
                            implementation="auto")
 
-Keys are aligned with queries at the end: query t is row S - T + t, and the first S - T keys belong to
-an earlier chunk of a split row. Query t sees key s if both carry the same document number and
+Keys are aligned with queries at the end: query t is row S - T + t, and the first S - T keys belong
+to an earlier chunk of a split row. Query t sees key s if both carry the same document number and
 
   0 <= (S - T + t) - s <= window
 
-so itself and `window` keys before it: window + 1 in all. `window=None` lets it see every earlier key
-of its document. Logits are scaled by H^-0.5; logits and softmax are float32, the result has the
+so itself and `window` keys before it: window + 1 in all. `window=None` lets it see every earlier
+key of its document. Logits are scaled by H^-0.5; logits and softmax are float32, the result has the
 dtype of q. What a query does not see has a weight of exactly 0. The backward pass recomputes the
 weights: only q, k and v are kept.
 

@@ -108,7 +108,8 @@ def _global(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS):
 
 
 def _weighted(q_BUCNH, k_BUMH, v_BUMH, visible_BUCM):
-  """softmax over a band: logits, weights and their sum in float32, products in the inputs' dtype."""
+  """softmax over a band: logits, weights and their sum in float32, products in the inputs'
+  dtype."""
   scale = q_BUCNH.shape[-1] ** -0.5
   logits_BUCNM = jnp.einsum(
     "BUCNH,BUMH->BUCNM", q_BUCNH, k_BUMH, preferred_element_type=jnp.float32

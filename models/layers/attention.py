@@ -1,8 +1,8 @@
 """Multi-query attention, local or global (arXiv:2402.19427, section 2.3).
 
 A query sees itself and the `window` tokens before it, so at most window + 1 keys, all in its own
-document; `window=None` is global attention, the baseline Transformer's. Distances are counted in the
-row; rotary positions restart at each document.
+document; `window=None` is global attention, the baseline Transformer's. Distances are counted in
+the row; rotary positions restart at each document.
 
 Tensor parallelism: query heads and the rows of the output projection are split; the one key-value
 head is computed on every shard, and its gradient is the sum over the shards' heads.

@@ -24,7 +24,8 @@ class Embedding(nnx.Module):
 
 
 def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """Each shard looks up the tokens of its part of the vocabulary; the sum over shards is the row."""
+  """Each shard looks up the tokens of its part of the vocabulary; the sum over shards is the
+  row."""
   axis = logical.mesh_axis("vocab")
   if axis is None:
     return table_VD[tokens_BT]
