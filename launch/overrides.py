@@ -32,7 +32,7 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
     _refuse(error)
   config = to_config_dict(preset)
   # The flags --config.some.field=value change `config` itself.
-  config_flags.DEFINE_config_dict("config", config, lock_config=True)
+  config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
