@@ -44,7 +44,7 @@ _LOADER_SECONDS = 2.0
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   program = programs.build(run)
   start = time.perf_counter()
-  compiled = programs.lower_train_step(program).compile()
+  compiled = programs.compile_step(programs.lower_train_step(program))
   compile_seconds = time.perf_counter() - start
 
   state = programs.initialize(program)

@@ -94,9 +94,10 @@ class _Session:
     self.run, self.program, self.workdir, self.record = program.run, program, workdir, record
     self.checkpoints, self.metrics = checkpoints, metrics
     start = time.monotonic()
-    self.train_step = programs.lower_train_step(program).compile()
+    self.train_step = programs.compile_step(programs.lower_train_step(program))
     evaluates = self.run.data.eval_source is not None
-    self.eval_step = programs.lower_eval_step(program).compile() if evaluates else None
+    lowered = programs.lower_eval_step(program) if evaluates else None
+    self.eval_step = None if lowered is None else programs.compile_step(lowered)
     logging.info("compiled in %.1f s", time.monotonic() - start)
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)
@@ -122,22 +123,23 @@ class _Session:
           self._finish(running)
         running = _Running(step, metrics)
 
-        is_last = step == run.total_steps or stop.signal_name is not None
+        is_last = step == run.total_steps
         kind = self.checkpoints.due(step) or ("permanent" if is_last else None)
-        evaluates = step % run.eval_every == 0 or step == run.total_steps
-        if kind or (evaluates and self.eval_step is not None):
-          # First look at the step itself: a bad one is never saved.
+        evaluates = self.eval_step is not None and (is_last or step % run.eval_every == 0)
+        if kind or evaluates:
+          # First look at the step itself: a bad one is never saved. Evaluate before saving: what a
+          # restart does again, it does once.
           self._finish(running)
           running = None
           with self.throughput.excluded(after=state):
+            if evaluates:
+              self._evaluate(step, state)
             if kind:
               self.checkpoints.save(step, state, self.record, kind=kind)
-            if evaluates and self.eval_step is not None:
-              self._evaluate(step, state)
       if running is not None:
-        # The signal came after this step's turn to be saved.
+        # A signal ended the loop at a step that was not due.
         self._finish(running)
-        self.checkpoints.save(step, state, self.record, kind="permanent")
+        self.checkpoints.save(step, state, self.record, kind="temporary")
     self.checkpoints.wait()
     return "complete" if step == run.total_steps else "stopped"
 

@@ -21,6 +21,11 @@ from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.step import eval_step, train_step
 
+_COMPILER_OPTIONS: dict[str, Any] = {
+  # A CPU step is matrix products, which are a library's: at level 1 LLVM compiles the rest in
+  # three quarters of the time, and the step takes as long as at level 3 (docs/benchmarks.md).
+  "cpu": {"xla_backend_optimization_level": 1},
+}
 _ZERO_STAGES = {1: tables.ZERO1, 2: tables.ZERO2, 3: tables.ZERO3}
 
 
@@ -81,6 +86,11 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(program.shardings, None))
   with logical.placement(program.mesh, program.rules):
     return jitted.lower(program.abstract, _abstract_batch(program))
+
+
+def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """The program of a step, compiled with this platform's options."""
+  return lowered.compile(_COMPILER_OPTIONS.get(jax.default_backend()))
 
 
 def lower_eval_step(program: Program) -> jax.stages.Lowered:

@@ -21,7 +21,7 @@ class StepMetrics(NamedTuple):
   weight: jax.Array  # targets in the global batch
   grad_norm: jax.Array  # before clipping
   is_finite: jax.Array  # bool; if False the step changed nothing but the step count
-  square_norms: Any  # of each gradient, in the tree of the parameters, one per layer
+  square_norms: Any  # of each gradient's sum over targets: the parameters' tree, one per layer
 
 
 def train_step(
@@ -66,12 +66,14 @@ def train_step(
 
   # A batch without a single target (all padding) has nothing to divide by, and nothing to learn.
   weight = jnp.maximum(sums.weight, 1.0)
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   grads = logical.constrain_gradients(grads, model.axes)
 
+  # Of the sums, so that dividing and clipping become one with the update: no pass of their own.
   square_norms = jax.tree.map(_square_norm, grads, model.axes)
-  grad_norm = global_norm(square_norms)
+  grad_norm = global_norm(square_norms) / weight
   is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+  grads = jax.tree.map(lambda g: g / weight, grads)
   grads = clip_by_norm(grads, grad_norm, clip_norm)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = apply_updates(state.params, updates)

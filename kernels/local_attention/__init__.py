@@ -19,7 +19,6 @@ weights: only q, k and v are kept.
 """
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch
 from kernels.local_attention import banded, reference
@@ -65,6 +64,4 @@ def local_attention(
   if window is not None and window < 1:
     raise ValueError(f"local_attention: window {window} must be at least 1, or None")
   attention = _ATTENTIONS[resolve(implementation)]
-  o_BTNH = attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=window)
-  # A remat policy can keep what is named: the result, rather than attend again.
-  return checkpoint_name(o_BTNH, "attention")
+  return attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=window)

@@ -1,12 +1,15 @@
 """Attention in blocks of queries, each against the band of keys that it can reach.
 
-Letters of this file: U blocks of a row, C queries of a block, M keys of a band.
+Letters of this file: U blocks of a row, C queries of a block, M keys of a band. The backward pass
+forms the weights again from the logits and their log-sum-exp, as flash attention does
+(arXiv:2205.14135): kept are q, k, v, the output and one number per query and head.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 _NO_DOCUMENT = -(2**31) + 1
 # Finite, so that a padded query that sees nothing has weights and no NaN; exp of it is exactly 0.
@@ -25,22 +28,23 @@ def attention(
   window: int | None,
 ) -> jax.Array:
   """As kernels/local_attention says; no array has T x S elements when S > window + block."""
-  arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
-  if window is None or window >= k_BSH.shape[1]:
-    return _global(*arrays)
-  return jax.checkpoint(functools.partial(_local, window=window), prevent_cse=False)(*arrays)
-
-
-def _local(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window):
   time, keys = q_BTNH.shape[1], k_BSH.shape[1]
-  block = min(_MAX_BLOCK, max(16, window // 4))
+  is_global = window is None or window >= keys
+  window = keys if window is None or window >= keys else window
+  block = _MAX_BLOCK if is_global else min(_MAX_BLOCK, max(16, window // 4))
+  arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
   if time <= block:
-    return _one_block(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=window)
+    return _one_block(*arrays, window=window)
+  return _global(*arrays, block=block) if is_global else _local(*arrays, window=window, block=block)
+
+
+def _local(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window, block):
+  """All blocks at once."""
+  time, keys = q_BTNH.shape[1], k_BSH.shape[1]
   num_blocks = -(-time // block)
-  tail = num_blocks * block - time
   # Whole blocks of keys before the first query: enough to reach back `window` rows.
   num_before = -(-window // block)
-  front = num_before * block - (keys - time)
+  front, tail = num_before * block - (keys - time), num_blocks * block - time
 
   def bands(x_BS, fill):
     """[B, S, ...] -> [B, U, M, ...]: block u of the queries sees key blocks u .. u + num_before."""
@@ -51,19 +55,16 @@ def _local(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window):
     shifted = [blocks[:, shift : shift + num_blocks] for shift in range(num_before + 1)]
     return jnp.concatenate(shifted, axis=2)
 
-  def blocks_of(x_BT, fill):
-    padding = ((0, 0), (0, tail)) + ((0, 0),) * (x_BT.ndim - 2)
-    x_BT = jnp.pad(x_BT, padding, constant_values=fill)
-    return x_BT.reshape(x_BT.shape[0], num_blocks, block, *x_BT.shape[2:])
-
-  distance_CM = (num_before * block + jnp.arange(block))[:, None] - jnp.arange(
-    (num_before + 1) * block
-  )[None]
-  in_band_CM = (distance_CM >= 0) & (distance_CM <= window)
-  q_documents_BUC = blocks_of(q_documents_BT, _NO_DOCUMENT)
-  k_documents_BUM = bands(k_documents_BS, _NO_DOCUMENT)
-  visible_BUCM = in_band_CM & (q_documents_BUC[..., None] == k_documents_BUM[:, :, None])
-  o_BUCNH = _weighted(blocks_of(q_BTNH, 0), bands(k_BSH, 0), bands(v_BSH, 0), visible_BUCM)
+  o_BUCNH = _attend(
+    _blocks(q_BTNH, num_blocks, block, 0),
+    bands(k_BSH, 0),
+    bands(v_BSH, 0),
+    _blocks(q_documents_BT, num_blocks, block, _NO_DOCUMENT),
+    bands(k_documents_BS, _NO_DOCUMENT),
+    num_before * block + jnp.arange(block),
+    jnp.arange((num_before + 1) * block),
+    window,
+  )
   return o_BUCNH.reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :time]
 
 
@@ -71,52 +72,51 @@ def _one_block(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window):
   """A few queries, one when decoding, against the keys that the first of them can reach."""
   time = q_BTNH.shape[1]
   band = min(k_BSH.shape[1], window + time)
-  k_BMH, v_BMH, documents_BM = (x[:, -band:] for x in (k_BSH, v_BSH, k_documents_BS))
-  distance_TM = (band - time + jnp.arange(time))[:, None] - jnp.arange(band)[None]
-  in_band_TM = (distance_TM >= 0) & (distance_TM <= window)
-  visible_BTM = in_band_TM & (q_documents_BT[:, :, None] == documents_BM[:, None])
-  o_BUTNH = _weighted(q_BTNH[:, None], k_BMH[:, None], v_BMH[:, None], visible_BTM[:, None])
-  return o_BUTNH[:, 0]
+  queries = (q_BTNH[:, None], k_BSH[:, None, -band:], v_BSH[:, None, -band:])
+  documents = (q_documents_BT[:, None], k_documents_BS[:, None, -band:])
+  rows = (band - time + jnp.arange(time), jnp.arange(band))
+  return _attend(*queries, *documents, *rows, window)[:, 0]
 
 
-def _global(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS):
+def _global(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, block):
   """One block of queries at a time against all keys."""
-  batch, time, num_heads, head_size = q_BTNH.shape
-  keys = k_BSH.shape[1]
-  block = min(time, _MAX_BLOCK)
+  time, keys = q_BTNH.shape[1], k_BSH.shape[1]
   num_blocks = -(-time // block)
-  tail = num_blocks * block - time
-  q_BUCNH = jnp.pad(q_BTNH, ((0, 0), (0, tail), (0, 0), (0, 0))).reshape(
-    batch, num_blocks, block, num_heads, head_size
-  )
-  q_documents_BUC = jnp.pad(
-    q_documents_BT, ((0, 0), (0, tail)), constant_values=_NO_DOCUMENT
-  ).reshape(batch, num_blocks, block)
+  q_BUCNH = _blocks(q_BTNH, num_blocks, block, 0)
+  q_documents_BUC = _blocks(q_documents_BT, num_blocks, block, _NO_DOCUMENT)
   row_UC = (keys - time + jnp.arange(num_blocks * block)).reshape(num_blocks, block)
+  k_BUMH, v_BUMH, k_documents_BUM = k_BSH[:, None], v_BSH[:, None], k_documents_BS[:, None]
 
-  def one_block(q_BCNH, q_documents_BC, row_C):
-    causal_CS = row_C[:, None] >= jnp.arange(keys)[None]
-    visible_BCS = causal_CS & (q_documents_BC[..., None] == k_documents_BS[:, None])
-    return _weighted(q_BCNH[:, None], k_BSH[:, None], v_BSH[:, None], visible_BCS[:, None])[:, 0]
+  def one_block(inputs):
+    q_BCNH, q_documents_BC, row_C = inputs
+    queries = (q_BCNH[:, None], k_BUMH, v_BUMH, q_documents_BC[:, None], k_documents_BUM)
+    return _attend(*queries, row_C, jnp.arange(keys), keys)[:, 0]
 
-  one_block = jax.checkpoint(one_block, prevent_cse=False)
-  o_UBCNH = jax.lax.map(
-    lambda block: one_block(*block),
-    (q_BUCNH.swapaxes(0, 1), q_documents_BUC.swapaxes(0, 1), row_UC),
-  )
-  return o_UBCNH.swapaxes(0, 1).reshape(batch, -1, num_heads, head_size)[:, :time]
+  o_UBCNH = jax.lax.map(one_block, (q_BUCNH.swapaxes(0, 1), q_documents_BUC.swapaxes(0, 1), row_UC))
+  o_BUCNH = o_UBCNH.swapaxes(0, 1)
+  return o_BUCNH.reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :time]
 
 
-def _weighted(q_BUCNH, k_BUMH, v_BUMH, visible_BUCM):
-  """softmax over a band: logits, weights and their sum in float32, products in the inputs'
-  dtype."""
-  scale = q_BUCNH.shape[-1] ** -0.5
-  logits_BUCNM = jnp.einsum(
-    "BUCNH,BUMH->BUCNM", q_BUCNH, k_BUMH, preferred_element_type=jnp.float32
-  )
-  logits_BUCNM = jnp.where(visible_BUCM[:, :, :, None], logits_BUCNM * scale, _HIDDEN)
-  # The largest logit is a constant of the softmax: no gradient has to find it again.
-  largest_BUCN1 = jax.lax.stop_gradient(jnp.max(logits_BUCNM, axis=-1, keepdims=True))
+def _blocks(x_BT, num_blocks, block, fill):
+  """[B, T, ...] -> [B, U, C, ...], filled up at the end."""
+  padding = ((0, 0), (0, num_blocks * block - x_BT.shape[1])) + ((0, 0),) * (x_BT.ndim - 2)
+  x_BT = jnp.pad(x_BT, padding, constant_values=fill)
+  return x_BT.reshape(x_BT.shape[0], num_blocks, block, *x_BT.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend(q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window):
+  """softmax(q k^T / sqrt(H)) v over what is visible: logits, weights and their sum in float32,
+  products in the inputs' dtype."""
+  arrays = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
+  return _attend_and_keep(*arrays, window)[0]
+
+
+def _attend_and_keep(
+  q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window
+):
+  logits_BUCNM = _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window)
+  largest_BUCN1 = jnp.max(logits_BUCNM, axis=-1, keepdims=True)
   weights_BUCNM = jnp.exp(logits_BUCNM - largest_BUCN1)
   sum_BUCN1 = jnp.sum(weights_BUCNM, axis=-1, keepdims=True)
   o_BUCNH = jnp.einsum(
@@ -125,4 +125,42 @@ def _weighted(q_BUCNH, k_BUMH, v_BUMH, visible_BUCM):
     v_BUMH,
     preferred_element_type=jnp.float32,
   )
-  return (o_BUCNH / sum_BUCN1).astype(q_BUCNH.dtype)
+  # A remat policy can keep what is named, rather than attend again.
+  o_BUCNH = checkpoint_name((o_BUCNH / sum_BUCN1).astype(q_BUCNH.dtype), "attention")
+  log_sum_BUCN1 = checkpoint_name(largest_BUCN1 + jnp.log(sum_BUCN1), "attention")
+  inputs = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
+  return o_BUCNH, (*inputs, o_BUCNH, log_sum_BUCN1)
+
+
+def _attend_backward(window, kept, do_BUCNH):
+  *inputs, o_BUCNH, log_sum_BUCN1 = kept
+  q_BUCNH, k_BUMH, v_BUMH, *visibility = inputs
+  scale, dtype = q_BUCNH.shape[-1] ** -0.5, q_BUCNH.dtype
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  weights_BUCNM = jnp.exp(_logits(q_BUCNH, k_BUMH, *visibility, window) - log_sum_BUCN1)
+  dweights_BUCNM = product("BUCNH,BUMH->BUCNM", do_BUCNH, v_BUMH)
+  # sum_m w_m dw_m, from the output: o is what the weights make of v.
+  mean_BUCN1 = jnp.sum(
+    do_BUCNH.astype(jnp.float32) * o_BUCNH.astype(jnp.float32), axis=-1, keepdims=True
+  )
+  dlogits_BUCNM = (weights_BUCNM * (dweights_BUCNM - mean_BUCN1) * scale).astype(dtype)
+  dq_BUCNH = product("BUCNM,BUMH->BUCNH", dlogits_BUCNM, k_BUMH)
+  dk_BUMH = product("BUCNM,BUCNH->BUMH", dlogits_BUCNM, q_BUCNH)
+  dv_BUMH = product("BUCNM,BUCNH->BUMH", weights_BUCNM.astype(dtype), do_BUCNH)
+  grads = (dq_BUCNH.astype(dtype), dk_BUMH.astype(k_BUMH.dtype), dv_BUMH.astype(v_BUMH.dtype))
+  return *grads, *(None for _ in visibility)
+
+
+_attend.defvjp(_attend_and_keep, _attend_backward)
+
+
+def _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window):
+  """Scaled logits, float32; _HIDDEN where a query does not see a key."""
+  distance_CM = row_C[:, None] - row_M[None]
+  in_band_CM = (distance_CM >= 0) & (distance_CM <= window)
+  visible_BUCM = in_band_CM & (q_documents_BUC[..., None] == k_documents_BUM[:, :, None])
+  logits_BUCNM = jnp.einsum(
+    "BUCNH,BUMH->BUCNM", q_BUCNH, k_BUMH, preferred_element_type=jnp.float32
+  )
+  scale = q_BUCNH.shape[-1] ** -0.5
+  return jnp.where(visible_BUCM[:, :, :, None], logits_BUCNM * scale, _HIDDEN)

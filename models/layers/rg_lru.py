@@ -160,9 +160,7 @@ class RecurrentBlock(nnx.Module):
         preferred_element_type=jnp.float32,
       )
       gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
-      # Recomputed in the backward pass: all of it is elementwise, and float32.
-      recomputed = jax.checkpoint(gated_input, prevent_cse=False)
-      in_BTR, a_BTR = recomputed(x_BTR, gates_BTG2J, self.decay_R[...], segments.is_start_BT)
+      in_BTR, a_BTR = gated_input(x_BTR, gates_BTG2J, self.decay_R[...], segments.is_start_BT)
     with jax.named_scope("scan"):
       return linear_scan.linear_scan(in_BTR, a_BTR, h_BR, implementation=self.scan)
 
