@@ -105,7 +105,16 @@ def _blocks(x_BT, num_blocks, block, fill):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window):
+def _attend(
+  q_BUCNH: jax.Array,
+  k_BUMH: jax.Array,
+  v_BUMH: jax.Array,
+  q_documents_BUC: jax.Array,
+  k_documents_BUM: jax.Array,
+  row_C: jax.Array,
+  row_M: jax.Array,
+  window: int,
+) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v over what is visible: logits, weights and their sum in float32,
   products in the inputs' dtype."""
   arrays = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
@@ -115,7 +124,9 @@ def _attend(q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, ro
 def _attend_and_keep(
   q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window
 ):
-  logits_BUCNM = _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window)
+  logits_BUCNM = _logits(
+    q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window=window
+  )
   largest_BUCN1 = jnp.max(logits_BUCNM, axis=-1, keepdims=True)
   weights_BUCNM = jnp.exp(logits_BUCNM - largest_BUCN1)
   sum_BUCN1 = jnp.sum(weights_BUCNM, axis=-1, keepdims=True)
@@ -137,7 +148,7 @@ def _attend_backward(window, kept, do_BUCNH):
   q_BUCNH, k_BUMH, v_BUMH, *visibility = inputs
   scale, dtype = q_BUCNH.shape[-1] ** -0.5, q_BUCNH.dtype
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  weights_BUCNM = jnp.exp(_logits(q_BUCNH, k_BUMH, *visibility, window) - log_sum_BUCN1)
+  weights_BUCNM = jnp.exp(_logits(q_BUCNH, k_BUMH, *visibility, window=window) - log_sum_BUCN1)
   dweights_BUCNM = product("BUCNH,BUMH->BUCNM", do_BUCNH, v_BUMH)
   # sum_m w_m dw_m, from the output: o is what the weights make of v.
   mean_BUCN1 = jnp.sum(
@@ -154,7 +165,7 @@ def _attend_backward(window, kept, do_BUCNH):
 _attend.defvjp(_attend_and_keep, _attend_backward)
 
 
-def _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window):
+def _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, *, window):
   """Scaled logits, float32; _HIDDEN where a query does not see a key."""
   distance_CM = row_C[:, None] - row_M[None]
   in_band_CM = (distance_CM >= 0) & (distance_CM <= window)

@@ -1,0 +1,68 @@
+"""Text from a trained model: `python -m launch.generate --config=... --workdir=... --prompt='To be'`.
+
+Reads the newest checkpoint of the run and samples from the prompt. The vocabulary is that of the
+run's token store: bytes, or the file named by --vocabulary.
+"""
+
+import pathlib
+import sys
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+
+from data import pipeline, vocabulary
+from launch.overrides import run_app
+from models.generate import generate
+from train import program as programs
+from train.checkpoint import restore
+from train.checkpoint_folder import steps
+from train.config import Run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", "", "What the text begins with.")
+_VOCABULARY = flags.DEFINE_string("vocabulary", "byte", "As given to launch.prepare.")
+_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 300, "Tokens to sample.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is the likeliest token.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+
+
+def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
+  del overridden
+  words = vocabulary.load(_VOCABULARY.value)
+  if words.record != pipeline.vocabulary(run.data):
+    _refuse("--vocabulary is not the one that the run's token store was made with")
+  folder = pathlib.Path(_WORKDIR.value) / "checkpoints"
+  complete = steps(folder) if folder.is_dir() else []
+  if not complete:
+    _refuse(f"{folder} has no checkpoint; train first")
+  step = max(complete)
+  program = programs.build(run)
+  state = restore(folder, step, program.abstract).state
+  prompt = words.encode(_PROMPT.value)
+  # The prompt goes on: it does not end the document.
+  prompt_BT = jnp.asarray(prompt[:-1], jnp.int32)[None]
+  tokens_BT = generate(
+    program.model,
+    state.params,
+    prompt_BT,
+    jnp.ones_like(prompt_BT),
+    num_tokens=_NUM_TOKENS.value,
+    temperature=_TEMPERATURE.value,
+    key=jax.random.key(_SEED.value),
+  )
+  tokens = [int(token) for token in tokens_BT[0]]
+  if words.record.eos in tokens:
+    tokens = tokens[: tokens.index(words.record.eos)]
+  logging.info("step %d of %s", step, folder)
+  sys.stdout.write(_PROMPT.value + words.decode(tokens) + "\n")
+
+
+def _refuse(message: str) -> NoReturn:
+  logging.error("%s", message)
+  sys.exit(2)
+
+
+if __name__ == "__main__":
+  run_app(main)
