@@ -1,4 +1,4 @@
-"""Text from a trained model: `python -m launch.generate --config=... --workdir=... --prompt='To be'`.
+"""Text from a trained model: `python -m launch.generate --config=... --workdir=... --prompt='Now'`.
 
 Reads the newest checkpoint of the run and samples from the prompt. The vocabulary is that of the
 run's token store: bytes, or the file named by --vocabulary.

@@ -6,6 +6,7 @@ forms the weights again from the logits and their log-sum-exp, as flash attentio
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,6 @@ def _blocks(x_BT, num_blocks, block, fill):
   return x_BT.reshape(x_BT.shape[0], num_blocks, block, *x_BT.shape[2:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attend(
   q_BUCNH: jax.Array,
   k_BUMH: jax.Array,
@@ -117,6 +117,14 @@ def _attend(
 ) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v over what is visible: logits, weights and their sum in float32,
   products in the inputs' dtype."""
+  arrays = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
+  return cast(jax.Array, _differentiable(*arrays, window))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _differentiable(
+  q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window
+):
   arrays = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
   return _attend_and_keep(*arrays, window)[0]
 
@@ -162,7 +170,7 @@ def _attend_backward(window, kept, do_BUCNH):
   return *grads, *(None for _ in visibility)
 
 
-_attend.defvjp(_attend_and_keep, _attend_backward)
+_differentiable.defvjp(_attend_and_keep, _attend_backward)
 
 
 def _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, *, window):
