@@ -40,7 +40,7 @@ $(VENV)/ready-test: pyproject.toml requirements.lock
 	$(call install,cpu$(comma)seqio$(comma)test)
 
 $(VENV)/ready-lint: pyproject.toml requirements.lock
-	$(call install,cpu$(comma)lint)
+	$(call install,cpu$(comma)seqio$(comma)lint)
 
 comma := ,
 

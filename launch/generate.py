@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import flags, logging
 
 from data import pipeline, vocabulary
+from launch.console import log_for_people
 from launch.overrides import run_app
 from models.generate import generate
 from train import program as programs
@@ -30,6 +31,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   del overridden
+  log_for_people()
   words = vocabulary.load(_VOCABULARY.value)
   if words.record != pipeline.vocabulary(run.data):
     _refuse("--vocabulary is not the one that the run's token store was made with")

@@ -6,7 +6,6 @@ run.
 """
 
 import json
-import logging as python_logging
 import pathlib
 import sys
 import traceback
@@ -14,6 +13,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from launch.console import log_for_people
 from launch.overrides import flatten, run_app
 from train.config import Run
 from train.faults import NonFiniteError
@@ -26,7 +26,7 @@ _STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, start me again.
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
-  _log_for_people()
+  log_for_people()
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
   for path, (before, now) in overridden.items():
@@ -41,15 +41,6 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     sys.exit(1)
   if outcome == "stopped":
     sys.exit(_STOPPED)
-
-
-def _log_for_people() -> None:
-  """Time and message on each line, and of JAX only what is a warning."""
-  logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().setFormatter(
-    python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-  )
-  python_logging.getLogger("jax").setLevel(python_logging.WARNING)
 
 
 if __name__ == "__main__":
