@@ -33,13 +33,13 @@ define install
 	@touch $@
 endef
 
-$(VENV)/ready-$(EXTRA): pyproject.toml requirements.lock
+$(VENV)/ready-$(EXTRA): pyproject.toml requirements.lock Makefile
 	$(call install,$(EXTRA))
 
-$(VENV)/ready-test: pyproject.toml requirements.lock
+$(VENV)/ready-test: pyproject.toml requirements.lock Makefile
 	$(call install,cpu$(comma)seqio$(comma)test)
 
-$(VENV)/ready-lint: pyproject.toml requirements.lock
+$(VENV)/ready-lint: pyproject.toml requirements.lock Makefile
 	$(call install,cpu$(comma)seqio$(comma)lint)
 
 comma := ,
@@ -50,6 +50,11 @@ ifeq ($(strip $(ARGS)),)
 	@$(RUN) -m launch.prepare --input 'data/corpus/*.jsonl.zst' --vocabulary byte \
 	  --output $(CORPUS)/train --holdout_every 20 --holdout_output $(CORPUS)/eval
 	@$(RUN) -m launch.train --config=configs/smoke.py --workdir=runs/smoke
+	@echo
+	@echo 'In runs/smoke: loss.png (the loss curve), metrics.jsonl, checkpoints, config.json, tensorboard.'
+	@echo 'Text from it:   $(RUN) -m launch.generate --config=configs/smoke.py --workdir=runs/smoke --prompt=HAMLET'
+	@echo 'Train longer:   $(RUN) -m launch.train --config=configs/smoke.py --workdir=runs/smoke --config.total_steps=2000'
+	@echo 'Your own text:  see "Train your own" in README.md'
 else
 	@$(RUN) -m launch.train $(ARGS)
 endif

@@ -15,7 +15,7 @@ from train.optimizer import AdamW, Cosine
 
 
 def get_config() -> Run:
-  """1.3 million parameters, 1.2 million bytes."""
+  """1.3 million parameters, a million bytes."""
   return Run(
     name="smoke",
     model=griffin(
@@ -44,7 +44,7 @@ def get_config() -> Run:
       clip_norm=1.0,
     ),
     batch_size=16,
-    total_steps=300,
+    total_steps=250,
     eval_every=50,
     checkpoint=CheckpointConfig(every_steps=100),
     metrics=MetricsConfig(log_every=10),
