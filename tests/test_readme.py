@@ -19,7 +19,7 @@ def test_every_command_and_file_it_names_exists():
   assert {"launch.prepare", "launch.train", "launch.generate"} <= modules
   for module in modules:
     assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
-  for path in re.findall(r"`((?:configs|tests|train|models|sharding|docs|data)/[\w/.]+)", README):
+  for path in re.findall(r"`((?:configs|tests|train|models|docs)/[\w/]+\.(?:py|md))", README):
     assert (ROOT / path).exists(), path
   targets = set(re.findall(r"make (train|test|lint)\b", README))
   makefile = (ROOT / "Makefile").read_text()
