@@ -20,6 +20,8 @@ from ml_collections import config_dict, config_flags
 from train.config import Run
 
 _FLAG = "--config"
+# What ml_collections raises for a path or a value that is not one.
+_FLAG_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 
 
 def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
@@ -31,13 +33,16 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
   except ValueError as error:
     _refuse(error)
   config = to_config_dict(preset)
-  # The flags --config.some.field=value change `config` itself.
-  config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv)
+  try:
+    # The flags --config.some.field=value change `config` itself, and are looked for here already.
+    config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv)
+  except _FLAG_ERRORS as error:
+    _refuse(error)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
       return app.parse_flags_with_usage(list(argv))
-    except (AttributeError, KeyError, ValueError, TypeError, IndexError) as error:
+    except _FLAG_ERRORS as error:
       _refuse(error)
 
   def with_run(argv: Sequence[str]) -> None:
@@ -152,6 +157,11 @@ def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
 
 
 def _refuse(error: Exception) -> typing.NoReturn:
-  text = str(error.args[0]) if error.args else str(error)
-  print(f"error: {text}", file=sys.stderr)
+  """One line on stderr and exit status 2; ml_collections quotes its messages and breaks lines."""
+  text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\", "")
+  line = ". ".join(part.strip(" '\"") for part in text.split("\n"))
+  if isinstance(error, AttributeError | KeyError | IndexError):
+    flags = " ".join(flag for flag in sys.argv if flag.startswith(f"{_FLAG}."))
+    line = f"{flags}: there is no such field: {line}"
+  print(f"error: {line}", file=sys.stderr)
   sys.exit(2)
