@@ -135,9 +135,10 @@ def test_packed_documents_are_as_if_alone(config):
   loss_alone, grads_alone = _document_loss(model, 0, 11)(
     params, alone_BT, np.ones((1, 11), np.int32)
   )
-  assert_close(loss, loss_alone, dtype="float32", reduction=WIDTH * VOCAB)
+  # Terms of size 1 to 10 that may cancel.
+  assert_close(loss, loss_alone, dtype="float32", reduction=WIDTH * VOCAB, floor=10.0)
   jax.tree.map(
-    lambda g, alone: assert_close(g, alone, dtype="float32", reduction=WIDTH * VOCAB),
+    lambda g, alone: assert_close(g, alone, dtype="float32", reduction=WIDTH * VOCAB, floor=1.0),
     grads,
     grads_alone,
   )
@@ -215,7 +216,9 @@ def test_scan_and_remat_change_no_result(config, change):
   expected = _loss_and_grads(config, params, tokens_BT)
   actual = _loss_and_grads(dataclasses.replace(config, **change), params, tokens_BT)
   jax.tree.map(
-    lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB), actual, expected
+    lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB, floor=1.0),
+    actual,
+    expected,
   )
 
 
@@ -241,7 +244,9 @@ def test_sharded_is_as_on_one_device(name, shape):
     with logical.placement(mesh, zero):
       actual = jax.jit(jax.value_and_grad(loss))(jax.device_put(params, layout))
     jax.tree.map(
-      lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB), actual, expected
+      lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB, floor=1.0),
+      actual,
+      expected,
     )
 
 

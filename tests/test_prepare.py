@@ -134,7 +134,7 @@ def test_bytes_that_are_not_utf8_are_named_with_their_place():
 def test_bytes_that_are_not_utf8_are_replaced_if_asked(caplog):
   pathlib.Path("a.txt").write_bytes(b"ab\xff")
   _jsonl("b.jsonl", ["half \ud800 pair", "fine"])
-  with caplog.at_level("WARNING"):
+  with caplog.at_level("WARNING", logger="absl"):
     prepare(_job("a.txt", "b.jsonl", settings=Settings(vocabulary="byte", errors="replace")))
   assert "2 documents with bytes that are not UTF-8, replaced by U+FFFD: a.txt, b.jsonl:1" in (
     caplog.text
@@ -171,7 +171,7 @@ def test_empty_documents_are_left_out_and_reported(caplog):
   pathlib.Path("c.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n')
   pathlib.Path("d.jsonl").write_text("")
   pathlib.Path("e.txt.zst").write_bytes(zstandard.compress(b""))
-  with caplog.at_level("WARNING"):
+  with caplog.at_level("WARNING", logger="absl"):
     prepare(_job("*.txt", "*.jsonl", "*.zst"))
   assert _texts() == ["one"]
   assert (
@@ -215,7 +215,7 @@ def test_unknown_tokens_are_counted_and_reported(tmp_path, caplog):
   pathlib.Path("tokenizer.json").write_text(json.dumps(tokenizer))
   _jsonl("a.jsonl", ["a b c", "c c", "a"])
   settings = Settings(vocabulary="tokenizer.json")
-  with caplog.at_level("WARNING"):
+  with caplog.at_level("WARNING", logger="absl"):
     prepare(_job("a.jsonl", settings=settings, holdout_every=2, holdout_output="held"))
   assert token_store.read_manifest("store").num_unknown == 1
   assert token_store.read_manifest("held").num_unknown == 2
@@ -229,7 +229,7 @@ def test_a_finished_store_is_left_alone_and_says_so(caplog):
   before = {path: path.stat().st_mtime_ns for path in pathlib.Path("store").rglob("*")}
   # As after a fresh checkout: another time, the same content.
   os.utime("a.jsonl", ns=(1, 1))
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     prepare(job)
   assert "store is complete, nothing to do: 2 documents" in caplog.text
   assert {path: path.stat().st_mtime_ns for path in pathlib.Path("store").rglob("*")} == before

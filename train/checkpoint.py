@@ -105,9 +105,12 @@ class Checkpoints:
     self._lock = files.lock(self.directory) if self._is_first else None
     self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
     if self._is_first:
-      for pattern in ("*.orbax-checkpoint-tmp*", "deleted-*"):
-        for leftover in self.directory.glob(pattern):
-          logging.info("removing what an interrupted run left: %s", leftover.name)
+      for leftover in _leftovers(self.directory):
+        logging.info("removing what an interrupted run left: %s", leftover.name)
+        if leftover.name.startswith("deleted-"):
+          self._remover.submit(files.remove_tree, leftover)
+        else:
+          # Renamed first: this run may want to write the same step while it is removed.
           self._remove(leftover)
     self._kinds = _kinds(self.directory)
     self._pending: int | None = None
@@ -383,6 +386,12 @@ def _restore_arrays(folder: pathlib.Path, abstract: Any) -> Any:
     raise UnreadableError(
       f"checkpoint {folder} is damaged: its arrays cannot be read ({_first_line(error)})"
     ) from error
+
+
+def _leftovers(directory: pathlib.Path) -> list[pathlib.Path]:
+  """What was half written or half removed; each once, though a name can be of both."""
+  patterns = ("*.orbax-checkpoint-tmp*", "deleted-*")
+  return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
 
 def _kinds(directory: pathlib.Path) -> dict[int, Kind]:
