@@ -142,7 +142,8 @@ def test_wandb_works_offline_with_one_id_through_restarts(tmp_path, monkeypatch)
   run_id = (tmp_path / "wandb_run_id").read_text().strip()
   folders = list((tmp_path / "wandb").glob("offline-run-*"))
   assert folders
-  assert {folder.name.rpartition("-")[2] for folder in folders} == {run_id}
+  # Two starts in one second: wandb adds a number to the second folder's name.
+  assert all(f"-{run_id}" in folder.name for folder in folders)
 
 
 @pytest.mark.parametrize(
