@@ -16,6 +16,8 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from kernels.varying import varying_alike
+
 # Logits alive at a time: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25
 
@@ -45,7 +47,7 @@ def log_z_and_target_logit(
   chunk = min(chunk, vocab_size)
   if axis_name is not None:
     targets_BT = targets_BT - jax.lax.axis_index(axis_name) * vocab_size
-  arrays = _varying_alike(x_BTD, unembed_VD, targets_BT)
+  arrays = varying_alike(x_BTD, unembed_VD, targets_BT)
   log_z_BT, target_logit_BT = cast(tuple[jax.Array, jax.Array], _chunked(*arrays, logit_cap, chunk))
   if axis_name is None:
     return log_z_BT, target_logit_BT
@@ -53,20 +55,6 @@ def log_z_and_target_logit(
   largest_BT = jax.lax.pmax(jax.lax.stop_gradient(log_z_BT), axis_name)
   sum_BT = jax.lax.psum(jnp.exp(log_z_BT - largest_BT), axis_name)
   return largest_BT + jnp.log(sum_BT), jax.lax.psum(target_logit_BT, axis_name)
-
-
-def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-  """The arrays, each marked as varying over every mesh axis that one of them varies over.
-
-  The gradient of what was the same on all devices is then summed over them, by JAX and outside the
-  custom gradient below.
-  """
-  axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
-  marked = []
-  for x in arrays:
-    missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
-    marked.append(jax.lax.pcast(x, missing, to="varying") if missing else x)
-  return marked
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -1,11 +1,15 @@
 """Every implementation of the linear recurrence against one written token by token."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch, linear_scan
+from kernels import linear_scan
+from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
 every_implementation = pytest.mark.parametrize("implementation", linear_scan.IMPLEMENTATIONS)
@@ -152,9 +156,57 @@ def test_wrong_shapes_and_names_are_refused():
     linear_scan.resolve("fast")
 
 
-def test_auto_is_the_platforms_default_and_nothing_else_is_replaced():
-  settings = {"available": ("a", "b"), "defaults": {"cpu": "b"}}
-  assert dispatch.resolve("kernel", "auto", **settings) == "b"
-  assert dispatch.resolve("kernel", "a", **settings) == "a"
-  with pytest.raises(ValueError, match="no default for platform 'cpu'; name one of a, b"):
-    dispatch.resolve("kernel", "auto", available=("a", "b"), defaults={"tpu": "a"})
+@every_implementation
+def test_the_last_output_is_the_last_state(implementation):
+  x_BTD, a_BTD, h0_BD, _ = _inputs((2, 45, 3), "float32")
+  for reverse, last in ((False, -1), (True, 0)):
+    y_BTD, hT_BD = linear_scan.linear_scan(
+      x_BTD, a_BTD, h0_BD, implementation=implementation, reverse=reverse
+    )
+    np.testing.assert_array_equal(y_BTD[:, last], hT_BD)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_rewrites_what_earlier_steps_wrote(implementation, dtype):
+  """XLA on CPU widens a bfloat16 array to write a row of it: quadratic time where steps do that."""
+  shape = (2, 512, 16)
+  x_BTD = jax.ShapeDtypeStruct(shape, dtype)
+  a_BTD, h0_BD = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (2, 16)))
+
+  def loss(x_BTD, a_BTD, h0_BD):
+    y_BTD, _ = linear_scan.linear_scan(x_BTD, a_BTD, h0_BD, implementation=implementation)
+    return jnp.sum(y_BTD.astype(jnp.float32) ** 2)
+
+  text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x_BTD, a_BTD, h0_BD).compile().as_text()
+  for computation in text.split("\n\n"):
+    if "dynamic-update-slice(" not in computation:
+      continue
+    for dimensions in re.findall(r"\[([\d,]+)\]\S* convert\(", computation):
+      assert np.prod(list(map(int, dimensions.split(",")))) < np.prod(shape), computation
+
+
+@every_implementation
+def test_shards_with_a_shared_state_are_the_whole(implementation):
+  """Batch and channels split by jax.shard_map, the first state the same on every data shard."""
+  x_BTD, a_BTD, h0_BD, key = _inputs((4, 19, 8), "float32")
+  weights_BTD, h0_D = jax.random.normal(key, x_BTD.shape), h0_BD[0]
+  mesh = make_mesh(MeshShape(data=2, tensor=4))
+  split = P("data", None, "tensor")
+
+  def run(x_BTD, a_BTD, h0_D):
+    h0_BD = jnp.broadcast_to(h0_D, (x_BTD.shape[0], x_BTD.shape[2]))
+    return linear_scan.linear_scan(x_BTD, a_BTD, h0_BD, implementation=implementation)
+
+  def gradients(run):
+    def loss(*arrays):
+      y_BTD, hT_BD = run(*arrays)
+      return jnp.sum(y_BTD * weights_BTD) + jnp.sum(jnp.sin(hT_BD))
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(x_BTD, a_BTD, h0_D)
+
+  on_shards = jax.shard_map(
+    run, mesh=mesh, in_specs=(split, split, P("tensor")), out_specs=(split, P("data", "tensor"))
+  )
+  for actual, expected in zip(gradients(on_shards), gradients(run), strict=True):
+    assert_close(actual, expected, dtype="float32", reduction=16)

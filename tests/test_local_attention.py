@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from kernels import local_attention
+from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
 
@@ -171,3 +173,30 @@ def test_wrong_shapes_are_refused():
     _attend(q, k[:, :9], v[:, :9], q_documents, k_documents[:, :9], window=3)
   with pytest.raises(ValueError, match="window 0 must be at least 1"):
     _attend(q, k, v, q_documents, k_documents, window=0)
+
+
+@pytest.mark.parametrize("window", [9, None])
+@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+def test_shards_of_heads_share_one_key_and_value(implementation, window):
+  """Batch and heads split by jax.shard_map, keys and values the same on every shard of heads."""
+  q, k, v, q_documents, k_documents = _inputs(batch=2, time=140, history=5, heads=4)
+  weights = jax.random.normal(jax.random.key(9), q.shape)
+  heads, batch = P("data", None, "tensor"), P("data")
+
+  def run(q, k, v):
+    documents = (q_documents, k_documents)
+    return _attend(q, k, v, *documents, window=window, implementation=implementation)
+
+  on_shards = jax.shard_map(
+    lambda *arrays: _attend(*arrays, window=window, implementation=implementation),
+    mesh=make_mesh(MeshShape(data=2, tensor=4)),
+    in_specs=(heads, batch, batch, batch, batch),
+    out_specs=heads,
+  )
+
+  def gradients(run):
+    return jax.jit(jax.grad(lambda *arrays: jnp.sum(run(*arrays) * weights), (0, 1, 2)))(q, k, v)
+
+  sharded = gradients(lambda q, k, v: on_shards(q, k, v, q_documents, k_documents))
+  for actual, expected in zip(sharded, gradients(run), strict=True):
+    assert_close(actual, expected, dtype="float32", reduction=16)

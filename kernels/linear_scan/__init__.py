@@ -15,8 +15,8 @@ The gradient is written once, here. With g the gradient that reaches h,
 so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and nothing more:
 
   reference     one step at a time (jax.lax.scan): least memory traffic, T dependent steps
-  chunked       all chunks of a row at once, then their carries: sqrt(T) dependent steps, twice the
-                traffic
+  chunked       all chunks of a row at once, twice, their carries between: near 3 sqrt(T) dependent
+                steps; x and a are read twice
   associative   a tree (jax.lax.associative_scan): log T dependent steps, several times the traffic
 """
 
@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch
 from kernels.linear_scan import associative, chunked, reference
+from kernels.varying import varying_alike
 
 _SCANS = {
   "reference": reference.scan,
@@ -63,8 +64,9 @@ def linear_scan(
     )
   if x_BTD.shape[1] == 0:
     raise ValueError("linear_scan: time is 0; give at least one token")
-  arguments = (x_BTD, a_BTD, h0_BD.astype(jnp.float32), resolve(implementation), reverse)
-  y_BTD, hT_BD = cast(tuple[jax.Array, jax.Array], _linear_scan(*arguments))
+  arrays = varying_alike(x_BTD, a_BTD, h0_BD.astype(jnp.float32))
+  results = _linear_scan(*arrays, resolve(implementation), reverse)
+  y_BTD, hT_BD = cast(tuple[jax.Array, jax.Array], results)
   return y_BTD, hT_BD
 
 

@@ -1,7 +1,9 @@
-"""Chunks of a row in parallel, each from a zero state, then the states that they hand on.
+"""Chunks of a row in parallel: what each does to a state, then the states between, then all states.
 
-Within chunk n, h_t = l_t + p_t s_n: l the states from zero, p the running product of decays, s_n
-the last state of the chunk before. A decay of 0 makes p exactly 0 from there on.
+Letters of this file: N chunks of a row, C steps of a chunk. A chunk takes the state s before it to
+l + p s: l its last state from zero, p the product of its decays. The first pass keeps these alone;
+the second starts every chunk from its own s and steps as the definition does. A decay of 0 makes p
+exactly 0.
 """
 
 import math
@@ -15,42 +17,45 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
   """h_t = a_t h_{t-1} + x_t in float32; states in x's dtype, the last one float32."""
   batch, time, width = x_BTD.shape
-  # C steps inside a chunk and T / C across chunks: fewest together at sqrt(T).
-  chunk = min(time, max(8, 1 << round(math.log2(max(1.0, math.sqrt(time))))))
+  # 2 C steps inside the chunks and T / C across them: fewest together near sqrt(T).
+  chunk = min(time, max(8, 1 << round(math.log2(math.sqrt(time)))))
   num_chunks = -(-time // chunk)
-  padding = ((0, 0), (0, num_chunks * chunk - time), (0, 0))
-  if reverse:
-    padding = ((0, 0), padding[1][::-1], (0, 0))
-  # Steps that only carry the state on: a = 1 and x = 0.
-  x_BTD_padded = jnp.pad(x_BTD, padding)
-  a_BTD_padded = jnp.pad(a_BTD, padding, constant_values=1)
+  fill = num_chunks * chunk - time
+  padding = ((0, 0), (fill, 0) if reverse else (0, fill), (0, 0))
 
-  def chunks_first(z_BTD: jax.Array) -> jax.Array:
-    return jnp.moveaxis(z_BTD.reshape(batch, num_chunks, chunk, width), 2, 0)
+  def steps_first(z_BTD: jax.Array, fill_value: int) -> jax.Array:
+    z_BTD_padded = jnp.pad(z_BTD, padding, constant_values=fill_value)
+    return jnp.moveaxis(z_BTD_padded.reshape(batch, num_chunks, chunk, width), 2, 0)
+
+  # The steps that fill up a chunk only carry the state on: a = 1 and x = 0.
+  inputs_CBND = (steps_first(x_BTD, 0), steps_first(a_BTD, 1))
 
   def inside(carry, inputs):
     local_BND, product_BND = carry
-    x_BND, a_BND = inputs
-    a_BND = a_BND.astype(jnp.float32)
-    carry = (a_BND * local_BND + x_BND.astype(jnp.float32), a_BND * product_BND)
-    return carry, carry
+    x_BND, a_BND = (z_BND.astype(jnp.float32) for z_BND in inputs)
+    return (a_BND * local_BND + x_BND, a_BND * product_BND), None
 
-  zeros_BND = jnp.zeros((batch, num_chunks, width), jnp.float32)
-  (local_BND, product_BND), (local_CBND, product_CBND) = jax.lax.scan(
-    inside,
-    (zeros_BND, jnp.ones_like(zeros_BND)),
-    (chunks_first(x_BTD_padded), chunks_first(a_BTD_padded)),
-    reverse=reverse,
+  # Made from h0, to vary over the mesh axes that it varies over (jax.shard_map).
+  zeros_BND = jnp.broadcast_to(jnp.zeros_like(h0_BD)[:, None], (batch, num_chunks, width))
+  (local_BND, product_BND), _ = jax.lax.scan(
+    inside, (zeros_BND, jnp.ones_like(zeros_BND)), inputs_CBND, reverse=reverse
   )
 
   def across(h_BD, inputs):
     local_BD, product_BD = inputs
     return product_BD * h_BD + local_BD, h_BD
 
-  hT_BD, before_NBD = jax.lax.scan(
+  _, before_NBD = jax.lax.scan(
     across, h0_BD, (local_BND.swapaxes(0, 1), product_BND.swapaxes(0, 1)), reverse=reverse
   )
-  h_CBND = local_CBND + product_CBND * before_NBD.swapaxes(0, 1)
-  y_BTD = jnp.moveaxis(h_CBND.astype(x_BTD.dtype), 0, 2).reshape(batch, -1, width)
+
+  def step(h_BND, inputs):
+    x_BND, a_BND = (z_BND.astype(jnp.float32) for z_BND in inputs)
+    h_BND = a_BND * h_BND + x_BND
+    return h_BND, h_BND
+
+  # Collected in float32 and rounded once, as in reference.py.
+  last_BND, h_CBND = jax.lax.scan(step, before_NBD.swapaxes(0, 1), inputs_CBND, reverse=reverse)
+  y_BTD = jnp.moveaxis(h_CBND, 0, 2).reshape(batch, -1, width).astype(x_BTD.dtype)
   first = padding[1][0]
-  return y_BTD[:, first : first + time], hT_BD
+  return y_BTD[:, first : first + time], last_BND[:, 0 if reverse else -1]

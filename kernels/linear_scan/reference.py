@@ -12,9 +12,11 @@ def scan(
   def step(h_BD, inputs):
     x_BD, a_BD = inputs
     h_BD = a_BD.astype(jnp.float32) * h_BD + x_BD.astype(jnp.float32)
-    return h_BD, h_BD.astype(x_BD.dtype)
+    return h_BD, h_BD
 
-  h_BD, y_TBD = jax.lax.scan(
+  # Collected in float32 and rounded once: to write a row of a bfloat16 array, XLA on CPU widens and
+  # narrows all of it, so that collecting bfloat16 states takes time quadratic in T.
+  h_BD, h_TBD = jax.lax.scan(
     step, h0_BD, (x_BTD.swapaxes(0, 1), a_BTD.swapaxes(0, 1)), reverse=reverse
   )
-  return y_TBD.swapaxes(0, 1), h_BD
+  return h_TBD.swapaxes(0, 1).astype(x_BTD.dtype), h_BD

@@ -22,6 +22,7 @@ import jax
 
 from kernels import dispatch
 from kernels.local_attention import banded, reference
+from kernels.varying import varying_alike
 
 _ATTENTIONS = {"reference": reference.attention, "banded": banded.attention}
 IMPLEMENTATIONS = tuple(_ATTENTIONS)
@@ -64,4 +65,5 @@ def local_attention(
   if window is not None and window < 1:
     raise ValueError(f"local_attention: window {window} must be at least 1, or None")
   attention = _ATTENTIONS[resolve(implementation)]
-  return attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=window)
+  arrays = varying_alike(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
+  return attention(*arrays, window=window)

@@ -1,0 +1,18 @@
+"""Inside jax.shard_map: arrays that are the same on some devices beside arrays that are not."""
+
+import jax
+
+
+def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays, each marked as varying over every mesh axis that one of them varies over.
+
+  A custom gradient and the carry of a scan need that. The gradient of what was the same on several
+  devices is then summed over them, by JAX and outside the custom gradient. Outside shard_map no
+  axis varies and nothing changes.
+  """
+  axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+  marked = []
+  for x in arrays:
+    missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
+    marked.append(jax.lax.pcast(x, missing, to="varying") if missing else x)
+  return tuple(marked)

@@ -1,0 +1,49 @@
+"""Which implementation of a kernel runs."""
+
+import logging
+
+import pytest
+
+from kernels import dispatch, linear_scan, local_attention
+
+_AVAILABLE = ("a", "b")
+
+
+def test_auto_is_the_default_of_the_platform():
+  assert (
+    dispatch.resolve("kernel", "auto", available=_AVAILABLE, defaults={"cpu": "b", "tpu": "a"})
+    == "b"
+  )
+
+
+def test_a_name_is_never_replaced():
+  for name in _AVAILABLE:
+    assert dispatch.resolve("kernel", name, available=_AVAILABLE, defaults={"cpu": "b"}) == name
+
+
+@pytest.mark.parametrize("name", ["c", "", "AUTO", "B"])
+def test_an_unknown_name_is_refused_with_those_that_are_known(name):
+  with pytest.raises(ValueError, match=f"kernel: implementation '{name}' is none of a, b, auto"):
+    dispatch.resolve("kernel", name, available=_AVAILABLE, defaults={"cpu": "b"})
+
+
+def test_auto_without_a_default_is_refused():
+  with pytest.raises(ValueError, match="no default for platform 'cpu'; name one of a, b"):
+    dispatch.resolve("kernel", "auto", available=_AVAILABLE, defaults={"tpu": "a"})
+
+
+def test_a_decision_is_logged_once(caplog):
+  with caplog.at_level(logging.INFO, logger="absl"):
+    for _ in range(3):
+      dispatch.resolve("logged once", "auto", available=_AVAILABLE, defaults={"cpu": "b"})
+  assert [record.getMessage() for record in caplog.records] == [
+    "logged once: b, the default on cpu"
+  ]
+
+
+@pytest.mark.parametrize("kernel", [linear_scan, local_attention])
+def test_every_default_is_an_implementation(kernel):
+  assert set(kernel._DEFAULTS) == {"cpu", "gpu", "tpu"}
+  assert set(kernel._DEFAULTS.values()) <= set(kernel.IMPLEMENTATIONS)
+  for name in kernel.IMPLEMENTATIONS:
+    assert kernel.resolve(name) == name
