@@ -1,0 +1,126 @@
+"""The training step: microbatches, meshes, and what a step that is not finite leaves alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.rows import Batch
+from sharding.mesh import MeshShape
+from tests import tiny
+from tests.tolerances import assert_close
+from train import faults
+from train import program as programs
+
+
+def _batch(run, seed=0):
+  """Rows whose numbers of targets differ widely: microbatch means would be wrong."""
+  rng = np.random.default_rng(seed)
+  shape = (run.batch_size, run.data.row_length)
+  segments = 1 + np.cumsum(rng.random(shape) < 0.2, axis=1).astype(np.int32)
+  weights = (rng.random(shape) < np.linspace(0.05, 1.0, shape[0])[:, None]).astype(np.float32)
+  tokens = rng.integers(0, 256, (shape[0], shape[1] + 1)).astype(np.int32)
+  return Batch(tokens[:, :-1], tokens[:, 1:], segments, weights)
+
+
+def _after(run, *, num_devices, num_steps=1, change=lambda state: state, batch=None):
+  """State and metrics after some steps of `run` on the first devices, as numpy."""
+  program = programs.build(run, devices=jax.devices()[:num_devices])
+  step = programs.lower_train_step(program).compile()
+  state = change(programs.initialize(program))
+  for seed in range(num_steps):
+    rows = programs.to_devices(_batch(run, seed) if batch is None else batch, program.mesh)
+    state, metrics = step(state, rows)
+  return jax.tree.map(np.asarray, (state, metrics))
+
+
+def test_microbatches_are_one_batch(tmp_path):
+  run = tiny.run(tmp_path)
+  whole, whole_metrics = _after(run, num_devices=1)
+  parts, parts_metrics = _after(dataclasses.replace(run, num_microbatches=4), num_devices=1)
+  _assert_same_step(parts, parts_metrics, whole, whole_metrics)
+  assert whole_metrics.weight == _batch(run).weights_BT.sum()
+
+
+def _assert_same_step(state, metrics, expected_state, expected_metrics):
+  """Losses, norms and, by Adam's first moment, gradients: an update scales every entry to 1."""
+  for name in ("loss", "z_loss", "weight", "grad_norm"):
+    pair = (getattr(metrics, name), getattr(expected_metrics, name))
+    assert_close(*pair, dtype="float32", reduction=128)
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, dtype="float32", reduction=1024, floor=0.01),
+    state.opt_state.mu,
+    expected_state.opt_state.mu,
+  )
+
+
+MESHES = [
+  (MeshShape(data=2, fsdp=2, tensor=2), 1, 2),
+  (MeshShape(fsdp=8), 3, 1),
+]
+
+
+@pytest.mark.parametrize(("mesh", "zero_stage", "num_microbatches"), MESHES, ids=str)
+def test_a_sharded_step_is_that_of_one_device(tmp_path, mesh, zero_stage, num_microbatches):
+  run = tiny.run(tmp_path)
+  (one, one_metrics) = _after(run, num_devices=1)
+  sharded = dataclasses.replace(
+    run, mesh=mesh, zero_stage=zero_stage, num_microbatches=num_microbatches
+  )
+  (many, many_metrics) = _after(sharded, num_devices=8)
+  _assert_same_step(many, many_metrics, one, one_metrics)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path):
+  run = tiny.run(tmp_path)
+
+  def poison(state):
+    run_params = state.params["groups"]["0"]["mlp"]
+    run_params["w_up_D2F"] = run_params["w_up_D2F"].at[0, 1, 3].set(jnp.inf)
+    return state
+
+  program = programs.build(run, devices=jax.devices()[:1])
+  before = jax.tree.map(np.asarray, poison(programs.initialize(program)))
+  after, metrics = _after(run, num_devices=1, change=poison)
+  assert not metrics.is_finite
+  assert after.step == 1
+  jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+  jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+  assert any("groups/0/mlp" in name for name in faults.bad_tensors(metrics.square_norms, limit=99))
+
+
+def test_a_batch_of_padding_teaches_nothing(tmp_path):
+  run = tiny.run(tmp_path, optimizer=tiny.AdamW(peak_lr=1e-2, warmup_steps=2, weight_decay=0.0))
+  empty = jax.tree.map(np.zeros_like, _batch(run))
+  state, metrics = _after(run, num_devices=1, batch=empty)
+  program = programs.build(run, devices=jax.devices()[:1])
+  before = jax.tree.map(np.asarray, programs.initialize(program))
+  assert metrics.is_finite
+  assert metrics.loss == metrics.weight == metrics.grad_norm == 0
+  jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+
+
+def test_bfloat16_parameters_and_moments_stay_so(tmp_path):
+  run = tiny.run(
+    tmp_path,
+    optimizer=tiny.AdamW(peak_lr=1e-2, warmup_steps=2, moment_dtype="bfloat16"),
+  )
+  run = dataclasses.replace(
+    run, model=dataclasses.replace(run.model, dtype="bfloat16", param_dtype="bfloat16")
+  )
+  state, metrics = _after(run, num_devices=1, num_steps=2)
+  assert metrics.is_finite
+  block = state.params["groups"]["0"]
+  assert block["mlp"]["w_up_D2F"].dtype == jnp.bfloat16
+  assert block["mixer"]["decay_R"].dtype == jnp.float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state.mu)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_meshes_that_do_not_fit_are_refused(tmp_path):
+  run = tiny.run(tmp_path)
+  with pytest.raises(ValueError, match=r"tensor degree 4 does not divide num_heads 2.*work: 1, 2"):
+    programs.build(dataclasses.replace(run, mesh=MeshShape(data=2, tensor=4)))
+  with pytest.raises(ValueError, match=r"4 rows of a microbatch .* not divisible by the 8 devices"):
+    programs.build(dataclasses.replace(run, mesh=MeshShape(fsdp=8), num_microbatches=2))
