@@ -37,8 +37,8 @@ _SCANS = {
   "chunked": chunked.scan,
 }
 IMPLEMENTATIONS = tuple(_SCANS)
-# cpu: the fastest at every shape of kernels/linear_scan/measured_cpu.jsonl. tpu: not measured by us;
-# sequential beat associative there (arXiv:2402.19427, appendix D). gpu: not measured by us; one
+# cpu: the fastest at every shape of kernels/linear_scan/measured_cpu.jsonl. tpu: not measured by
+# us; sequential beat associative there (arXiv:2402.19427, appendix D). gpu: not measured by us; one
 # step at a time is one kernel launch each there.
 _DEFAULTS = {"cpu": "reference", "tpu": "reference", "gpu": "chunked"}
 
