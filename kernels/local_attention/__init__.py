@@ -11,11 +11,11 @@ to an earlier chunk of a split row. Query t sees key s if both carry the same do
 so itself and `window` keys before it: window + 1 in all. `window=None` lets it see every earlier
 key of its document. Logits are scaled by H^-0.5; logits and softmax are float32, the result has the
 dtype of q. What a query does not see has a weight of exactly 0. The backward pass recomputes the
-weights: only q, k and v are kept.
+weights: kept are q, k, v, the output and one number per query and head.
 
   reference   the whole T x S matrix, as the definition reads
-  banded      blocks of queries against the keys that they can reach: O(T x window) time and memory;
-              with window=None one block of queries at a time against all keys
+  banded      one block of queries at a time against the keys that it can reach, or against all keys
+              with window=None: O(T x window) time, and logits of one block alone in memory
 """
 
 import jax

@@ -1,22 +1,54 @@
-"""Attention in blocks of queries, each against the band of keys that it can reach.
+"""Attention one block of queries at a time, each against the band of keys that it can reach.
 
-Letters of this file: U blocks of a row, C queries of a block, M keys of a band. The backward pass
-forms the weights again from the logits and their log-sum-exp, as flash attention does
-(arXiv:2205.14135): kept are q, k, v, the output and one number per query and head.
+Letters of this file: C queries of a block, M keys of a band; P is T or S filled up so that every
+block is whole. The backward pass forms the weights again from the logits and their log-sum-exp, as
+flash attention does (arXiv:2205.14135): kept are q, k, v, the output and one number per query and
+head. Logits of one block alone exist at a time: on a CPU they stay in its cache.
 """
 
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-_NO_DOCUMENT = -(2**31) + 1
-# Finite, so that a padded query that sees nothing has weights and no NaN; exp of it is exactly 0.
+# Finite, so that a query that fills up a block and sees nothing has weights and no NaN; exp of it
+# is exactly 0.
 _HIDDEN = -1e30
 # The largest block of queries: a band is window + block keys long, of which window + 1 count.
 _MAX_BLOCK = 128
+
+
+class _Layout(NamedTuple):
+  """Which queries and keys meet. `band` keys from a block's own start on, or from 0 if all keys."""
+
+  time: int
+  keys: int
+  window: int
+  block: int
+
+  @property
+  def num_blocks(self) -> int:
+    return -(-self.time // self.block)
+
+  @property
+  def band(self) -> int:
+    return min(self.keys, self.window + self.block)
+
+  @property
+  def is_sliced(self) -> bool:
+    return self.band < self.keys
+
+  @property
+  def unreachable(self) -> int:
+    """Keys before the reach of the first query: they are left out."""
+    return max(0, self.keys - self.time - self.window) if self.is_sliced else 0
+
+  @property
+  def missing(self) -> int:
+    """Rows without a key in the reach of the first query: they are filled up."""
+    return max(0, self.window - (self.keys - self.time)) if self.is_sliced else 0
 
 
 def attention(
@@ -28,158 +60,152 @@ def attention(
   *,
   window: int | None,
 ) -> jax.Array:
-  """As kernels/local_attention says; no array has T x S elements when S > window + block."""
+  """As kernels/local_attention says; logits exist for one block of queries at a time."""
   time, keys = q_BTNH.shape[1], k_BSH.shape[1]
-  is_global = window is None or window >= keys
-  window = keys if window is None or window >= keys else window
-  block = _MAX_BLOCK if is_global else min(_MAX_BLOCK, max(16, window // 4))
+  window = keys if window is None else min(window, keys)
+  # Smaller blocks reach fewer keys in vain; larger ones are fewer products.
+  block = min(time, _MAX_BLOCK, max(16, window // 4))
   arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
-  if time <= block:
-    return _one_block(*arrays, window=window)
-  return _global(*arrays, block=block) if is_global else _local(*arrays, window=window, block=block)
+  return cast(jax.Array, _attend(*arrays, _Layout(time, keys, window, block)))
 
 
-def _local(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window, block):
-  """All blocks at once."""
-  time, keys = q_BTNH.shape[1], k_BSH.shape[1]
-  num_blocks = -(-time // block)
-  # Whole blocks of keys before the first query: enough to reach back `window` rows.
-  num_before = -(-window // block)
-  front, tail = num_before * block - (keys - time), num_blocks * block - time
-
-  def bands(x_BS, fill):
-    """[B, S, ...] -> [B, U, M, ...]: block u of the queries sees key blocks u .. u + num_before."""
-    x_BS = x_BS[:, max(0, -front) :]
-    padding = ((0, 0), (max(0, front), tail)) + ((0, 0),) * (x_BS.ndim - 2)
-    x_BS = jnp.pad(x_BS, padding, constant_values=fill)
-    blocks = x_BS.reshape(x_BS.shape[0], num_before + num_blocks, block, *x_BS.shape[2:])
-    shifted = [blocks[:, shift : shift + num_blocks] for shift in range(num_before + 1)]
-    return jnp.concatenate(shifted, axis=2)
-
-  o_BUCNH = _attend(
-    _blocks(q_BTNH, num_blocks, block, 0),
-    bands(k_BSH, 0),
-    bands(v_BSH, 0),
-    _blocks(q_documents_BT, num_blocks, block, _NO_DOCUMENT),
-    bands(k_documents_BS, _NO_DOCUMENT),
-    num_before * block + jnp.arange(block),
-    jnp.arange((num_before + 1) * block),
-    window,
-  )
-  return o_BUCNH.reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :time]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
+  return _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout)[0]
 
 
-def _one_block(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window):
-  """A few queries, one when decoding, against the keys that the first of them can reach."""
-  time = q_BTNH.shape[1]
-  band = min(k_BSH.shape[1], window + time)
-  queries = (q_BTNH[:, None], k_BSH[:, None, -band:], v_BSH[:, None, -band:])
-  documents = (q_documents_BT[:, None], k_documents_BS[:, None, -band:])
-  rows = (band - time + jnp.arange(time), jnp.arange(band))
-  return _attend(*queries, *documents, *rows, window)[:, 0]
+def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
+  queries = _fill_queries((q_BTNH, q_documents_BT), layout)
+  keys = _fill_keys((k_BSH, v_BSH, k_documents_BS), layout)
 
+  def one_block(_, start):
+    q_BCNH, q_documents_BC = _cut(queries, start, layout.block)
+    k_BMH, v_BMH, k_documents_BM = _cut_band(keys, start, layout)
+    visible_BCM = _visible(q_documents_BC, k_documents_BM, start, layout)
+    logits_BCNM = _logits(q_BCNH, k_BMH, visible_BCM)
+    largest_BCN1 = jnp.max(logits_BCNM, axis=-1, keepdims=True)
+    weights_BCNM = jnp.exp(logits_BCNM - largest_BCN1)
+    sum_BCN1 = jnp.sum(weights_BCNM, axis=-1, keepdims=True)
+    o_BCNH = _product("BCNM,BMH->BCNH", weights_BCNM.astype(v_BMH.dtype), v_BMH) / sum_BCN1
+    return None, (o_BCNH, largest_BCN1 + jnp.log(sum_BCN1))
 
-def _global(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, block):
-  """One block of queries at a time against all keys."""
-  time, keys = q_BTNH.shape[1], k_BSH.shape[1]
-  num_blocks = -(-time // block)
-  q_BUCNH = _blocks(q_BTNH, num_blocks, block, 0)
-  q_documents_BUC = _blocks(q_documents_BT, num_blocks, block, _NO_DOCUMENT)
-  row_UC = (keys - time + jnp.arange(num_blocks * block)).reshape(num_blocks, block)
-  k_BUMH, v_BUMH, k_documents_BUM = k_BSH[:, None], v_BSH[:, None], k_documents_BS[:, None]
-
-  def one_block(inputs):
-    q_BCNH, q_documents_BC, row_C = inputs
-    queries = (q_BCNH[:, None], k_BUMH, v_BUMH, q_documents_BC[:, None], k_documents_BUM)
-    return _attend(*queries, row_C, jnp.arange(keys), keys)[:, 0]
-
-  o_UBCNH = jax.lax.map(one_block, (q_BUCNH.swapaxes(0, 1), q_documents_BUC.swapaxes(0, 1), row_UC))
-  o_BUCNH = o_UBCNH.swapaxes(0, 1)
-  return o_BUCNH.reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :time]
-
-
-def _blocks(x_BT, num_blocks, block, fill):
-  """[B, T, ...] -> [B, U, C, ...], filled up at the end."""
-  padding = ((0, 0), (0, num_blocks * block - x_BT.shape[1])) + ((0, 0),) * (x_BT.ndim - 2)
-  x_BT = jnp.pad(x_BT, padding, constant_values=fill)
-  return x_BT.reshape(x_BT.shape[0], num_blocks, block, *x_BT.shape[2:])
-
-
-def _attend(
-  q_BUCNH: jax.Array,
-  k_BUMH: jax.Array,
-  v_BUMH: jax.Array,
-  q_documents_BUC: jax.Array,
-  k_documents_BUM: jax.Array,
-  row_C: jax.Array,
-  row_M: jax.Array,
-  window: int,
-) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v over what is visible: logits, weights and their sum in float32,
-  products in the inputs' dtype."""
-  arrays = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
-  return cast(jax.Array, _differentiable(*arrays, window))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _differentiable(
-  q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window
-):
-  arrays = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
-  return _attend_and_keep(*arrays, window)[0]
-
-
-def _attend_and_keep(
-  q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window
-):
-  logits_BUCNM = _logits(
-    q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, window=window
-  )
-  largest_BUCN1 = jnp.max(logits_BUCNM, axis=-1, keepdims=True)
-  weights_BUCNM = jnp.exp(logits_BUCNM - largest_BUCN1)
-  sum_BUCN1 = jnp.sum(weights_BUCNM, axis=-1, keepdims=True)
-  o_BUCNH = jnp.einsum(
-    "BUCNM,BUMH->BUCNH",
-    weights_BUCNM.astype(v_BUMH.dtype),
-    v_BUMH,
-    preferred_element_type=jnp.float32,
-  )
+  _, blocks = _over_blocks(one_block, None, layout)
+  o_BTNH, log_sum_BTN1 = (_join(x, layout) for x in blocks)
   # A remat policy can keep what is named, rather than attend again.
-  o_BUCNH = checkpoint_name((o_BUCNH / sum_BUCN1).astype(q_BUCNH.dtype), "attention")
-  log_sum_BUCN1 = checkpoint_name(largest_BUCN1 + jnp.log(sum_BUCN1), "attention")
-  inputs = (q_BUCNH, k_BUMH, v_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M)
-  return o_BUCNH, (*inputs, o_BUCNH, log_sum_BUCN1)
+  o_BTNH = checkpoint_name(o_BTNH.astype(q_BTNH.dtype), "attention")
+  log_sum_BTN1 = checkpoint_name(log_sum_BTN1, "attention")
+  inputs = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
+  return o_BTNH, (*inputs, o_BTNH, log_sum_BTN1)
 
 
-def _attend_backward(window, kept, do_BUCNH):
-  *inputs, o_BUCNH, log_sum_BUCN1 = kept
-  q_BUCNH, k_BUMH, v_BUMH, *visibility = inputs
-  scale, dtype = q_BUCNH.shape[-1] ** -0.5, q_BUCNH.dtype
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  weights_BUCNM = jnp.exp(_logits(q_BUCNH, k_BUMH, *visibility, window=window) - log_sum_BUCN1)
-  dweights_BUCNM = product("BUCNH,BUMH->BUCNM", do_BUCNH, v_BUMH)
+def _backward(layout, kept, do_BTNH):
+  q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, o_BTNH, log_sum_BTN1 = kept
   # sum_m w_m dw_m, from the output: o is what the weights make of v.
-  mean_BUCN1 = jnp.sum(
-    do_BUCNH.astype(jnp.float32) * o_BUCNH.astype(jnp.float32), axis=-1, keepdims=True
+  mean_BTN1 = jnp.sum(
+    do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), axis=-1, keepdims=True
   )
-  dlogits_BUCNM = (weights_BUCNM * (dweights_BUCNM - mean_BUCN1) * scale).astype(dtype)
-  dq_BUCNH = product("BUCNM,BUMH->BUCNH", dlogits_BUCNM, k_BUMH)
-  dk_BUMH = product("BUCNM,BUCNH->BUMH", dlogits_BUCNM, q_BUCNH)
-  dv_BUMH = product("BUCNM,BUCNH->BUMH", weights_BUCNM.astype(dtype), do_BUCNH)
-  grads = (dq_BUCNH.astype(dtype), dk_BUMH.astype(k_BUMH.dtype), dv_BUMH.astype(v_BUMH.dtype))
-  return *grads, *(None for _ in visibility)
+  queries = _fill_queries((q_BTNH, q_documents_BT, do_BTNH, log_sum_BTN1, mean_BTN1), layout)
+  keys = _fill_keys((k_BSH, v_BSH, k_documents_BS), layout)
+  scale, dtype = q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype
+
+  def one_block(grads, start):
+    q_BCNH, q_documents_BC, do_BCNH, log_sum_BCN1, mean_BCN1 = _cut(queries, start, layout.block)
+    k_BMH, v_BMH, k_documents_BM = _cut_band(keys, start, layout)
+    visible_BCM = _visible(q_documents_BC, k_documents_BM, start, layout)
+    weights_BCNM = jnp.exp(_logits(q_BCNH, k_BMH, visible_BCM) - log_sum_BCN1)
+    dweights_BCNM = _product("BCNH,BMH->BCNM", do_BCNH, v_BMH)
+    dlogits_BCNM = (weights_BCNM * (dweights_BCNM - mean_BCN1) * scale).astype(dtype)
+    dq_BCNH = _product("BCNM,BMH->BCNH", dlogits_BCNM, k_BMH)
+    dk_BMH = _product("BCNM,BCNH->BMH", dlogits_BCNM, q_BCNH)
+    dv_BMH = _product("BCNM,BCNH->BMH", weights_BCNM.astype(dtype), do_BCNH)
+    return _add_band(grads, (dk_BMH, dv_BMH), start, layout), dq_BCNH
+
+  # Float32: a key's gradient is a sum over the blocks that see it.
+  zeros_BPH = jnp.zeros_like(keys[0], jnp.float32)
+  (dk_BPH, dv_BPH), dq_blocks = _over_blocks(one_block, (zeros_BPH, zeros_BPH), layout)
+  dq_BTNH = _join(dq_blocks, layout).astype(dtype)
+  dk_BSH = _keys_of(dk_BPH, layout).astype(k_BSH.dtype)
+  return dq_BTNH, dk_BSH, _keys_of(dv_BPH, layout).astype(v_BSH.dtype), None, None
 
 
-_differentiable.defvjp(_attend_and_keep, _attend_backward)
+_attend.defvjp(_forward, _backward)
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _logits(q_BUCNH, k_BUMH, q_documents_BUC, k_documents_BUM, row_C, row_M, *, window):
+def _logits(q_BCNH, k_BMH, visible_BCM):
   """Scaled logits, float32; _HIDDEN where a query does not see a key."""
-  distance_CM = row_C[:, None] - row_M[None]
-  in_band_CM = (distance_CM >= 0) & (distance_CM <= window)
-  visible_BUCM = in_band_CM & (q_documents_BUC[..., None] == k_documents_BUM[:, :, None])
-  logits_BUCNM = jnp.einsum(
-    "BUCNH,BUMH->BUCNM", q_BUCNH, k_BUMH, preferred_element_type=jnp.float32
+  logits_BCNM = _product("BCNH,BMH->BCNM", q_BCNH, k_BMH) * q_BCNH.shape[-1] ** -0.5
+  return jnp.where(visible_BCM[:, :, None], logits_BCNM, _HIDDEN)
+
+
+def _visible(q_documents_BC, k_documents_BM, start, layout):
+  """Same document, 0 <= distance <= window, and a key at all."""
+  row_C = start + jnp.arange(layout.block)
+  row_M = jnp.arange(layout.band)
+  if layout.is_sliced:
+    row_C, row_M = row_C + layout.window, row_M + start
+  else:
+    row_C = row_C + layout.keys - layout.time
+  distance_CM = row_C[:, None] - row_M
+  in_band_CM = (distance_CM >= 0) & (distance_CM <= layout.window) & (row_M >= layout.missing)
+  return in_band_CM & (q_documents_BC[..., None] == k_documents_BM[:, None])
+
+
+def _over_blocks(one_block, carry, layout):
+  """jax.lax.scan over the first queries of the blocks; one block, as when decoding: no loop."""
+  if layout.num_blocks == 1:
+    carry, outputs = one_block(carry, 0)
+    return carry, jax.tree.map(lambda x: x[None], outputs)
+  # What blocks give out is float32 and rounded after: see kernels/linear_scan/reference.py.
+  return jax.lax.scan(one_block, carry, jnp.arange(layout.num_blocks) * layout.block)
+
+
+def _join(x_blocks, layout):
+  """[blocks, B, C, ...] -> [B, T, ...]."""
+  x_BP = x_blocks.swapaxes(0, 1)
+  return x_BP.reshape(x_BP.shape[0], -1, *x_BP.shape[3:])[:, : layout.time]
+
+
+def _fill_queries(arrays, layout):
+  """[B, T, ...] -> [B, P, ...] with zeros behind, which get no gradient: do is 0 there too."""
+  fill = layout.num_blocks * layout.block - layout.time
+  return tuple(_pad(x_BT, 0, fill) for x_BT in arrays)
+
+
+def _fill_keys(arrays, layout):
+  """[B, S, ...] -> [B, P, ...]: the rows from `window` before the first query on, if sliced."""
+  if not layout.is_sliced:
+    return arrays
+  fill = layout.num_blocks * layout.block - layout.time
+  return tuple(_pad(x_BS[:, layout.unreachable :], layout.missing, fill) for x_BS in arrays)
+
+
+def _keys_of(x_BP, layout):
+  """[B, P, ...] -> [B, S, ...], the inverse of _fill_keys; 0 for keys that no query reaches."""
+  if not layout.is_sliced:
+    return x_BP
+  end = layout.missing + layout.keys - layout.unreachable
+  return _pad(x_BP[:, layout.missing : end], layout.unreachable, 0)
+
+
+def _pad(x_BT, front, back):
+  return jnp.pad(x_BT, ((0, 0), (front, back)) + ((0, 0),) * (x_BT.ndim - 2))
+
+
+def _cut(arrays, start, length):
+  return tuple(jax.lax.dynamic_slice_in_dim(x_BP, start, length, axis=1) for x_BP in arrays)
+
+
+def _cut_band(keys, start, layout):
+  return _cut(keys, start, layout.band) if layout.is_sliced else keys
+
+
+def _add_band(sums, terms, start, layout):
+  """Adds what a block gives to its band of keys."""
+  if not layout.is_sliced:
+    return tuple(x_BSH + y_BSH for x_BSH, y_BSH in zip(sums, terms))
+  return tuple(
+    jax.lax.dynamic_update_slice_in_dim(x_BPH, before_BMH + y_BMH, start, axis=1)
+    for x_BPH, before_BMH, y_BMH in zip(sums, _cut(sums, start, layout.band), terms)
   )
-  scale = q_BUCNH.shape[-1] ** -0.5
-  return jnp.where(visible_BUCM[:, :, :, None], logits_BUCNM * scale, _HIDDEN)
