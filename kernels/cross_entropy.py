@@ -3,8 +3,9 @@
   log_z_BT, target_logit_BT = log_z_and_target_logit(x_BTD, unembed_VD, targets_BT, logit_cap=None)
 
 log_z = log sum_v exp(logit_v) and the target's logit, both float32; their difference is the loss,
-and log_z^2 the z-loss. Products take the inputs' dtype and are summed in float32. The backward pass
-forms the logits again, chunk by chunk: it keeps x, the unembedding and log_z.
+and log_z^2 the z-loss. Products take the dtype of x, to which the unembedding is rounded chunk by
+chunk, and are summed in float32. The backward pass forms the logits again, chunk by chunk: it keeps
+x, the unembedding and log_z. A target outside of the vocabulary has a logit of 0 and no gradient.
 
 Inside `jax.shard_map` with the vocabulary split over `axis_name`, `unembed_VD` is a device's own
 [V / shards, D] and targets are global ids; two small all-reduces make log_z and the target's logit.
@@ -18,8 +19,10 @@ import jax.numpy as jnp
 
 from kernels.varying import varying_alike
 
-# Logits alive at a time: 128 MiB in float32.
-_MAX_LOGITS = 1 << 25
+# A vocabulary of this many entries is one chunk; of a larger one never more than a quarter is.
+_LEAST_CHUNK = 1024
+# Logits of a chunk, unless that is the least chunk: 16 MiB in float32.
+_MAX_LOGITS = 1 << 22
 
 
 def log_z_and_target_logit(
@@ -34,7 +37,8 @@ def log_z_and_target_logit(
   """log Z and the target's logit of every token, float32 [batch, time].
 
   `logit_cap` c makes logits c tanh(logits / c). `chunk` is the number of vocabulary entries at a
-  time; by default as many as keep the chunk's logits within 128 MiB.
+  time; by default as many as keep a chunk's logits within 16 MiB, at least 1024 and, beyond those,
+  at most a quarter of the vocabulary.
   """
   if x_BTD.shape[:2] != targets_BT.shape or x_BTD.shape[-1] != unembed_VD.shape[-1]:
     raise ValueError(
@@ -43,7 +47,9 @@ def log_z_and_target_logit(
     )
   vocab_size = unembed_VD.shape[0]
   if chunk is None:
-    chunk = max(1024, _MAX_LOGITS // targets_BT.size)
+    chunk = _default_chunk(vocab_size, targets_BT.size)
+  if chunk < 1:
+    raise ValueError(f"cross_entropy: chunk {chunk} must be at least 1, or None")
   chunk = min(chunk, vocab_size)
   if axis_name is not None:
     targets_BT = targets_BT - jax.lax.axis_index(axis_name) * vocab_size
@@ -55,6 +61,15 @@ def log_z_and_target_logit(
   largest_BT = jax.lax.pmax(jax.lax.stop_gradient(log_z_BT), axis_name)
   sum_BT = jax.lax.psum(jnp.exp(log_z_BT - largest_BT), axis_name)
   return largest_BT + jnp.log(sum_BT), jax.lax.psum(target_logit_BT, axis_name)
+
+
+def _default_chunk(vocab_size: int, num_tokens: int) -> int:
+  most = max(_LEAST_CHUNK, min(_MAX_LOGITS // num_tokens, vocab_size // 4))
+  if vocab_size <= most:
+    return vocab_size
+  # Equal chunks, so that little is filled up, of whole tiles of 128.
+  num_chunks = -(-vocab_size // most)
+  return min(most, -(-vocab_size // (num_chunks * 128)) * 128)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -95,7 +110,7 @@ def _backward(logit_cap, chunk, residuals, cotangents):
     dlogits_BTC += jnp.where(is_target_BTC, dtarget_BT1, 0.0)
     dlogits_BTC = (dlogits_BTC * slope_BTC).astype(x_BTD.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dx_BTD += product("BTC,CD->BTD", dlogits_BTC, embed_CD)
+    dx_BTD += product("BTC,CD->BTD", dlogits_BTC, embed_CD.astype(x_BTD.dtype))
     return dx_BTD, product("BTC,BTD->CD", dlogits_BTC, x_BTD).astype(unembed_VD.dtype)
 
   dx_BTD, dunembed_VD = _over_chunks(
@@ -124,12 +139,15 @@ def _over_chunks(one_chunk, carry, unembed_VD, chunk):
 def _logits(x_BTD, targets_BT, inputs, unembed_VD, logit_cap):
   """The logits of one chunk, their derivative by the uncapped ones, and where the targets are."""
   embed_CD, start = inputs
+  embed_CD = embed_CD.astype(x_BTD.dtype)
   logits_BTC = jnp.einsum("BTD,CD->BTC", x_BTD, embed_CD, preferred_element_type=jnp.float32)
   slope_BTC = jnp.float32(1.0)
   if logit_cap is not None:
     tanh_BTC = jnp.tanh(logits_BTC / logit_cap)
     logits_BTC, slope_BTC = logit_cap * tanh_BTC, 1.0 - jnp.square(tanh_BTC)
   entries_C = start + jnp.arange(embed_CD.shape[0])
-  # The entries that fill up the last chunk are no part of the vocabulary.
-  logits_BTC = jnp.where(entries_C < unembed_VD.shape[0], logits_BTC, -1e30)
-  return logits_BTC, slope_BTC, targets_BT[..., None] == entries_C
+  # The entries that fill up the last chunk are no part of the vocabulary; under their numbers are
+  # the first ones of the next shard, which may be targets.
+  is_entry_C = entries_C < unembed_VD.shape[0]
+  logits_BTC = jnp.where(is_entry_C, logits_BTC, -1e30)
+  return logits_BTC, slope_BTC, is_entry_C & (targets_BT[..., None] == entries_C)

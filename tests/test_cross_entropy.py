@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels.cross_entropy import log_z_and_target_logit
+from kernels.cross_entropy import _default_chunk, log_z_and_target_logit
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
@@ -64,9 +64,11 @@ def test_chunks_are_the_whole(vocab_size, chunk, dtype, logit_cap):
 @pytest.mark.parametrize(
   "shape", [{"data": 2, "tensor": 4}, {"tensor": 8}, {"fsdp": 4, "tensor": 2}], ids=str
 )
-@pytest.mark.parametrize("chunk", [None, 3])
+# 5 and 7 do not divide a shard: what fills up its last chunk is no entry of the next shard.
+@pytest.mark.parametrize("chunk", [None, 3, 5, 7])
 def test_vocabulary_shards_are_the_whole(shape, chunk):
   x_BTD, unembed_VD, targets_BT, weights = _inputs(48)
+  targets_BT = (targets_BT.at[0].set(jnp.arange(6) * 8)).at[1].set(jnp.arange(6) + 12)
   mesh = make_mesh(MeshShape(**shape))
   batch, vocab = P(("data", "fsdp")), P("tensor")
 
@@ -86,22 +88,73 @@ def test_vocabulary_shards_are_the_whole(shape, chunk):
     assert_close(a, b, dtype="float32", reduction=64)
 
 
-def test_no_array_is_as_large_as_all_logits():
-  vocab_size, tokens, width = 4096, 256, 8
+@pytest.mark.parametrize("logit_cap", [None, 3.0])
+def test_a_float32_unembedding_is_rounded_and_its_gradient_is_not(logit_cap):
+  """Products of bfloat16 activations; the gradient keeps the dtype of the parameter."""
+  x_BTD, unembed_VD, targets_BT, weights = _inputs(37)
+  x_BTD = x_BTD.astype(jnp.bfloat16)
+
+  def chunked(x, e, t):
+    return log_z_and_target_logit(x, e, t, logit_cap=logit_cap, chunk=8)
+
+  def rounded(x, e, t):
+    return _whole(x, e.astype(jnp.bfloat16), t, logit_cap)
+
+  arrays = (x_BTD, unembed_VD, targets_BT, weights)
+  log_z, target, dx, dunembed = _with_gradients(chunked, *arrays)
+  expected = _with_gradients(rounded, *arrays)
+  assert (dx.dtype, dunembed.dtype) == (jnp.bfloat16, jnp.float32)
+  assert_close(log_z, expected[0], dtype="float32", reduction=64)
+  assert_close(target, expected[1], dtype="float32", reduction=64)
+  assert_close(dx, expected[2], dtype="bfloat16")
+  assert_close(dunembed, expected[3], dtype="bfloat16")
+
+
+def test_a_target_outside_of_the_vocabulary_counts_nothing():
+  x_BTD, unembed_VD, targets_BT, weights = _inputs(37)
+  outside_BT = targets_BT.at[0, :4].set(jnp.array([-1, 37, 39, 10**6]))
+
+  def chunked(x, e, t):
+    return log_z_and_target_logit(x, e, t, logit_cap=None, chunk=8)
+
+  _, target_BT, *grads = _with_gradients(chunked, x_BTD, unembed_VD, outside_BT, weights)
+  assert not target_BT[0, :4].any()
+  without = _with_gradients(chunked, x_BTD, unembed_VD, targets_BT, weights.at[1, 0, :4].set(0.0))
+  for grad, expected in zip(grads, without[2:], strict=True):
+    assert_close(grad, expected, dtype="float32", reduction=64)
+
+
+# By default, with few tokens as with many; the vocabulary divides by no power of 2.
+@pytest.mark.parametrize("tokens", [8, 256])
+def test_no_array_is_as_large_as_all_logits(tokens):
+  vocab_size, width = 4999, 4
   x = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
   unembed = jax.ShapeDtypeStruct((vocab_size, width), jnp.float32)
   targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
   def loss(x, unembed, targets):
-    log_z, target = log_z_and_target_logit(x, unembed, targets, logit_cap=None, chunk=256)
+    log_z, target = log_z_and_target_logit(x, unembed, targets, logit_cap=None)
     return jnp.sum(log_z - target)
 
   text = jax.jit(jax.grad(loss, (0, 1))).lower(x, unembed, targets).compile().as_text()
   sizes = [
     int(np.prod(list(map(int, shape.split(",")))))
-    for shape in re.findall(r"\bf32\[([\d,]+)\]", text)
+    for shape in re.findall(r"\b(?:f32|pred)\[([\d,]+)\]", text)
   ]
-  assert max(sizes) < tokens * vocab_size / 8
+  # The unembedding, filled up to whole chunks, or the logits of one chunk.
+  assert max(sizes) <= max(1.1 * vocab_size * width, tokens * (vocab_size // 4))
+
+
+@pytest.mark.parametrize("tokens", [1, 1000, 4096, 1 << 20])
+@pytest.mark.parametrize("vocab_size", [1, 256, 1024, 1025, 5000, 32000, 50257, 256000])
+def test_default_chunks_fill_up_little(vocab_size, tokens):
+  chunk = _default_chunk(vocab_size, tokens)
+  if vocab_size <= 1024:
+    assert chunk == vocab_size
+    return
+  assert chunk <= max(1024, vocab_size // 4)
+  assert chunk * tokens <= max(1024 * tokens, 1 << 22)
+  assert -(-vocab_size // chunk) * chunk < vocab_size + 128 * -(-vocab_size // chunk)
 
 
 def test_large_logits_do_not_overflow():
@@ -116,3 +169,5 @@ def test_wrong_shapes_are_refused():
   x, unembed, targets, _ = _inputs(40)
   with pytest.raises(ValueError, match="do not fit"):
     log_z_and_target_logit(x, unembed, targets[:, :3], logit_cap=None)
+  with pytest.raises(ValueError, match="chunk 0 must be at least 1"):
+    log_z_and_target_logit(x, unembed, targets, logit_cap=None, chunk=0)
