@@ -15,6 +15,8 @@ import pytest
 from flax import nnx
 
 from kernels import linear_scan
+from kernels import rg_lru as rg_lru_kernel
+from kernels.rg_lru import gates
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
@@ -238,7 +240,7 @@ def test_scan_is_the_packages(direction, implementation):
 
 def test_square_root_and_its_bounded_derivative_are_the_packages():
   golden = _layer("sqrt")
-  y, pull = jax.vjp(rg_lru.bounded_sqrt, golden["z"])
+  y, pull = jax.vjp(gates.bounded_sqrt, golden["z"])
   np.testing.assert_allclose(y, golden["y0"], rtol=1e-6)
   np.testing.assert_allclose(
     pull(jnp.asarray(golden["cotangent0"]))[0], golden["grads/z"], rtol=1e-6
@@ -263,16 +265,14 @@ def test_rg_lru_is_the_packages():
 
   def rg_lru_alone(x_BTR, w_a_GIJ, b_a_GJ, w_x_GIJ, b_x_GJ, decay_R):
     x_BTGI = x_BTR.reshape(*x_BTR.shape[:2], *w_a_GIJ.shape[:2])
-    gates_BTG2J = jnp.stack(
-      [
-        jnp.einsum("BTGI,GIJ->BTGJ", x_BTGI, w) + b
-        for w, b in ((w_a_GIJ, b_a_GJ), (w_x_GIJ, b_x_GJ))
-      ],
-      axis=3,
+    r_BTR, i_BTR = (
+      (jnp.einsum("BTGI,GIJ->BTGJ", x_BTGI, w) + b).reshape(x_BTR.shape)
+      for w, b in ((w_a_GIJ, b_a_GJ), (w_x_GIJ, b_x_GJ))
     )
-    in_BTR, a_BTR = rg_lru.gated_input(x_BTR, gates_BTG2J, decay_R, starts_BT)
     h0_BR = jnp.zeros_like(x_BTR[:, 0])
-    return linear_scan.linear_scan(in_BTR, a_BTR, h0_BR, implementation="reference")[0]
+    return rg_lru_kernel.rg_lru(
+      x_BTR, r_BTR, i_BTR, decay_R, starts_BT, h0_BR, implementation="reference"
+    )[0]
 
   y_BTR, pull = jax.vjp(rg_lru_alone, golden["x"], *(golden[f"params/{n}"] for n in names))
   np.testing.assert_allclose(y_BTR, golden["y0"], atol=1e-5, rtol=1e-5)

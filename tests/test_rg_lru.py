@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels.rg_lru import gates
 from models.layers import rg_lru
 from models.layers import segments as segments_lib
 from tests.tolerances import assert_close
@@ -98,10 +99,10 @@ def test_slow_memories_still_listen_in_bfloat16(a):
   """In bfloat16, 1 - a^2 of a slow decay is 0 or off by half: its channel would never see input."""
   x_BTR = jnp.ones((1, 3, 1), jnp.bfloat16)
   # The gate r is 1/2 and the input gate 1 (to 1e-9), so a is exp(-4 softplus(decay)).
-  gates_BTG2J = jnp.array([0.0, 20.0], jnp.float32).reshape(1, 1, 1, 2, 1).repeat(3, 1)
+  r_BTR, i_BTR = jnp.zeros((1, 3, 1)), jnp.full((1, 3, 1), 20.0)
   decay_R = jnp.log(jnp.expm1(-jnp.log(jnp.float32([a])) / 4))
   is_start_BT = jnp.array([[True, False, False]])
-  in_BTR, a_BTR = rg_lru.gated_input(x_BTR, gates_BTG2J, decay_R, is_start_BT)
+  in_BTR, a_BTR = gates.gated_input(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT)
   assert a_BTR.dtype == jnp.float32
   assert in_BTR.dtype == jnp.bfloat16
   np.testing.assert_allclose(a_BTR[0, 1:, 0], a, rtol=1e-6)
@@ -114,9 +115,9 @@ def test_slow_memories_still_listen_in_bfloat16(a):
 
 def test_gradients_stay_finite_where_the_decay_is_exactly_one():
   def loss(gate):
-    gates_BTG2J = jnp.stack([gate, jnp.zeros(())]).reshape(1, 1, 1, 2, 1)
-    in_BTR, a_BTR = rg_lru.gated_input(
-      jnp.ones((1, 1, 1)), gates_BTG2J, jnp.zeros((1,)), jnp.zeros((1, 1), bool)
+    ones_BTR = jnp.ones((1, 1, 1))
+    in_BTR, a_BTR = gates.gated_input(
+      ones_BTR, gate * ones_BTR, 0 * ones_BTR, jnp.zeros((1,)), jnp.zeros((1, 1), bool)
     )
     return in_BTR.sum() + a_BTR.sum()
 
@@ -127,7 +128,7 @@ def test_gradients_stay_finite_where_the_decay_is_exactly_one():
 
 def test_square_root_derivative_is_bounded():
   z = jnp.array([0.0, 1e-9, 2.5e-7, 1e-4, 0.5])
-  slopes = jax.vmap(jax.grad(rg_lru.bounded_sqrt))(z)
+  slopes = jax.vmap(jax.grad(gates.bounded_sqrt))(z)
   np.testing.assert_allclose(slopes, [1000, 1000, 1000, 50, 0.5 / np.sqrt(0.5)], rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from data.token_store import read_manifest
-from kernels import linear_scan, local_attention
+from kernels import local_attention, rg_lru
 from models.decoder import Model
 from train.config import Run
 
@@ -55,7 +55,7 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
   for path, value in identity.items():
     # The name of what ran, not "auto": it may mean another kernel on the next machine.
     if path.endswith(".mixer.scan"):
-      identity[path] = linear_scan.resolve(value)
+      identity[path] = rg_lru.resolve(value)
     elif path.endswith(".mixer.implementation"):
       identity[path] = local_attention.resolve(value)
   for index, (path, weight) in enumerate(run.data.sources):

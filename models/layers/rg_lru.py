@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import linear_scan
+from kernels import rg_lru
+from kernels.rg_lru.gates import C
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
 
-_C = 8.0
 _DECAY_RANGE = (0.9, 0.999)
-# Where 1 - a^2 is below this, the square root's derivative is held at 1000 (arXiv:2404.07839).
-_LEAST_ONE_MINUS_A2 = 1.0 / (4.0 * 1000.0**2)
 
 DecayInit = Literal["paper", "recurrentgemma"]
 
@@ -38,7 +36,7 @@ class Config:
 
   `decay_init` "paper": a^8 uniform in [0.9, 0.999] (the text of section 2.4); "recurrentgemma": a
   itself there, uniform in the ring's area (the released code): memories about 8 times shorter.
-  `scan` names an implementation of kernels/linear_scan, or "auto".
+  `scan` names an implementation of kernels/rg_lru, or "auto".
   """
 
   rnn_width: int
@@ -79,7 +77,7 @@ class RecurrentBlock(nnx.Module):
   def __init__(self, config: Config, width: int, *, num_blocks: int, rngs: nnx.Rngs):
     rnn_width, blocks = config.rnn_width, config.num_gate_blocks
     block_width = rnn_width // blocks
-    self.scan = linear_scan.resolve(config.scan)
+    self.scan = rg_lru.resolve(config.scan)
     self.w_in_D2R = param(
       normal(1.0 / width), (width, 2, rnn_width), ("embed", "branch", "rnn"), rngs=rngs
     )
@@ -125,7 +123,14 @@ class RecurrentBlock(nnx.Module):
       in_BT2R += self.b_in_2R[...].astype(dtype)
       gelu_BTR = jax.nn.gelu(in_BT2R[:, :, 0], approximate=True)
       conv_BTR, conv_BKR, document_BK = self._conv(in_BT2R[:, :, 1], segments, state)
-      h_BTR, h_BR = self._rg_lru(conv_BTR, segments, state.h_BR)
+      h_BTR, h_BR = rg_lru.rg_lru(
+        conv_BTR,
+        *self._gates(conv_BTR),
+        self.decay_R[...],
+        segments.is_start_BT,
+        state.h_BR,
+        implementation=self.scan,
+      )
       y_BTD = jnp.einsum("BTR,RD->BTD", gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
       y_BTD += self.b_out_D[...].astype(dtype)
     return y_BTD, RecurrentState(h_BR, conv_BKR, document_BK) if has_state else None
@@ -145,60 +150,26 @@ class RecurrentBlock(nnx.Module):
         y_BTR += jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0) * w_KR[tap]
       return y_BTR, x_BSR[:, time:], document_BS[:, time:]
 
-  def _rg_lru(
-    self, x_BTR: jax.Array, segments: Segments, h_BR: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """The RG-LRU itself; the state is float32, the output in x's dtype."""
+  def _gates(self, x_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pre-activations of the recurrence gate and of the input gate, float32 [batch, time, R]."""
     blocks, block_width, _, _ = self.w_gates_GI2J.shape
     with jax.named_scope("gates"):
-      x_BTGI = x_BTR.reshape(*x_BTR.shape[:2], blocks, block_width)
-      # Float32 from here: in bfloat16 a decay of 0.999 rounds to 1 and never forgets.
       gates_BTG2J = jnp.einsum(
         "BTGI,GIKJ->BTGKJ",
-        x_BTGI,
+        x_BTR.reshape(*x_BTR.shape[:2], blocks, block_width),
         self.w_gates_GI2J[...].astype(x_BTR.dtype),
         preferred_element_type=jnp.float32,
       )
       gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
-      in_BTR, a_BTR = gated_input(x_BTR, gates_BTG2J, self.decay_R[...], segments.is_start_BT)
-    with jax.named_scope("scan"):
-      return linear_scan.linear_scan(in_BTR, a_BTR, h_BR, implementation=self.scan)
-
-
-def gated_input(
-  x_BTR: jax.Array, gates_BTG2J: jax.Array, decay_R: jax.Array, is_start_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """What enters the recurrence (in x's dtype) and its decay a (float32)."""
-  r_BTR = jax.nn.sigmoid(gates_BTG2J[..., 0, :]).reshape(x_BTR.shape)
-  i_BTR = jax.nn.sigmoid(gates_BTG2J[..., 1, :]).reshape(x_BTR.shape)
-  log_a_BTR = -_C * r_BTR * jax.nn.softplus(decay_R.astype(jnp.float32))
-  start_BT1 = is_start_BT[..., None]
-  # One expm1 gives both without cancellation: a = 1 + e and 1 - a^2 = -e (2 + e).
-  e_BTR = jnp.expm1(log_a_BTR)
-  a_BTR = jnp.where(start_BT1, 0.0, 1.0 + e_BTR)
-  scale_BTR = jnp.where(start_BT1, 1.0, bounded_sqrt(-e_BTR * (2.0 + e_BTR)))
-  in_BTR = scale_BTR * i_BTR * x_BTR.astype(jnp.float32)
-  return in_BTR.astype(x_BTR.dtype), a_BTR
-
-
-@jax.custom_jvp
-def bounded_sqrt(z_BTR: jax.Array) -> jax.Array:
-  """sqrt(z), its derivative at most 1000: at z = 0 the true one is infinite."""
-  return jnp.sqrt(z_BTR)
-
-
-@bounded_sqrt.defjvp
-def _bounded_sqrt_jvp(primals, tangents):
-  (z_BTR,), (dz_BTR,) = primals, tangents
-  slope_BTR = 0.5 * jax.lax.rsqrt(jnp.maximum(z_BTR, _LEAST_ONE_MINUS_A2))
-  return jnp.sqrt(z_BTR), slope_BTR * dz_BTR
+      r_BTGJ, i_BTGJ = gates_BTG2J[..., 0, :], gates_BTG2J[..., 1, :]
+      return r_BTGJ.reshape(x_BTR.shape), i_BTGJ.reshape(x_BTR.shape)
 
 
 def _paper_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:
   """a^8 uniform in the range: decay = log(expm1(-ln(a^8) / 8))."""
   low, high = _DECAY_RANGE
   a8_R = jax.random.uniform(key, shape, jnp.float32, low, high)
-  return jnp.log(jnp.expm1(-jnp.log(a8_R) / _C))
+  return jnp.log(jnp.expm1(-jnp.log(a8_R) / C))
 
 
 def _recurrentgemma_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:

@@ -1,0 +1,57 @@
+"""The RG-LRU (arXiv:2402.19427, eqs. 1 to 4), from its gates' pre-activations to its states.
+
+  y_BTR, hT_BR = rg_lru(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, implementation="auto")
+
+With x, r and i of token t (r and i as they enter the sigmoid, [batch, time, R] like x):
+
+  r_t = sigmoid(r)      i_t = sigmoid(i)
+  a_t = exp(-8 softplus(decay) r_t)
+  h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)
+
+`decay` is minus the paper's Lambda. Where `is_start`, a_t is 0 and the square root 1: the state is
+forgotten and the first token enters whole. y_t = h_t in the dtype of x; everything between is
+float32, as are h0 and the last state hT. The square root's derivative is held at 1000.
+
+An implementation named as one of kernels/linear_scan makes a_t and what enters with plain JAX, and
+leaves the recurrence to that scan.
+"""
+
+import jax
+
+from kernels import linear_scan
+from kernels.rg_lru import gates
+
+IMPLEMENTATIONS = linear_scan.IMPLEMENTATIONS
+
+
+def resolve(requested: str) -> str:
+  """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
+  return linear_scan.resolve(requested)
+
+
+def rg_lru(
+  x_BTR: jax.Array,
+  r_BTR: jax.Array,
+  i_BTR: jax.Array,
+  decay_R: jax.Array,
+  is_start_BT: jax.Array,
+  h0_BR: jax.Array,
+  *,
+  implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+  """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
+  batch, time, width = x_BTR.shape
+  expected = {
+    "r": (r_BTR.shape, (batch, time, width)),
+    "i": (i_BTR.shape, (batch, time, width)),
+    "decay": (decay_R.shape, (width,)),
+    "is_start": (is_start_BT.shape, (batch, time)),
+    "h0": (h0_BR.shape, (batch, width)),
+  }
+  for name, (actual, needed) in expected.items():
+    if actual != needed:
+      raise ValueError(f"rg_lru: {name} {actual} must be {needed} beside x {x_BTR.shape}")
+  with jax.named_scope("gates"):
+    in_BTR, a_BTR = gates.gated_input(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT)
+  with jax.named_scope("scan"):
+    return linear_scan.linear_scan(in_BTR, a_BTR, h0_BR, implementation=implementation)
