@@ -240,16 +240,15 @@ def global_norm(square_norms: Any) -> jax.Array:
   return jnp.sqrt(jnp.sum(jnp.stack(sums)))
 
 
-def clip_by_norm(grads: Any, norm: jax.Array, max_norm: float | None) -> Any:
-  """`grads`, whose global norm is `norm`, scaled down to at most `max_norm` (None: as they are).
+def clip_factor(norm: jax.Array, max_norm: float | None) -> jax.Array:
+  """What scales gradients of global norm `norm` down to at most `max_norm` (None: 1).
 
-  A norm that is not finite makes every gradient NaN: clipping hides nothing.
+  A norm that is not finite gives NaN, and so makes every gradient NaN: clipping hides nothing.
   """
   if max_norm is None:
-    return grads
+    return jnp.ones_like(norm)
   # Infinity would scale to zero gradients, which look like a step that went well.
-  scale = jnp.where(jnp.isfinite(norm), max_norm / jnp.maximum(norm, max_norm), jnp.nan)
-  return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+  return jnp.where(jnp.isfinite(norm), max_norm / jnp.maximum(norm, max_norm), jnp.nan)
 
 
 def _ramp(t: Any, start: int, end: int) -> Any:

@@ -9,7 +9,7 @@ from data.rows import Batch
 from models.decoder import Model
 from sharding import logical
 from train.loss import LossSums, loss_sums
-from train.optimizer import GradientTransformation, apply_updates, clip_by_norm, global_norm
+from train.optimizer import GradientTransformation, apply_updates, clip_factor, global_norm
 from train.state import TrainState
 
 
@@ -69,12 +69,13 @@ def train_step(
   grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   grads = logical.constrain_gradients(grads, model.axes)
 
-  # Of the sums, so that dividing and clipping become one with the update: no pass of their own.
+  # Of the sums, so that dividing and clipping are one factor in the update, and no pass of their
+  # own: a product is fused into all that reads it, a quotient is not.
   square_norms = jax.tree.map(_square_norm, grads, model.axes)
   grad_norm = global_norm(square_norms) / weight
   is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-  grads = jax.tree.map(lambda g: g / weight, grads)
-  grads = clip_by_norm(grads, grad_norm, clip_norm)
+  factor = clip_factor(grad_norm, clip_norm) / weight
+  grads = jax.tree.map(lambda g: g * factor, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = apply_updates(state.params, updates)
 
@@ -101,7 +102,11 @@ def eval_step(params: Any, batch: Batch, *, model: Model) -> LossSums:
 def _square_norm(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Sum of squares of one parameter's gradient, for each stacked layer."""
   num_layer_axes = sum(name == "layers" for name in axes)
-  return jnp.sum(jnp.square(grad), axis=tuple(range(num_layer_axes, grad.ndim)))
+  layers, own = tuple(range(num_layer_axes)), tuple(range(num_layer_axes, grad.ndim))
+  # A product of the gradient with itself rather than the sum of an array of squares.
+  return jax.lax.dot_general(
+    grad, grad, ((own, own), (layers, layers)), precision=jax.lax.Precision.HIGHEST
+  )
 
 
 def _microbatches(batch: Batch, num_microbatches: int) -> Batch:
