@@ -14,14 +14,14 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app
+from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from train.config import Run
 
 _FLAG = "--config"
-# What ml_collections raises for a path or a value that is not one.
-_FLAG_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError)
+# What absl and ml_collections raise for a flag, a path or a value that is not one.
+_FLAG_ERRORS = (flags.Error, AttributeError, KeyError, IndexError, TypeError, ValueError)
 
 
 def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
@@ -41,7 +41,7 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
-      return app.parse_flags_with_usage(list(argv))
+      return flags.FLAGS(list(argv))
     except _FLAG_ERRORS as error:
       _refuse(error)
 
