@@ -1,0 +1,34 @@
+"""Writes tests/golden/configs.txt, every setting of every shipped config, one to a line.
+
+  python -m tests.golden.make_configs
+
+A change of a preset, or of a default that it rests on, is then seen in review as what it is.
+"""
+
+import pathlib
+
+from launch.overrides import flatten, load
+from models.sizes import SIZES
+
+FILE = pathlib.Path(__file__).parent / "configs.txt"
+SPECS = (
+  *(
+    f"configs/{family}.py:{size}" for family in ("griffin", "hawk", "transformer") for size in SIZES
+  ),
+  *(f"configs/recurrentgemma.py:{size}" for size in ("2b", "9b")),
+  "configs/smoke.py",
+  "configs/bench_cpu.py",
+)
+
+
+def lines() -> list[str]:
+  """ "file:argument field = value" for every field, sorted within a config."""
+  return [
+    f"{spec.removeprefix('configs/')} {path} = {value!r}"
+    for spec in SPECS
+    for path, value in sorted(flatten(load(spec)).items())
+  ]
+
+
+if __name__ == "__main__":
+  FILE.write_text("\n".join(lines()) + "\n")

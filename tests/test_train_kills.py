@@ -1,0 +1,100 @@
+"""`python -m launch.train` killed, told to stop, and started again: as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests import tiny
+from tests.commands import Commands
+from train.checkpoint_folder import steps
+from train.metrics import read_jsonl
+
+NUM_KILLS = 6
+
+
+@pytest.fixture(scope="module")
+def commands():
+  commands = Commands()
+  yield commands
+  commands.close()
+
+
+def _arguments(folder, name):
+  return [f"--config=tests/tiny_config.py:{folder}", f"--workdir={folder / name}"]
+
+
+def _losses(workdir):
+  """The loss of each step; a step that a restart did again must give the same bits."""
+  losses = {}
+  for record in read_jsonl(workdir / "metrics.jsonl"):
+    if "train/loss" in record:
+      assert losses.setdefault(record["step"], record["train/loss"]) == record["train/loss"]
+  return losses
+
+
+@pytest.fixture(scope="module")
+def undisturbed(commands, tmp_path_factory):
+  """Where the data of all runs is, and the losses of one that nothing happened to."""
+  folder = tmp_path_factory.mktemp("train")
+  tiny.run(folder)
+  status, output = commands.run("launch.train", _arguments(folder, "straight"), folder / "output")
+  assert status == 0, output
+  losses = _losses(folder / "straight")
+  assert sorted(losses) == list(range(1, 61))
+  return folder, losses
+
+
+def _wait_for(path_exists, seconds=60.0):
+  end = time.monotonic() + seconds
+  while not path_exists():
+    assert time.monotonic() < end, "nothing happened"
+    time.sleep(0.02)
+
+
+def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, undisturbed):
+  folder, expected = undisturbed
+  workdir, moments, gained = folder / "killed", random.Random(1), 0
+  for kill in range(NUM_KILLS):
+    before = max(steps(workdir / "checkpoints"), default=0)
+    assert before < 60, "the run was too fast to be killed"
+    pid = commands.start("launch.train", _arguments(folder, "killed"), folder / f"output{kill}")
+    if kill % 3 == 2:
+      time.sleep(moments.uniform(0.0, 3.0))  # while it starts, compiles and restores
+    else:
+      # Until it has come further than it was, then a little longer: in a step, or in a save.
+      reached = before + 2
+      _wait_for(lambda reached=reached: max(steps(workdir / "checkpoints"), default=0) >= reached)
+      time.sleep(moments.uniform(0.0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    assert commands.wait() == -signal.SIGKILL
+    newest = max(steps(workdir / "checkpoints"), default=0)
+    assert newest >= before
+    gained += newest > before
+  assert gained >= 3
+  status, output = commands.run("launch.train", _arguments(folder, "killed"), folder / "output")
+  assert status == 0, output
+  assert f"restored step {newest}" in output
+  assert _losses(workdir) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_told_to_stop_it_saves_and_says_start_me_again(commands, undisturbed, number):
+  folder, expected = undisturbed
+  workdir = folder / number.name
+  pid = commands.start("launch.train", _arguments(folder, number.name), folder / "output")
+  _wait_for(lambda: steps(workdir / "checkpoints"))
+  os.kill(pid, number)
+  assert commands.wait() == 75
+  assert f"{number.name}: saving" in (folder / "output").read_text()
+  stopped_at = max(steps(workdir / "checkpoints"))
+  assert max(_losses(workdir)) == stopped_at < 60
+  status, output = commands.run("launch.train", _arguments(folder, number.name), folder / "output")
+  assert status == 0, output
+  assert f"restored step {stopped_at}" in output
+  assert _losses(workdir) == expected
+  status, output = commands.run("launch.train", _arguments(folder, number.name), folder / "output")
+  assert status == 0
+  assert "the run is complete" in output
