@@ -18,7 +18,7 @@ class MeshShape:
 
   data      replicas: each has the whole state (of its tensor shard), they exchange gradients
   fsdp      ZeRO: the state is split over it as the rules say; batches are split over data x fsdp
-  sequence  the time of one row: not supported yet, its place is kept
+  sequence  the time of every row, in equal parts; the state is the same on all of them
   tensor    Megatron: heads, MLP, recurrence and vocabulary are split over it
   """
 
@@ -33,11 +33,6 @@ class MeshShape:
         raise ValueError(f"MeshShape: {axis} {size} must be at least 1, or -1 for the rest")
     if self.sizes.count(-1) > 1:
       raise ValueError(f"MeshShape: {self} has more than one -1; only one axis can take the rest")
-    if self.sequence != 1:
-      raise ValueError(
-        f"MeshShape: sequence {self.sequence} is not supported yet: rows are not split over "
-        "devices; use sequence=1 and a larger data, fsdp or tensor"
-      )
 
   @property
   def sizes(self) -> tuple[int, ...]:

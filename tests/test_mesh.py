@@ -23,6 +23,7 @@ def test_the_axes_are_in_this_order_and_auto():
     (MeshShape(fsdp=-1, tensor=2), (1, 4, 1, 2)),
     (MeshShape(data=2, fsdp=4, tensor=-1), (2, 4, 1, 1)),
     (MeshShape(tensor=8), (1, 1, 1, 8)),
+    (MeshShape(fsdp=2, sequence=-1, tensor=2), (1, 2, 2, 2)),
   ],
 )
 def test_minus_one_takes_the_rest(shape, sizes):
@@ -55,8 +56,8 @@ def test_a_shape_that_does_not_use_all_devices_is_an_error_with_the_numbers(shap
     ({"data": 0}, "data 0 must be at least 1"),
     ({"tensor": -2}, "tensor -2 must be at least 1"),
     ({"data": -1, "fsdp": -1}, "more than one -1"),
-    ({"sequence": 2}, "sequence 2 is not supported yet"),
-    ({"sequence": -1}, "sequence -1 is not supported yet"),
+    ({"sequence": 0}, "sequence 0 must be at least 1"),
+    ({"sequence": -1, "tensor": -1}, "more than one -1"),
   ],
 )
 def test_impossible_shapes_are_refused(sizes, message):

@@ -18,6 +18,13 @@ so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and n
   chunked       all chunks of a row at once, twice, their carries between: near 3 sqrt(T) dependent
                 steps; x and a are read twice
   associative   a tree (jax.lax.associative_scan): log T dependent steps, several times the traffic
+
+Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x and a are a
+shard's own tokens and the results are those of the whole row: h0 is the row's (that of the shard
+where it begins counts), hT the row's last state, on every shard. Whatever its length, a row costs
+one all-gather of [shards, 2, batch, width] float32 forward (sequence_parallel.py); backward another
+one, a decay [batch, width] from the next shard, and the sum of dhT over the shards. Any
+implementation will do: it is called on a shard's own tokens, twice.
 """
 
 import functools
@@ -27,8 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import dispatch
-from kernels.linear_scan import associative, chunked, reference
+from kernels import dispatch, halo
+from kernels.linear_scan import associative, chunked, reference, sequence_parallel
 from kernels.varying import varying_alike
 
 _SCANS = {
@@ -55,6 +62,7 @@ def linear_scan(
   *,
   implementation: str,
   reverse: bool = False,
+  axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
   if x_BTD.ndim != 3 or x_BTD.shape != a_BTD.shape or h0_BD.shape != x_BTD.shape[::2]:
@@ -65,35 +73,65 @@ def linear_scan(
   if x_BTD.shape[1] == 0:
     raise ValueError("linear_scan: time is 0; give at least one token")
   arrays = varying_alike(x_BTD, a_BTD, h0_BD.astype(jnp.float32))
-  results = _linear_scan(*arrays, resolve(implementation), reverse)
+  results = _linear_scan(*arrays, resolve(implementation), reverse, axis_name)
   y_BTD, hT_BD = cast(tuple[jax.Array, jax.Array], results)
   return y_BTD, hT_BD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _linear_scan(
-  x_BTD: jax.Array, a_BTD: jax.Array, h0_BD: jax.Array, implementation: str, reverse: bool
+  x_BTD: jax.Array,
+  a_BTD: jax.Array,
+  h0_BD: jax.Array,
+  implementation: str,
+  reverse: bool,
+  axis_name: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-  return _SCANS[implementation](x_BTD, a_BTD, h0_BD, reverse=reverse)
+  y_BTD, hT_BD, _ = _run(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name)
+  return y_BTD, hT_BD
 
 
-def _forward(x_BTD, a_BTD, h0_BD, implementation, reverse):
-  y_BTD, hT_BD = _SCANS[implementation](x_BTD, a_BTD, h0_BD, reverse=reverse)
+def _run(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name):
+  """All states, the row's last one, and the one before the tokens given."""
+  scan = _SCANS[implementation]
+  if axis_name is None:
+    return *scan(x_BTD, a_BTD, h0_BD, reverse=reverse), h0_BD
+  before_BD, hT_BD = sequence_parallel.states_between(
+    scan, x_BTD, a_BTD, h0_BD, reverse=reverse, axis_name=axis_name
+  )
+  y_BTD, _ = scan(x_BTD, a_BTD, before_BD, reverse=reverse)
+  return y_BTD, hT_BD, before_BD
+
+
+def _forward(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name):
+  y_BTD, hT_BD, before_BD = _run(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name)
   # A remat policy can keep what is named: the states, rather than run the recurrence again.
   y_BTD = checkpoint_name(y_BTD, "scan")
-  return (y_BTD, hT_BD), (y_BTD, a_BTD, h0_BD)
+  if axis_name is not None:
+    before_BD = checkpoint_name(before_BD, "scan")
+  return (y_BTD, hT_BD), (y_BTD, a_BTD, before_BD)
 
 
-def _backward(implementation, reverse, residuals, cotangents):
-  y_BTD, a_BTD, h0_BD = residuals
+def _backward(implementation, reverse, axis_name, residuals, cotangents):
+  y_BTD, a_BTD, before_BD = residuals
   dy_BTD, dhT_BD = cotangents
   first = -1 if reverse else 0
   # The decay that g_{t+1} meets on its way to g_t; dhT enters the last token whole.
-  next_a_BTD = _shifted(a_BTD, jnp.ones_like(a_BTD[:, 0]), forward=reverse)
-  g_BTD, g_BD = _SCANS[implementation](dy_BTD, next_a_BTD, dhT_BD, reverse=not reverse)
-  before_BTD = _shifted(y_BTD.astype(jnp.float32), h0_BD, forward=not reverse)
+  edge_BD = jnp.ones_like(a_BTD[:, 0])
+  if axis_name is not None:
+    edge_BD = halo.from_neighbour(
+      a_BTD[:, first], before=reverse, axis_name=axis_name, edge=edge_BD
+    )
+    dhT_BD = jax.lax.psum(dhT_BD, axis_name)
+  next_a_BTD = _shifted(a_BTD, edge_BD, forward=reverse)
+  g_BTD, g_BD, _ = _run(dy_BTD, next_a_BTD, dhT_BD, implementation, not reverse, axis_name)
+  before_BTD = _shifted(y_BTD.astype(jnp.float32), before_BD, forward=not reverse)
   da_BTD = g_BTD.astype(jnp.float32) * before_BTD
-  return g_BTD, da_BTD.astype(a_BTD.dtype), a_BTD[:, first].astype(jnp.float32) * g_BD
+  dh0_BD = a_BTD[:, first].astype(jnp.float32) * g_BD
+  if axis_name is not None:
+    starts_row = sequence_parallel.is_first(reverse=reverse, axis_name=axis_name)
+    dh0_BD = jnp.where(starts_row, dh0_BD, 0.0)
+  return g_BTD, da_BTD.astype(a_BTD.dtype), dh0_BD
 
 
 _linear_scan.defvjp(_forward, _backward)

@@ -12,6 +12,9 @@ With x, r and i of token t (r and i as they enter the sigmoid, [batch, time, R] 
 forgotten and the first token enters whole. y_t = h_t in the dtype of x; everything between is
 float32, as are h0 and the last state hT. The square root's derivative is held at 1000.
 
+Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x, r, i and
+is_start are a shard's own tokens; h0 and hT are the row's, as in kernels/linear_scan.
+
 An implementation named as one of kernels/linear_scan makes a_t and what enters with plain JAX, and
 leaves the recurrence to that scan.
 """
@@ -38,6 +41,7 @@ def rg_lru(
   h0_BR: jax.Array,
   *,
   implementation: str,
+  axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
   batch, time, width = x_BTR.shape
@@ -54,4 +58,6 @@ def rg_lru(
   with jax.named_scope("gates"):
     in_BTR, a_BTR = gates.gated_input(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT)
   with jax.named_scope("scan"):
-    return linear_scan.linear_scan(in_BTR, a_BTR, h0_BR, implementation=implementation)
+    return linear_scan.linear_scan(
+      in_BTR, a_BTR, h0_BR, implementation=implementation, axis_name=axis_name
+    )

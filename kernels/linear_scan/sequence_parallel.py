@@ -1,0 +1,50 @@
+"""The recurrence with its row split over the shards of a mesh axis: what a shard starts from.
+
+A shard takes the state s before it to l + p s: l its last state from zero, p the product of its
+decays. These pairs, [2, batch, width] in float32, are all that the shards exchange, in one
+all-gather; over the pairs the recurrence is itself a linear scan, as long as there are shards. So a
+shard reads x and a twice: once for its pair, once for its states.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels.linear_scan import reference
+
+Scan = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def is_first(*, reverse: bool, axis_name: str) -> jax.Array:
+  """Whether the recurrence enters the row in this shard."""
+  return jax.lax.axis_index(axis_name) == (jax.lax.axis_size(axis_name) - 1 if reverse else 0)
+
+
+def states_between(
+  scan: Scan,
+  x_BTD: jax.Array,
+  a_BTD: jax.Array,
+  h0_BD: jax.Array,
+  *,
+  reverse: bool,
+  axis_name: str,
+) -> tuple[jax.Array, jax.Array]:
+  """The state before this shard's tokens, and the row's last one (the same on every shard).
+
+  Float32 [batch, width]. `h0_BD` counts on the shard where the recurrence enters the row.
+  """
+  starts_row = is_first(reverse=reverse, axis_name=axis_name)
+  # The first shard's own state goes in here, so that nobody else needs it.
+  start_BD = jnp.where(starts_row, h0_BD, 0.0)
+  _, last_BD = scan(x_BTD, a_BTD, start_BD, reverse=reverse)
+  product_BD = jnp.prod(a_BTD.astype(jnp.float32), axis=1)
+  # Shards take the place of time.
+  pairs_2BTD = jax.lax.all_gather(jnp.stack([last_BD, product_BD]), axis_name, axis=2)
+  after_BTD, row_last_BD = reference.scan(
+    pairs_2BTD[0], pairs_2BTD[1], jnp.zeros_like(last_BD), reverse=reverse
+  )
+  shards, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+  neighbour = jnp.clip(index + (1 if reverse else -1), 0, shards - 1)
+  before_BD = jax.lax.dynamic_index_in_dim(after_BTD, neighbour, axis=1, keepdims=False)
+  return jnp.where(starts_row, h0_BD, before_BD), row_last_BD
