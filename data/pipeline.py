@@ -109,7 +109,9 @@ def train_batches(
   """Batches of steps start_step, start_step + 1, ...: this process's rows of each.
 
   Process p of n gets rows p * batch_size / n and on of the global batch of `batch_size` rows, whose
-  row r of step s is row s * batch_size + r of the mixture. Opens and checks the stores at once.
+  row r of step s is row s * batch_size + r of the mixture. Processes that hold different times of
+  the same rows are one p: each reads them whole (sharding/mesh.py: row_share). Opens and checks the
+  stores at once.
   """
   num_steps = num_steps_available(config, batch_size=batch_size)
   mine = _slice_of(batch_size, process_index, process_count)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def tokens_before(
-  x_BT: jax.Array, *, count: int, axis_name: str, fill: int | float | bool = 0
+  x_BT: jax.Array, *, count: int, axis_name: str | tuple[str, ...], fill: int | float | bool = 0
 ) -> jax.Array:
   """The `count` tokens before this shard's first, [batch, count, ...]; `fill` before the row's.
 
@@ -31,7 +31,9 @@ def tokens_before(
   return jnp.concatenate(parts, axis=1) if parts else x_BT[:, :0]
 
 
-def from_neighbour(x: jax.Array, *, before: bool, axis_name: str, edge: jax.Array) -> jax.Array:
+def from_neighbour(
+  x: jax.Array, *, before: bool, axis_name: str | tuple[str, ...], edge: jax.Array
+) -> jax.Array:
   """x of the shard before this one, or after it; `edge` where there is none."""
   shards, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
   pairs = [(shard, shard + 1) for shard in range(shards - 1)]

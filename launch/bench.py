@@ -32,6 +32,7 @@ from data.rows import Batch
 from launch.overrides import run_app
 from models.flops import count_params, flops_per_token
 from sharding import topology
+from sharding.mesh import row_share
 from train import program as programs
 from train.config import Run
 from train.throughput import mfu
@@ -48,7 +49,8 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   compile_seconds = time.perf_counter() - start
 
   state = programs.initialize(program)
-  batch = programs.to_devices(_random_batch(run), program.mesh)
+  share = row_share(program.mesh.devices, jax.process_index())
+  batch = programs.to_devices(_random_batch(run, num_shares=share.count), program.mesh)
   seconds = []
   for _ in range(_WARMUP.value + _STEPS.value):
     start = time.perf_counter()
@@ -110,10 +112,10 @@ def _peak_bytes(compiled: jax.stages.Compiled) -> int:
   )
 
 
-def _random_batch(run: Run) -> Batch:
+def _random_batch(run: Run, *, num_shares: int) -> Batch:
   """Rows of random tokens in documents of random length, a few to a row."""
   rng = np.random.default_rng(0)
-  shape = (run.batch_size // jax.process_count(), run.data.row_length)
+  shape = (run.batch_size // num_shares, run.data.row_length)
   window = rng.integers(0, run.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
   starts = rng.random(shape) < 4 / run.data.row_length
   segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)

@@ -258,8 +258,11 @@ class _Decoder:
   def _forward(
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State | None
   ) -> tuple[jax.Array, jax.Array, State | None]:
-    before = segments_lib.initial_state(tokens_BT.shape[0]) if state is None else state.segments
-    segments, after = segments_lib.segments(segments_BT, before)
+    if state is None:
+      segments, after = _row_segments(segments_BT), None
+    else:
+      _check_rows_are_whole()
+      segments, after = segments_lib.segments(segments_BT, state.segments)
     embedding = self.embedding.merge(self._used(params["embedding"], self.embedding.axes))
     x_BTD = embedding(tokens_BT, jnp.dtype(self.config.dtype))
     if self.config.embedding_scale == "sqrt_width":
@@ -286,7 +289,7 @@ class _Decoder:
     norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm.axes))
     x_BTD = norm(x_BTD)
     unembed_VD = embedding.table_VD[...].astype(x_BTD.dtype)
-    if state is None:
+    if after is None:
       return x_BTD, unembed_VD, None
     return x_BTD, unembed_VD, State(after, {"groups": new_groups, "remainder": new_left})
 
@@ -341,6 +344,30 @@ class _Decoder:
 
     cast_params = jax.tree.map(cast, params, axes, is_leaf=lambda leaf: not isinstance(leaf, dict))
     return logical.gathered(cast_params, axes)
+
+
+def _row_segments(segments_BT: jax.Array) -> Segments:
+  """The documents of rows without history, numbered across the shards of a row."""
+
+  def on_shard(segments_BT: jax.Array) -> tuple[jax.Array, ...]:
+    before = segments_lib.initial_state(segments_BT.shape[0])
+    segments, _ = segments_lib.segments(segments_BT, before, axis_name=logical.mesh_axis("time"))
+    return tuple(segments)
+
+  tokens = ("batch", "time")
+  return Segments(
+    *logical.on_shards(on_shard, in_axes=(tokens,), out_axes=(tokens,) * 3)(segments_BT)
+  )
+
+
+def _check_rows_are_whole() -> None:
+  """Raises where time is split: a state is carried from one chunk to the next in one place."""
+  shards = logical.num_shards("time")
+  if shards > 1:
+    raise ValueError(
+      f"extend: rows are split over {shards} devices (mesh axis sequence), and the state that is "
+      "carried lies after the last of them; prefill and decode on a mesh with sequence=1"
+    )
 
 
 def _prefix(axes: Params, num_layer_axes: int) -> Params:

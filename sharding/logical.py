@@ -268,6 +268,15 @@ def _inside_spec(axes: Axes, placed: _Placement) -> PartitionSpec:
   return PartitionSpec(*(entry or None for entry in entries))
 
 
+def num_shards(name: str) -> int:
+  """Into how many parts the activation axis `name` is split; 1 without a placement."""
+  ambient = _ambient.value
+  if ambient is None:
+    return 1
+  (entry,) = _inside_spec((name,), ambient)
+  return math.prod(ambient.mesh.shape[axis] for axis in _as_tuple(entry))
+
+
 def mesh_axis(name: str) -> str | tuple[str, ...] | None:
   """Inside `on_shards`, what the activation axis `name` is split over; None where it is whole."""
   ambient = _ambient.value

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,6 +77,39 @@ def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.
     # last axis, stays within a host; a subset of a pod has no torus to fit.
     array = np.array(devices).reshape(shape.sizes)
   return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+class RowShare(NamedTuple):
+  """The rows of a batch that one process reads: part `index` of `count` equal ones.
+
+  `shards` are the places on data x fsdp, in order, that these rows are laid out over.
+  """
+
+  index: int
+  count: int
+  shards: tuple[int, ...]
+
+
+def row_share(devices: np.ndarray, process_index: int) -> RowShare:
+  """What a process has to read for its devices of a mesh; `devices` is mesh.devices.
+
+  Processes that hold other times or channels of the same rows get the same share: each reads the
+  whole rows. Raises where the rows of two processes are the same in part.
+  """
+  data, fsdp = devices.shape[:2]
+  shards_of: dict[int, tuple[int, ...]] = {}
+  for shard, row in enumerate(devices.reshape(data * fsdp, -1)):
+    for process in {device.process_index for device in row}:
+      shards_of[process] = (*shards_of.get(process, ()), shard)
+  shares = sorted(set(shards_of.values()))
+  if sum(map(len, shares)) != data * fsdp or len(set(map(len, shares))) > 1:
+    raise ValueError(
+      f"mesh {_product(devices.shape)}: the rows of processes are neither the same nor different "
+      f"ones, nor equally many: by process, their places on data x fsdp are {shards_of}; make "
+      "sequence x tensor a divisor or a multiple of the devices of a process"
+    )
+  mine = shards_of[process_index]
+  return RowShare(shares.index(mine), len(shares), mine)
 
 
 def _product(sizes: tuple[int, ...]) -> str:

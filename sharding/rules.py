@@ -3,6 +3,9 @@
 Tensor parallelism (Megatron) is the same in all of them: heads, MLP, recurrence, gate blocks and
 vocabulary are split over `tensor`. The one key-value head ("head") is whole on every device.
 
+Of activations, rows are split over `data` and `fsdp`, their time over `sequence`; no parameter,
+gradient or moment is split over `sequence`.
+
 ZeRO splits the state over `fsdp`: stage 1 the optimizer's moments, stage 2 gradients too, stage 3
 parameters too. It takes the "embed" dimension of matrices and the "gate_in" dimension of the gates.
 What has neither stays whole over `fsdp`: norms, biases, decay and convolution, about 23 x width of
@@ -32,7 +35,7 @@ _TENSOR_AND_FSDP: Table = {**_TENSOR, "embed": "fsdp", "gate_in": IfDivisible("f
 
 _ACTIVATIONS: Table = {
   "batch": ("data", "fsdp"),
-  "time": None,
+  "time": "sequence",
   "width": None,
   "mlp": "tensor",
   "heads": "tensor",

@@ -1,6 +1,7 @@
 """What must be true of every block and every model: one list of configs, all properties."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -248,6 +249,60 @@ def test_sharded_is_as_on_one_device(name, shape):
       actual,
       expected,
     )
+
+
+# Shards of 4 tokens on 8 devices. Documents that begin at a border, just before and after one, span
+# several shards, or are one token long; padding that begins within a shard; ids that come back.
+BORDERS = np.array(
+  [[1] * 4 + [2] * 3 + [3] * 2 + [1] * 16 + [2] * 3 + [3] + [2] * 3, [7] * 13 + [0] * 5 + [5] * 14],
+  np.int32,
+)
+
+
+def _split_loss(model):
+  tokens_BT = jnp.tile(_tokens(*BORDERS.shape), (2, 1))
+  segments_BT = np.tile(BORDERS, (2, 1))
+  weights = jax.random.normal(jax.random.key(3), (*tokens_BT.shape, VOCAB))
+
+  def loss(params):
+    logits = model.logits(params, tokens_BT, segments_BT)
+    return jnp.sum(logits * weights), logits
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@functools.cache
+def _on_one_device(name):
+  model = decoder.build(CONFIGS[name])
+  return _split_loss(model)(_params(model))
+
+
+# With every other axis; the meshes of the test above split rows in one part.
+SEQUENCE = (
+  ({"fsdp": 2, "sequence": 2, "tensor": 2}, rules.ZERO3),
+  ({"data": 2, "sequence": 4}, rules.ZERO1),
+  ({"sequence": 8}, rules.ZERO3),
+)
+
+
+@pytest.mark.parametrize("name", [*SHARDED, "recurrent_recurrentgemma_decay"])
+@pytest.mark.parametrize(
+  ("shape", "zero"), SEQUENCE, ids=lambda x: str(x) if type(x) is dict else ""
+)
+def test_rows_split_over_devices_are_whole_rows(name, shape, zero):
+  model = decoder.build(CONFIGS[name])
+  mesh = make_mesh(MeshShape(**shape))
+  params = _params(model)
+  (loss, logits), grads = _on_one_device(name)
+  layout = logical.shardings(model.axes, model.shapes, zero.parameters, mesh)
+  with logical.placement(mesh, zero):
+    (split_loss, split_logits), split_grads = _split_loss(model)(jax.device_put(params, layout))
+  assert_close(split_logits, logits, dtype="float32", reduction=WIDTH)
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, dtype="float32", reduction=32 * VOCAB, floor=1.0),
+    (split_loss, split_grads),
+    (loss, grads),
+  )
 
 
 def test_padding_on_the_left_changes_nothing():

@@ -1,11 +1,13 @@
 """Mesh shapes are filled up and refused with numbers; slices lie over data."""
 
 import dataclasses
+import types
 
 import jax
+import numpy as np
 import pytest
 
-from sharding.mesh import AXES, MeshShape, make_mesh
+from sharding.mesh import AXES, MeshShape, RowShare, make_mesh, row_share
 
 
 def test_the_axes_are_in_this_order_and_auto():
@@ -101,3 +103,36 @@ def test_slices_lie_over_data(shape, monkeypatch):
 def test_data_that_the_slices_do_not_divide_is_an_error():
   with pytest.raises(ValueError, match="data 3 is not divisible by the number of slices 2"):
     make_mesh(MeshShape(data=3, tensor=4), devices=_slices(3)[:8] + _slices(2)[4:])
+
+
+def _owned(shape, process_of):
+  """An array like mesh.devices; device i belongs to process `process_of(i)`."""
+  devices = np.empty(np.prod(shape), object)
+  for i in range(devices.size):
+    devices[i] = types.SimpleNamespace(process_index=process_of(i))
+  return devices.reshape(shape)
+
+
+@pytest.mark.parametrize(
+  ("shape", "process_of", "shares"),
+  [
+    # One process; a process for each row shard, for two of them, and two of another order.
+    ((2, 2, 2, 1), lambda i: 0, [(0, 1, (0, 1, 2, 3))]),
+    ((2, 1, 2, 2), lambda i: i // 4, [(0, 2, (0,)), (1, 2, (1,))]),
+    ((2, 2, 1, 2), lambda i: i // 4, [(0, 2, (0, 1)), (1, 2, (2, 3))]),
+    ((4, 1, 1, 1), lambda i: i % 2, [(0, 2, (0, 2)), (1, 2, (1, 3))]),
+    # Rows split over processes: those of the same rows read the same ones.
+    ((1, 2, 4, 1), lambda i: i // 2, [(0, 2, (0,)), (0, 2, (0,)), (1, 2, (1,)), (1, 2, (1,))]),
+    ((1, 1, 8, 1), lambda i: i // 4, [(0, 1, (0,)), (0, 1, (0,))]),
+    ((2, 1, 2, 2), lambda i: i // 2, [(0, 2, (0,)), (0, 2, (0,)), (1, 2, (1,)), (1, 2, (1,))]),
+  ],
+)
+def test_processes_that_share_rows_read_the_same_ones(shape, process_of, shares):
+  devices = _owned(shape, process_of)
+  for process, expected in enumerate(shares):
+    assert row_share(devices, process) == RowShare(*expected)
+
+
+def test_rows_that_processes_share_in_part_are_an_error():
+  with pytest.raises(ValueError, match=r"fsdp 3 x sequence 2.*\{0: \(0, 1\), 1: \(1, 2\)\}"):
+    row_share(_owned((1, 3, 2, 1), lambda i: i // 3), 0)

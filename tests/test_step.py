@@ -1,6 +1,7 @@
 """The training step: microbatches, meshes, and what a step that is not finite leaves alone."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.rows import Batch
-from sharding.mesh import MeshShape
+from sharding.mesh import MeshShape, make_mesh, row_share
 from tests import tiny
 from tests.tolerances import assert_close
 from train import faults
@@ -36,9 +37,14 @@ def _after(run, *, num_devices, num_steps=1, change=lambda state: state, batch=N
   return jax.tree.map(np.asarray, (state, metrics))
 
 
-def test_microbatches_are_one_batch(tmp_path):
-  run = tiny.run(tmp_path)
-  whole, whole_metrics = _after(run, num_devices=1)
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+  run = tiny.run(tmp_path_factory.mktemp("one"))
+  return run, *_after(run, num_devices=1)
+
+
+def test_microbatches_are_one_batch(on_one_device):
+  run, whole, whole_metrics = on_one_device
   parts, parts_metrics = _after(dataclasses.replace(run, num_microbatches=4), num_devices=1)
   _assert_same_step(parts, parts_metrics, whole, whole_metrics)
   assert whole_metrics.weight == _batch(run).weights_BT.sum()
@@ -58,14 +64,16 @@ def _assert_same_step(state, metrics, expected_state, expected_metrics):
 
 MESHES = [
   (MeshShape(data=2, fsdp=2, tensor=2), 1, 2),
+  # Shards of 4 tokens: the window of 5 reaches over two borders.
+  (MeshShape(fsdp=2, sequence=4), 3, 2),
+  (MeshShape(data=2, sequence=2, tensor=2), 1, 1),
   (MeshShape(fsdp=8), 3, 1),
 ]
 
 
 @pytest.mark.parametrize(("mesh", "zero_stage", "num_microbatches"), MESHES, ids=str)
-def test_a_sharded_step_is_that_of_one_device(tmp_path, mesh, zero_stage, num_microbatches):
-  run = tiny.run(tmp_path)
-  (one, one_metrics) = _after(run, num_devices=1)
+def test_a_sharded_step_is_that_of_one_device(on_one_device, mesh, zero_stage, num_microbatches):
+  run, one, one_metrics = on_one_device
   sharded = dataclasses.replace(
     run, mesh=mesh, zero_stage=zero_stage, num_microbatches=num_microbatches
   )
@@ -124,3 +132,26 @@ def test_meshes_that_do_not_fit_are_refused(tmp_path):
     programs.build(dataclasses.replace(run, mesh=MeshShape(data=2, tensor=4)))
   with pytest.raises(ValueError, match=r"4 rows of a microbatch .* not divisible by the 8 devices"):
     programs.build(dataclasses.replace(run, mesh=MeshShape(fsdp=8), num_microbatches=2))
+  with pytest.raises(ValueError, match=r"16 over the 8 devices.* leaves 2 tokens to each, fewer"):
+    programs.build(dataclasses.replace(run, mesh=MeshShape(sequence=8)))
+  data = dataclasses.replace(run.data, row_length=18)
+  with pytest.raises(ValueError, match=r"row_length 18 is not divisible by the 4 devices of"):
+    programs.build(dataclasses.replace(run, data=data, mesh=MeshShape(data=2, sequence=4)))
+
+
+@pytest.mark.parametrize(
+  "mesh_shape", [MeshShape(fsdp=2, sequence=4), MeshShape(data=4, sequence=2)]
+)
+@pytest.mark.parametrize("devices_each", [1, 2, 4, 8])
+def test_processes_together_give_the_global_batch(mesh_shape, devices_each):
+  """Each from its own rows alone, as the loader deals them out; no process but this one is needed:
+  the sharding says what a device holds, and numbers say whose it is."""
+  mesh = make_mesh(mesh_shape)
+  owned = np.vectorize(lambda d: types.SimpleNamespace(process_index=d.id // devices_each))
+  global_BT = np.arange(8 * 12).reshape(8, 12)
+  layout = programs.batch_sharding(mesh).devices_indices_map(global_BT.shape)
+  for device, index in layout.items():
+    share = row_share(owned(mesh.devices), device.id // devices_each)
+    rows_each = len(global_BT) // share.count
+    mine_BT = global_BT[share.index * rows_each : (share.index + 1) * rows_each]
+    np.testing.assert_array_equal(programs.local_part(mine_BT, share, index), global_BT[index])

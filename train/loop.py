@@ -14,6 +14,7 @@ from absl import logging
 from data import pipeline
 from models.flops import count_params, flops_per_token
 from sharding import topology
+from sharding.mesh import row_share
 from train import faults
 from train import program as programs
 from train.checkpoint import Checkpoints
@@ -199,7 +200,7 @@ class _Session:
     assert self.eval_step is not None
     start = time.monotonic()
     data = self.run.data
-    batches = pipeline.eval_batches(data, batch_size=self.run.batch_size, **_process())
+    batches = pipeline.eval_batches(data, batch_size=self.run.batch_size, **self._share())
     with batches:
       result = evaluate(
         self.eval_step,
@@ -216,8 +217,13 @@ class _Session:
 
   def _train_batches(self, step: int) -> pipeline.Batches:
     return pipeline.train_batches(
-      self.run.data, batch_size=self.run.batch_size, start_step=step, **_process()
+      self.run.data, batch_size=self.run.batch_size, start_step=step, **self._share()
     )
+
+  def _share(self) -> dict[str, int]:
+    """Which rows of a batch this process reads: where its devices lie in the mesh decides."""
+    share = row_share(self.program.mesh.devices, jax.process_index())
+    return {"process_index": share.index, "process_count": share.count}
 
 
 def _within_the_data(run: Run) -> Run:
@@ -234,10 +240,6 @@ def _within_the_data(run: Run) -> Run:
     return run
   logging.info("the data ends after %d steps, total_steps was %d", available, run.total_steps)
   return dataclasses.replace(run, total_steps=available)
-
-
-def _process() -> dict[str, int]:
-  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def _thousands(count: Any) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from models.layers import attention, rg_lru
 from sharding import logical
 from sharding import rules as tables
 from sharding.logical import Rules
-from sharding.mesh import make_mesh
+from sharding.mesh import RowShare, make_mesh, row_share
 from train.config import Run
 from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
@@ -104,14 +104,32 @@ def lower_eval_step(program: Program) -> jax.stages.Lowered:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows are dealt out over data and fsdp; every tensor shard has the whole row."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  """Rows are dealt out over data and fsdp, the time of each over sequence."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-  """This process's rows of a batch as part of the global arrays."""
+  """The global arrays of a batch, of which this process gives the rows of its share, whole."""
   sharding = batch_sharding(mesh)
-  return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+  share = row_share(mesh.devices, jax.process_index())
+
+  def to_global(x_BT: np.ndarray) -> jax.Array:
+    shape = (len(x_BT) * share.count, x_BT.shape[1])
+
+    def part(index: Any) -> np.ndarray:
+      return local_part(x_BT, share, index)
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return Batch(*(to_global(np.asarray(x)) for x in batch))  # pyright: ignore[reportArgumentType]
+
+
+def local_part(x_BT: np.ndarray, share: RowShare, index: tuple[slice, ...]) -> np.ndarray:
+  """Rows and times `index` of a global array, of which x_BT are the rows of `share`."""
+  rows, times = index
+  num_rows = len(x_BT) // len(share.shards)
+  first = share.shards.index((rows.start or 0) // num_rows) * num_rows
+  return x_BT[first : first + num_rows, times]
 
 
 def _abstract_batch(program: Program) -> Batch:
@@ -133,6 +151,27 @@ def _check_fits(run: Run, mesh: Mesh) -> None:
       f"{run.num_microbatches}) are not divisible by the {row_shards} devices of data x fsdp; "
       "change batch_size, num_microbatches or the mesh"
     )
+  _check_rows_split(run, mesh.shape["sequence"])
+
+
+def _check_rows_split(run: Run, shards: int) -> None:
+  """Raises unless every device of the mesh axis sequence gets an equal and usable part of a row."""
+  row_length = run.data.row_length
+  if row_length % shards:
+    raise ValueError(
+      f"Run: row_length {row_length} is not divisible by the {shards} devices of the mesh axis "
+      "sequence; change data.row_length or mesh.sequence"
+    )
+  if shards == 1:
+    return
+  for block in run.model.pattern:
+    match block.mixer:
+      case rg_lru.Config(conv_taps=taps) if row_length // shards < taps - 1:
+        raise ValueError(
+          f"Run: row_length {row_length} over the {shards} devices of the mesh axis sequence "
+          f"leaves {row_length // shards} tokens to each, fewer than the {taps - 1} that the "
+          "convolution takes from the device before; use longer rows or a smaller mesh.sequence"
+        )
 
 
 def _tensor_sizes(config: DecoderConfig) -> dict[str, int]:

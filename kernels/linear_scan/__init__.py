@@ -62,7 +62,7 @@ def linear_scan(
   *,
   implementation: str,
   reverse: bool = False,
-  axis_name: str | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
   if x_BTD.ndim != 3 or x_BTD.shape != a_BTD.shape or h0_BD.shape != x_BTD.shape[::2]:
@@ -85,7 +85,7 @@ def _linear_scan(
   h0_BD: jax.Array,
   implementation: str,
   reverse: bool,
-  axis_name: str | None,
+  axis_name: str | tuple[str, ...] | None,
 ) -> tuple[jax.Array, jax.Array]:
   y_BTD, hT_BD, _ = _run(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name)
   return y_BTD, hT_BD

@@ -16,7 +16,7 @@ from kernels.linear_scan import reference
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def is_first(*, reverse: bool, axis_name: str) -> jax.Array:
+def is_first(*, reverse: bool, axis_name: str | tuple[str, ...]) -> jax.Array:
   """Whether the recurrence enters the row in this shard."""
   return jax.lax.axis_index(axis_name) == (jax.lax.axis_size(axis_name) - 1 if reverse else 0)
 
@@ -28,7 +28,7 @@ def states_between(
   h0_BD: jax.Array,
   *,
   reverse: bool,
-  axis_name: str,
+  axis_name: str | tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
   """The state before this shard's tokens, and the row's last one (the same on every shard).
 

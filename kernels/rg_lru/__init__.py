@@ -41,7 +41,7 @@ def rg_lru(
   h0_BR: jax.Array,
   *,
   implementation: str,
-  axis_name: str | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
   batch, time, width = x_BTR.shape

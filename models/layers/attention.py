@@ -6,6 +6,10 @@ the row; rotary positions restart at each document.
 
 Tensor parallelism: query heads and the rows of the output projection are split; the one key-value
 head is computed on every shard, and its gradient is the sum over the shards' heads.
+
+Sequence parallelism: local attention takes the `window` keys and values before a shard from the
+shard before it, or from as many as hold them. Global attention gathers the keys and values of the
+row on every shard: with one key-value head they are 2 x head_size numbers a token, beside width.
 """
 
 import dataclasses
@@ -16,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import local_attention
+from kernels import halo, local_attention
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import normal, param, zeros
@@ -104,9 +108,7 @@ class Attention(nnx.Module):
       # Split by heads here, the gradients of the one key and value are summed over the shards once;
       # left to the partitioner they are summed block by block, in float32.
       attend = logical.on_shards(
-        functools.partial(
-          local_attention.local_attention, window=self.window, implementation=self.implementation
-        ),
+        functools.partial(_attend, window=self.window, implementation=self.implementation),
         in_axes=(
           ("batch", "time", "heads", "head"),
           ("batch", "time", "head"),
@@ -119,3 +121,45 @@ class Attention(nnx.Module):
       y_BTNH = attend(q_BTNH, k_BSH, v_BSH, segments.document_BT, document_BS)
       y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_out_NHD[...].astype(dtype))
       return y_BTD + self.b_out_D[...].astype(dtype), state
+
+
+def _attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window, implementation):
+  """Attention of one shard's queries to the keys of its row that they can reach."""
+  keys = (k_BSH, v_BSH, k_documents_BS)
+  axis_name = logical.mesh_axis("time")
+  if axis_name is not None:
+    before = _all_keys_before if window is None else functools.partial(_keys_before, window=window)
+    keys = tuple(
+      jnp.concatenate(parts, axis=1) for parts in zip(before(*keys, axis_name=axis_name), keys)
+    )
+  k_BSH, v_BSH, k_documents_BS = keys
+  return local_attention.local_attention(
+    q_BTNH,
+    k_BSH,
+    v_BSH,
+    q_documents_BT,
+    k_documents_BS,
+    window=window,
+    implementation=implementation,
+  )
+
+
+def _keys_before(k_BSH, v_BSH, documents_BS, *, window, axis_name):
+  """The `window` keys before this shard; those before the row belong to no document."""
+  # Farther back than all shards but one there is no token.
+  count = min(window, (jax.lax.axis_size(axis_name) - 1) * documents_BS.shape[1])
+  before = functools.partial(halo.tokens_before, count=count, axis_name=axis_name)
+  return before(k_BSH), before(v_BSH), before(documents_BS, fill=NO_DOCUMENT)
+
+
+def _all_keys_before(k_BSH, v_BSH, documents_BS, *, axis_name):
+  """The keys of all shards, those of this one and later ones hidden: they belong to no document.
+
+  A shard's own keys follow them, so that the last key is the last query's own.
+  """
+  gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, axis=1, tiled=True)
+  shard_1S = jnp.arange(jax.lax.axis_size(axis_name) * documents_BS.shape[1])[None]
+  shard_1S = shard_1S // documents_BS.shape[1]
+  is_before_1S = shard_1S < jax.lax.axis_index(axis_name)
+  documents_BS = jnp.where(is_before_1S, gather(documents_BS), NO_DOCUMENT)
+  return gather(k_BSH), gather(v_BSH), documents_BS

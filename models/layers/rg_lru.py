@@ -10,9 +10,13 @@ is forgotten and the first token enters whole. The convolution does not look acr
 
 Tensor parallelism: the two input projections are split by columns, the output by rows; convolution,
 gates (by block), decay and scan stay inside a shard's channels.
+
+Sequence parallelism: the convolution takes the K - 1 tokens before a shard from the shard before
+it, the recurrence what kernels/linear_scan says: both O(batch x R), whatever the row's length.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -20,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import rg_lru
+from kernels import halo, rg_lru
 from kernels.rg_lru.gates import C
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
+from sharding import logical
 
 _DECAY_RANGE = (0.9, 0.999)
 
@@ -122,33 +127,59 @@ class RecurrentBlock(nnx.Module):
       in_BT2R = jnp.einsum("BTD,DKR->BTKR", x_BTD, self.w_in_D2R[...].astype(dtype))
       in_BT2R += self.b_in_2R[...].astype(dtype)
       gelu_BTR = jax.nn.gelu(in_BT2R[:, :, 0], approximate=True)
-      conv_BTR, conv_BKR, document_BK = self._conv(in_BT2R[:, :, 1], segments, state)
-      h_BTR, h_BR = rg_lru.rg_lru(
-        conv_BTR,
-        *self._gates(conv_BTR),
-        self.decay_R[...],
-        segments.is_start_BT,
-        state.h_BR,
-        implementation=self.scan,
-      )
+      conv_BTR = self._conv(in_BT2R[:, :, 1], segments, state)
+      h_BTR, h_BR = self._recur(conv_BTR, segments, state)
       y_BTD = jnp.einsum("BTR,RD->BTD", gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
       y_BTD += self.b_out_D[...].astype(dtype)
-    return y_BTD, RecurrentState(h_BR, conv_BKR, document_BK) if has_state else None
+    if not has_state:
+      return y_BTD, None
+    time = x_BTD.shape[1]
+    conv_BSR = jnp.concatenate([state.conv_BKR, in_BT2R[:, :, 1]], axis=1)
+    document_BS = jnp.concatenate([state.document_BK, segments.document_BT], axis=1)
+    return y_BTD, RecurrentState(h_BR, conv_BSR[:, time:], document_BS[:, time:])
 
-  def _conv(
-    self, x_BTR: jax.Array, segments: Segments, state: RecurrentState
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _conv(self, x_BTR: jax.Array, segments: Segments, state: RecurrentState) -> jax.Array:
     """Causal depthwise convolution, tap K-1 on the current token, over one document only."""
+    convolve = logical.on_shards(
+      _convolve,
+      in_axes=(
+        ("batch", "time", "rnn"),
+        ("batch", "time"),
+        ("batch", None, "rnn"),
+        ("batch", None),
+        (None, "rnn"),
+        ("rnn",),
+      ),
+      out_axes=("batch", "time", "rnn"),
+    )
     with jax.named_scope("conv"):
-      time, history = x_BTR.shape[1], state.conv_BKR.shape[1]
-      x_BSR = jnp.concatenate([state.conv_BKR, x_BTR], axis=1)
-      document_BS = jnp.concatenate([state.document_BK, segments.document_BT], axis=1)
-      w_KR = self.w_conv_KR[...].astype(x_BTR.dtype)
-      y_BTR = x_BTR * w_KR[history] + self.b_conv_R[...].astype(x_BTR.dtype)
-      for tap in range(history):
-        same_BT1 = (document_BS[:, tap : tap + time] == segments.document_BT)[..., None]
-        y_BTR += jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0) * w_KR[tap]
-      return y_BTR, x_BSR[:, time:], document_BS[:, time:]
+      return convolve(
+        x_BTR,
+        segments.document_BT,
+        state.conv_BKR,
+        state.document_BK,
+        self.w_conv_KR[...].astype(x_BTR.dtype),
+        self.b_conv_R[...].astype(x_BTR.dtype),
+      )
+
+  def _recur(
+    self, x_BTR: jax.Array, segments: Segments, state: RecurrentState
+  ) -> tuple[jax.Array, jax.Array]:
+    """The states of the recurrence on x, and the row's last one.
+
+    On shards also where only channels are split: a Pallas kernel must not meet the partitioner.
+    """
+    row = ("batch", "time", "rnn")
+    recur = logical.on_shards(
+      functools.partial(_recur, implementation=self.scan),
+      in_axes=(row, row, row, ("rnn",), ("batch", "time"), ("batch", "rnn")),
+      out_axes=(row, row),
+    )
+    r_BTR, i_BTR = self._gates(x_BTR)
+    h_BTR, last_BSR = recur(
+      x_BTR, r_BTR, i_BTR, self.decay_R[...], segments.is_start_BT, state.h_BR
+    )
+    return h_BTR, last_BSR[:, 0]
 
   def _gates(self, x_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pre-activations of the recurrence gate and of the input gate, float32 [batch, time, R]."""
@@ -163,6 +194,43 @@ class RecurrentBlock(nnx.Module):
       gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
       r_BTGJ, i_BTGJ = gates_BTG2J[..., 0, :], gates_BTG2J[..., 1, :]
       return r_BTGJ.reshape(x_BTR.shape), i_BTGJ.reshape(x_BTR.shape)
+
+
+def _convolve(x_BTR, document_BT, before_BKR, before_BK, w_KR, b_R):
+  """The convolution of one shard of the row; `before` is what stands before the row."""
+  axis_name, history = logical.mesh_axis("time"), before_BK.shape[1]
+  time = x_BTR.shape[1]
+  if axis_name is not None:
+    if time < history:
+      raise ValueError(
+        f"rg_lru: {time} tokens of a row on each device are fewer than the {history} that the "
+        "convolution takes from the device before; use longer rows or a smaller mesh axis sequence"
+      )
+    neighbour = functools.partial(halo.from_neighbour, before=True, axis_name=axis_name)
+    before_BKR = neighbour(x_BTR[:, time - history :], edge=before_BKR)
+    before_BK = neighbour(document_BT[:, time - history :], edge=before_BK)
+  x_BSR = jnp.concatenate([before_BKR, x_BTR], axis=1)
+  document_BS = jnp.concatenate([before_BK, document_BT], axis=1)
+  y_BTR = x_BTR * w_KR[history] + b_R
+  for tap in range(history):
+    same_BT1 = (document_BS[:, tap : tap + time] == document_BT)[..., None]
+    y_BTR += jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0) * w_KR[tap]
+  return y_BTR
+
+
+def _recur(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, *, implementation):
+  """The states of one shard of the row, and the row's last one as this shard's [batch, 1, R]."""
+  h_BTR, h_BR = rg_lru.rg_lru(
+    x_BTR,
+    r_BTR,
+    i_BTR,
+    decay_R,
+    is_start_BT,
+    h0_BR,
+    implementation=implementation,
+    axis_name=logical.mesh_axis("time"),
+  )
+  return h_BTR, h_BR[:, None]
 
 
 def _paper_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:

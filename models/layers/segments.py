@@ -3,12 +3,17 @@
 Segment ids are integers that change at each document start; 0 is padding. An id may come back later
 in the row for another document (1, 2, 1, 2 ...), so layers compare the running document number
 computed here and never the ids.
+
+A row split over devices is numbered as a whole: shards exchange their last id, how many documents
+begin in them, and where the last of these does.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kernels import halo
 
 # No document has this number: what is stored under it is visible to nobody.
 NO_DOCUMENT = -1
@@ -37,15 +42,43 @@ def initial_state(batch: int) -> SegmentState:
   return SegmentState(no_segment_B, zeros_B, zeros_B)
 
 
-def segments(segments_BT: jax.Array, state: SegmentState) -> tuple[Segments, SegmentState]:
-  """The documents of one chunk of a row, and the state for the next chunk."""
+def segments(
+  segments_BT: jax.Array, state: SegmentState, *, axis_name: str | tuple[str, ...] | None = None
+) -> tuple[Segments, SegmentState]:
+  """The documents of one chunk of a row, and the state for the next chunk.
+
+  Inside jax.shard_map with time split over `axis_name`, the chunk is a shard's own part; `state` is
+  what came before the row, and the new one what comes after this shard.
+  """
   segments_BT = segments_BT.astype(jnp.int32)
-  previous_BT = jnp.concatenate([state.segment_B[:, None], segments_BT[:, :-1]], axis=1)
-  is_start_BT = segments_BT != previous_BT
-  document_BT = state.document_B[:, None] + jnp.cumsum(is_start_BT.astype(jnp.int32), axis=1)
+  segment_B, document_B, start_B = state.segment_B, state.document_B, -state.position_B
   index_1T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
-  # The index of the start that a token belongs to; one before the chunk lies at -position_B.
-  start_BT = jnp.where(is_start_BT, index_1T, -state.position_B[:, None])
+  if axis_name is not None:
+    index_1T += jax.lax.axis_index(axis_name) * segments_BT.shape[1]
+    segment_B = halo.from_neighbour(
+      segments_BT[:, -1], before=True, axis_name=axis_name, edge=segment_B
+    )
+  previous_BT = jnp.concatenate([segment_B[:, None], segments_BT[:, :-1]], axis=1)
+  is_start_BT = segments_BT != previous_BT
+  if axis_name is not None:
+    document_B, start_B = _before_this_shard(is_start_BT, index_1T, document_B, start_B, axis_name)
+  document_BT = document_B[:, None] + jnp.cumsum(is_start_BT.astype(jnp.int32), axis=1)
+  # The index of the start that a token belongs to; one before the row lies at -position_B.
+  start_BT = jnp.where(is_start_BT, index_1T, start_B[:, None])
   position_BT = index_1T - jax.lax.cummax(start_BT, axis=1)
   new_state = SegmentState(segments_BT[:, -1], document_BT[:, -1], position_BT[:, -1] + 1)
   return Segments(document_BT, position_BT, is_start_BT), new_state
+
+
+def _before_this_shard(is_start_BT, index_1T, document_B, start_B, axis_name):
+  """The number of the document before this shard, and the index in the row where it began."""
+  count_B = jnp.sum(is_start_BT.astype(jnp.int32), axis=1)
+  last_start_B = jnp.max(jnp.where(is_start_BT, index_1T, jnp.iinfo(jnp.int32).min), axis=1)
+  # [shards, 2, batch]: the only thing here that is gathered, once for all layers.
+  count_SB, last_start_SB = jax.lax.all_gather(
+    jnp.stack([count_B, last_start_B]), axis_name, axis=1
+  )
+  is_before_S1 = (jnp.arange(count_SB.shape[0]) < jax.lax.axis_index(axis_name))[:, None]
+  document_B = document_B + jnp.sum(jnp.where(is_before_S1, count_SB, 0), axis=0)
+  last_start_B = jnp.max(jnp.where(is_before_S1, last_start_SB, jnp.iinfo(jnp.int32).min), axis=0)
+  return document_B, jnp.maximum(start_B, last_start_B)
