@@ -69,9 +69,12 @@ def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.
     )
   if num_slices > 1:
     within = (shape.data // num_slices, *shape.sizes[1:])
-    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1, 1), devices)
+    array = mesh_utils.create_hybrid_device_mesh(
+      within, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
   elif devices[0].platform == "tpu" and len(devices) == jax.device_count():
-    array = mesh_utils.create_device_mesh(shape.sizes, devices)
+    # Split: a torus of 16 x 16 has no axis of 4 and none of 64 to give to fsdp 4 x sequence 64.
+    array = mesh_utils.create_device_mesh(shape.sizes, devices, allow_split_physical_axes=True)
   else:
     # In the order given: GPUs and simulated devices are numbered host by host, so that tensor, the
     # last axis, stays within a host; a subset of a pod has no torus to fit.

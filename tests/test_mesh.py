@@ -100,6 +100,28 @@ def test_slices_lie_over_data(shape, monkeypatch):
     assert {device.slice_index for device in half.flat} == {slice_index}
 
 
+@dataclasses.dataclass(frozen=True)
+class _PodDevice(_Device):
+  """A chip of a v5e-256."""
+
+  @property
+  def coords(self) -> tuple[int, int, int]:
+    return (self.id % 16, self.id // 16, 0)
+
+
+def test_a_mesh_need_not_be_made_of_whole_axes_of_the_torus(monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    jax.sharding, "Mesh", lambda array, *unused, **types: made.append(array) or array
+  )
+  monkeypatch.setattr(jax, "device_count", lambda: 256)
+  devices = [_PodDevice(i, slice_index=0, process_index=i // 4) for i in range(256)]
+  make_mesh(MeshShape(fsdp=4, sequence=64), devices=devices)
+  (array,) = made
+  assert array.shape == (1, 4, 64, 1)
+  assert {device.id for device in array.flat} == set(range(256))
+
+
 def test_data_that_the_slices_do_not_divide_is_an_error():
   with pytest.raises(ValueError, match="data 3 is not divisible by the number of slices 2"):
     make_mesh(MeshShape(data=3, tensor=4), devices=_slices(3)[:8] + _slices(2)[4:])

@@ -48,6 +48,19 @@ def test_parameter_counts_are_the_published_ones(family, size):
   assert count.embedding == 32_000 * SIZES[size].width
 
 
+@pytest.mark.parametrize("size", PARAMS)
+def test_the_long_rows_are_those_of_griffin_over_a_pod(size):
+  run, griffin_run = _run("long_row", size), _run("griffin", size)
+  assert run.model == griffin_run.model
+  assert run.data.row_length == 1_048_576
+  mesh = run.mesh.resolved(256)
+  assert run.batch_size % (mesh.data * mesh.fsdp) == 0
+  assert run.data.row_length % mesh.sequence == 0
+  tokens = run.total_steps * run.batch_size * run.data.row_length
+  assert abs(tokens / SIZES[size].tokens - 1) < 0.01
+  assert run.optimizer.warmup_steps < run.total_steps
+
+
 @pytest.mark.parametrize(
   ("config", "rest", "total"),
   [(recurrentgemma_2b(), 2.03, 2.68), (recurrentgemma_9b(), 7.53, 8.58)],
