@@ -285,7 +285,9 @@ SEQUENCE = (
 )
 
 
-@pytest.mark.parametrize("name", [*SHARDED, "recurrent_recurrentgemma_decay"])
+@pytest.mark.parametrize(
+  "name", ["recurrent", "local_attention", "global_attention", "recurrentgemma"]
+)
 @pytest.mark.parametrize(
   ("shape", "zero"), SEQUENCE, ids=lambda x: str(x) if type(x) is dict else ""
 )

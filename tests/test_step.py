@@ -66,7 +66,6 @@ MESHES = [
   (MeshShape(data=2, fsdp=2, tensor=2), 1, 2),
   # Shards of 4 tokens: the window of 5 reaches over two borders.
   (MeshShape(fsdp=2, sequence=4), 3, 2),
-  (MeshShape(data=2, sequence=2, tensor=2), 1, 1),
   (MeshShape(fsdp=8), 3, 1),
 ]
 
