@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kernels import dispatch, linear_scan, local_attention
+from kernels import dispatch, linear_scan, local_attention, rg_lru
 
 _AVAILABLE = ("a", "b")
 
@@ -41,7 +41,7 @@ def test_a_decision_is_logged_once(caplog):
   ]
 
 
-@pytest.mark.parametrize("kernel", [linear_scan, local_attention])
+@pytest.mark.parametrize("kernel", [linear_scan, local_attention, rg_lru])
 def test_every_default_is_an_implementation(kernel):
   assert set(kernel._DEFAULTS) == {"cpu", "gpu", "tpu"}
   assert set(kernel._DEFAULTS.values()) <= set(kernel.IMPLEMENTATIONS)

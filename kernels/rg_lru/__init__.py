@@ -16,20 +16,42 @@ Inside jax.shard_map with the time of every row split over the mesh axis `axis_n
 is_start are a shard's own tokens; h0 and hT are the row's, as in kernels/linear_scan.
 
 An implementation named as one of kernels/linear_scan makes a_t and what enters with plain JAX, and
-leaves the recurrence to that scan.
+leaves the recurrence to that scan. A fused one does all of it in one pass over x, r and i, which it
+takes in the dtype of x. It is two functions (all arrays as above; ddecay and dh0 are float32), and
+the one custom gradient that joins them is here:
+
+  forward(x, r, i, decay, is_start, h0) -> (y_BTR, hT_BR)
+  backward(x, r, i, decay, is_start, h0, y, dy_BTR, dhT_BR) -> (dx, dr, di, ddecay_R, dh0_BR)
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels import linear_scan
+from kernels import dispatch, linear_scan
 from kernels.rg_lru import gates
+from kernels.varying import varying_alike
 
-IMPLEMENTATIONS = linear_scan.IMPLEMENTATIONS
+
+class Fused(NamedTuple):
+  """A backend that goes from pre-activations to states in one pass, and back in another."""
+
+  forward: Callable[..., tuple[jax.Array, jax.Array]]
+  backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]]
+
+
+_FUSED: dict[str, Fused] = {}
+IMPLEMENTATIONS = tuple(dict.fromkeys((*linear_scan.IMPLEMENTATIONS, *_FUSED)))
+_DEFAULTS = {"cpu": "reference", "tpu": "reference", "gpu": "chunked"}
 
 
 def resolve(requested: str) -> str:
   """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
-  return linear_scan.resolve(requested)
+  return dispatch.resolve("rg_lru", requested, available=IMPLEMENTATIONS, defaults=_DEFAULTS)
 
 
 def rg_lru(
@@ -55,9 +77,42 @@ def rg_lru(
   for name, (actual, needed) in expected.items():
     if actual != needed:
       raise ValueError(f"rg_lru: {name} {actual} must be {needed} beside x {x_BTR.shape}")
+  implementation = resolve(implementation)
+  if implementation in _FUSED:
+    # The gates' product rounds them as it writes them: no float32 activation lies in memory.
+    r_BTR, i_BTR = r_BTR.astype(x_BTR.dtype), i_BTR.astype(x_BTR.dtype)
+    arrays = varying_alike(
+      x_BTR, r_BTR, i_BTR, decay_R.astype(jnp.float32), is_start_BT, h0_BR.astype(jnp.float32)
+    )
+    with jax.named_scope("scan"):
+      results = _fused(implementation, *arrays)
+    y_BTR, hT_BR = cast(tuple[jax.Array, jax.Array], results)
+    return y_BTR, hT_BR
   with jax.named_scope("gates"):
     in_BTR, a_BTR = gates.gated_input(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT)
   with jax.named_scope("scan"):
     return linear_scan.linear_scan(
       in_BTR, a_BTR, h0_BR, implementation=implementation, axis_name=axis_name
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(implementation: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _FUSED[implementation].forward(*arrays)
+
+
+def _fused_forward(implementation, *arrays):
+  y_BTR, hT_BR = _FUSED[implementation].forward(*arrays)
+  # A remat policy can keep what is named: the states, rather than run the recurrence again.
+  y_BTR = checkpoint_name(y_BTR, "scan")
+  return (y_BTR, hT_BR), (*arrays, y_BTR)
+
+
+def _fused_backward(implementation, residuals, cotangents):
+  dx_BTR, dr_BTR, di_BTR, ddecay_R, dh0_BR = _FUSED[implementation].backward(
+    *residuals, *cotangents
+  )
+  return dx_BTR, dr_BTR, di_BTR, ddecay_R, None, dh0_BR  # None: of is_start, which is bool
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
