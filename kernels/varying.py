@@ -16,3 +16,8 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
     marked.append(jax.lax.pcast(x, missing, to="varying") if missing else x)
   return tuple(marked)
+
+
+def shaped_alike(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array):
+  """The shape and dtype of what a kernel writes, varying over the mesh axes that `like` does."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

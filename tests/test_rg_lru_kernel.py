@@ -1,11 +1,15 @@
 """Every fused RG-LRU against the one whose gates are plain JAX: values and every gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels import rg_lru
+from kernels.rg_lru import pallas_tpu
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
@@ -20,7 +24,9 @@ def _inputs(shape, dtype, seed=0, starts=0.1):
   decay_R = decay_R.at[::5].set(30.0).at[1::5].set(-200.0)
   is_start_BT = jax.random.uniform(keys[4], (batch, time)) < starts
   h0_BR = jax.random.normal(keys[5], (batch, width))
-  weights = jax.random.normal(keys[6], shape), jax.random.normal(keys[7], (batch, width))
+  # The cotangent of y comes in the dtype of y: rounded here, so that it is the same in float32.
+  weights_BTR = jax.random.normal(keys[6], shape).astype(jnp.bfloat16).astype(jnp.float32)
+  weights = weights_BTR, jax.random.normal(keys[7], (batch, width))
   return (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR), weights
 
 
@@ -102,7 +108,67 @@ def test_a_remat_policy_keeps_the_states_of_a_fused_backend(plain, monkeypatch):
   assert forward_passes(jax.checkpoint_policies.nothing_saveable) == 2
 
 
-def test_shards_with_a_shared_decay_and_state_are_the_whole(plain):
+# More blocks of channels than one register holds; otherwise several tiles of channels and of time.
+SHAPES = [(2, 1, 24), (1, 63, 200), (1, 257, 150), (2, 20, 1300)]
+
+
+def _with_tile(monkeypatch, tile):
+  fused = (functools.partial(run, tile=tile) for run in (pallas_tpu.forward, pallas_tpu.backward))
+  monkeypatch.setitem(rg_lru._FUSED, "pallas_tpu", rg_lru.Fused(*fused))
+
+
+def _assert_parity(arrays, weights, dtype):
+  # Against float32 from the same inputs: a carry in bfloat16 would not get away with it.
+  wide = (*(z.astype(jnp.float32) for z in arrays[:3]), *arrays[3:])
+  actual = jax.jit(functools.partial(_run, implementation="pallas_tpu"))(arrays, weights)
+  expected = jax.jit(functools.partial(_run, implementation="reference"))(wide, weights)
+  dtypes = (dtype, "float32", dtype, dtype, dtype, "float32", "float32")
+  assert [z.dtype.name for z in actual] == list(dtypes)
+  names = ("y", "hT", "x", "r", "i", "decay", "h0")
+  for name, result, expected_result in zip(names, actual, expected, strict=True):
+    # The last state and the gradient of the first one never meet a rounded y. softplus(decay) of
+    # 30 makes log a, and its rounding error, 30 times as large as any in use.
+    kind = "float32" if name in ("hT", "h0") else dtype
+    reduction = 1000 if kind == "float32" else 4
+    assert_close(result, expected_result, dtype=kind, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pallas_tpu_is_the_reference(monkeypatch, shape, dtype):
+  if shape[2] < 1300:
+    _with_tile(monkeypatch, (min(128, 16 * -(-shape[1] // 16)), 128))
+  _assert_parity(*_inputs(shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("starts", ["borders", "everywhere", "nowhere"])
+def test_pallas_tpu_resets_wherever_documents_start(monkeypatch, starts):
+  """Borders: of a tile of 128 tokens, of 16 tokens that are loaded at once, and beside them."""
+  _with_tile(monkeypatch, (128, 128))
+  arrays, weights = _inputs((1, 272, 130), "float32", starts=float(starts == "everywhere"))
+  if starts == "borders":
+    at = jnp.array([0, 15, 16, 127, 128, 129, 255, 271])
+    arrays = (*arrays[:4], arrays[4].at[:, at].set(True), arrays[5])
+  _assert_parity(arrays, weights, "float32")
+
+
+@pytest.mark.parametrize("a", [0.9999, 0.999, 0.9])
+def test_pallas_tpu_listens_with_slow_memories(a):
+  """1 - a^2 without cancellation, with the gate half open: a is exp(-4 softplus(decay))."""
+  x_BTR = jnp.ones((1, 2, 1), jnp.bfloat16)
+  decay_R = jnp.log(jnp.expm1(-jnp.log(jnp.float32([a])) / 4))
+  _, hT_BR = rg_lru.rg_lru(
+    *(x_BTR, 0 * x_BTR, 0 * x_BTR + 20, decay_R),
+    *(jnp.array([[True, False]]), jnp.zeros((1, 1))),
+    implementation="pallas_tpu",
+  )
+  # The first token enters whole, the second with sqrt(1 - a^2); 2e-7 is the rounding of a itself.
+  exact = np.exp(-4 * np.log1p(np.exp(np.float64(decay_R[0]))))
+  np.testing.assert_allclose(hT_BR[0, 0] - exact, np.sqrt(1 - exact**2), rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "pallas_tpu"])
+def test_shards_with_a_shared_decay_and_state_are_the_whole(plain, implementation):
   """Batch and channels split by jax.shard_map, decay and first state the same on data shards."""
   (*arrays, h0_BR), weights = _inputs((4, 6, 20), "float32")
   mesh = make_mesh(MeshShape(data=2, tensor=4))
@@ -117,7 +183,9 @@ def test_shards_with_a_shared_decay_and_state_are_the_whole(plain):
 
   def run(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_R):
     h0_BR = jnp.broadcast_to(h0_R, (x_BTR.shape[0], x_BTR.shape[2]))
-    return rg_lru.rg_lru(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, implementation=plain)
+    return rg_lru.rg_lru(
+      x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, implementation=implementation
+    )
 
   on_shards = jax.shard_map(
     run,

@@ -18,6 +18,7 @@ so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and n
   chunked       all chunks of a row at once, twice, their carries between: near 3 sqrt(T) dependent
                 steps; x and a are read twice
   associative   a tree (jax.lax.associative_scan): log T dependent steps, several times the traffic
+  pallas_tpu    one pass, tile by tile, the carry in VMEM; interpreted (slow) where named on a CPU
 
 Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x and a are a
 shard's own tokens and the results are those of the whole row: h0 is the row's (that of the shard
@@ -35,19 +36,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch, halo
-from kernels.linear_scan import associative, chunked, reference, sequence_parallel
+from kernels.linear_scan import associative, chunked, pallas_tpu, reference, sequence_parallel
 from kernels.varying import varying_alike
 
 _SCANS = {
   "reference": reference.scan,
   "associative": associative.scan,
   "chunked": chunked.scan,
+  "pallas_tpu": pallas_tpu.scan,
 }
 IMPLEMENTATIONS = tuple(_SCANS)
 # cpu: the fastest at every shape of kernels/linear_scan/measured_cpu.jsonl. tpu: not measured by
-# us; sequential beat associative there (arXiv:2402.19427, appendix D). gpu: not measured by us; one
-# step at a time is one kernel launch each there.
-_DEFAULTS = {"cpu": "reference", "tpu": "reference", "gpu": "chunked"}
+# us; sequential in one pass beat both jax.lax.scan and associative there (arXiv:2402.19427,
+# appendix D). gpu: not measured by us; one step at a time is one kernel launch each there.
+_DEFAULTS = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "chunked"}
 
 
 def resolve(requested: str) -> str:

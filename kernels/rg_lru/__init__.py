@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch, linear_scan
-from kernels.rg_lru import gates
+from kernels.rg_lru import gates, pallas_tpu
 from kernels.varying import varying_alike
 
 
@@ -44,9 +44,9 @@ class Fused(NamedTuple):
   backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]]
 
 
-_FUSED: dict[str, Fused] = {}
+_FUSED = {"pallas_tpu": Fused(pallas_tpu.forward, pallas_tpu.backward)}
 IMPLEMENTATIONS = tuple(dict.fromkeys((*linear_scan.IMPLEMENTATIONS, *_FUSED)))
-_DEFAULTS = {"cpu": "reference", "tpu": "reference", "gpu": "chunked"}
+_DEFAULTS = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "chunked"}
 
 
 def resolve(requested: str) -> str:
