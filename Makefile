@@ -37,7 +37,7 @@ $(VENV)/ready-$(EXTRA): pyproject.toml requirements.lock Makefile
 	$(call install,$(EXTRA))
 
 $(VENV)/ready-test: pyproject.toml requirements.lock Makefile
-	$(call install,cpu$(comma)seqio$(comma)test)
+	$(call install,tpu$(comma)seqio$(comma)test)
 
 $(VENV)/ready-lint: pyproject.toml requirements.lock Makefile
 	$(call install,cpu$(comma)seqio$(comma)lint)

@@ -9,8 +9,7 @@ after the other, so that the carry stays where it is. Inside, 16 tokens at a tim
   of the same token. So 8 blocks of channels are written below each other, block n from row 17 n on,
   and every 17th row is read: 1024 channels of one token. 17 and not 16: rows that are a multiple of
   8 apart are in the same sublane, and the compiler counts them as read one after the other.
-  Four tokens are joined before they meet the carry, which leaves 4 dependent steps in 16; the
-  registers of other channels hide them.
+  The steps depend on each other; those of other blocks of channels fill the time between.
 
 Per state of a bfloat16 x and float32 a: 6 bytes read, 2 written. Any time and any width: the last
 tiles reach over the edge of the arrays, and tokens past the end only carry the state on (a = 1,
@@ -32,10 +31,10 @@ ROWS = 16
 # Blocks of channels that lie in one register of one token.
 GROUP = 8
 _PITCH = ROWS + 1
-_JOINED = 4
 # Bytes of the tiles of all arrays, each twice (one is computed on, one is on its way). TPU v3 and
 # v4 have 16 MiB of VMEM, and the rest needs a little.
-_TILE_BYTES = 9 * 2**20
+_TILE_BYTES = 11 * 2**20
+_TILE_TIME = 256
 
 
 def scan(
@@ -118,8 +117,9 @@ def tile_of(shape: tuple[int, ...], token_bytes: int) -> tuple[int, int]:
   """(tokens, channels) of a tile, where a token of all arrays has `token_bytes` per channel."""
   batch, time, width = shape
   num_blocks = pl.cdiv(width, LANES)
+  fitting_blocks = max(GROUP, _TILE_BYTES // (2 * token_bytes * LANES * _TILE_TIME))
   # Two cores of a v4 or v5p share the rows and the tiles of channels: a row alone needs two tiles.
-  num_tiles = max(pl.cdiv(num_blocks, 2 * GROUP), min(2, num_blocks) if batch == 1 else 1)
+  num_tiles = max(pl.cdiv(num_blocks, fitting_blocks), min(2, num_blocks) if batch == 1 else 1)
   tile_width = LANES * pl.cdiv(num_blocks, num_tiles)
   # Document starts lie over lanes: a tile that is not the whole row is a multiple of 128 tokens.
   fitting = min(512, _TILE_BYTES // (2 * token_bytes * tile_width) // LANES * LANES)
@@ -143,7 +143,8 @@ class Tiles:
     self.num_times = pl.cdiv(self.time, self.tile_time)
     self.grid = (self.batch, pl.cdiv(self.width, self.tile_width), self.num_times)
     blocks = range(self.tile_width // LANES)
-    self.groups = [blocks[first : first + GROUP] for first in blocks[::GROUP]]
+    size = pl.cdiv(len(blocks), pl.cdiv(len(blocks), GROUP))
+    self.groups = [blocks[first : first + size] for first in blocks[::size]]
 
   def _time(self, step):
     return self.num_times - 1 - step if self.reverse else step
@@ -180,7 +181,7 @@ class Tiles:
     return pl.BlockSpec((1, self.tile_width), lambda row, column, step: (0, column))
 
   def carry(self):
-    """The states after a token: block n of channels in row n."""
+    """The states after a token: a block of channels in each row."""
     return pltpu.VMEM((len(self.groups) * GROUP, LANES), jnp.float32)
 
   def columns(self, count: int) -> list:
@@ -222,14 +223,19 @@ def lanes(block: int) -> slice:
 
 
 def channels_to_rows(channels_ref, rows_ref, tiles: Tiles) -> None:
-  """[1, 1, width] -> block n in row n."""
-  for block in range(tiles.tile_width // LANES):
-    rows_ref[block : block + 1, :] = channels_ref[0, :, lanes(block)]
+  """[1, 1, width] -> a block in each row, every group from a multiple of GROUP on."""
+  for row, block in _rows_and_blocks(tiles):
+    rows_ref[row : row + 1, :] = channels_ref[0, :, lanes(block)]
 
 
 def rows_to_channels(rows_ref, channels_ref, tiles: Tiles) -> None:
-  for block in range(tiles.tile_width // LANES):
-    channels_ref[0, :, lanes(block)] = rows_ref[block : block + 1, :]
+  for row, block in _rows_and_blocks(tiles):
+    channels_ref[0, :, lanes(block)] = rows_ref[row : row + 1, :]
+
+
+def _rows_and_blocks(tiles: Tiles):
+  for group, blocks in enumerate(tiles.groups):
+    yield from ((group * GROUP + slot, block) for slot, block in enumerate(blocks))
 
 
 def write_rows(column_ref, slot: int, value_RL, offset: int = 0) -> None:
@@ -247,17 +253,7 @@ def token(row: int):
 
 def recur(a_column, x_column, h_column, h_NL, *, reverse: bool):
   """h = a h + x over the ROWS tokens of the columns, into `h_column`; the last h."""
-  order = range(ROWS)[::-1] if reverse else range(ROWS)
-  for first in range(0, ROWS, _JOINED):
-    joined = []
-    for row in order[first : first + _JOINED]:
-      a_NL, x_NL = a_column[token(row)], x_column[token(row)]
-      if joined:
-        _, before_a_NL, before_x_NL = joined[-1]
-        a_NL, x_NL = a_NL * before_a_NL, a_NL * before_x_NL + x_NL
-      joined.append((row, a_NL, x_NL))
-    states = [(row, a_NL * h_NL + x_NL) for row, a_NL, x_NL in joined]
-    for row, state_NL in states:
-      h_column[token(row)] = state_NL
-    h_NL = states[-1][1]
+  for row in range(ROWS)[::-1] if reverse else range(ROWS):
+    h_NL = a_column[token(row)] * h_NL + x_column[token(row)]
+    h_column[token(row)] = h_NL
   return h_NL

@@ -23,6 +23,7 @@ h_{t-1} is the stored y. Where a document starts, a is 0 and so is dlog_a.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,14 @@ from kernels.linear_scan.pallas_tpu import LANES, ROWS, Tiles
 from kernels.rg_lru.gates import LEAST_ONE_MINUS_A2, C
 from kernels.varying import shaped_alike
 
-# Below this distance of log a from 0, 1 - a is a polynomial: 1 - exp would cancel.
-_NEAR = 0.25
+# Keeps sqrt(z) = z rsqrt(z) at 0 for z = 0.
+_TINY = 1e-30
+# Where log2 a is nearer to 0 than this, 1 - a is a polynomial, as 1 - exp2 would cancel: Taylor's
+# with its fourth term replaced by the quadratic nearest to it (Chebyshev), within 3.2e-7 of 1 - a.
+_NEAR = 1 / 16 / math.log(2)
+_NEAR_1 = -math.log(2) * (1 - (1 / 16) ** 3 / 768)
+_NEAR_2 = -(math.log(2) ** 2) * (1 / 2 - 9 / 384 * (1 / 16) ** 2)
+_NEAR_3 = -(math.log(2) ** 3) * (1 / 6 - (1 / 16) / 16)
 
 
 def forward(
@@ -70,7 +77,7 @@ def forward(
     )(*arrays)
 
   y_BTR, hT_B1R = rows.on_tpu_or_interpreted(
-    call, _over_lanes(is_start_BT), x_BTR, r_BTR, i_BTR, _half_log_a(decay_R), h0_BR[:, None]
+    call, _over_lanes(is_start_BT), x_BTR, r_BTR, i_BTR, _half_log2_a(decay_R), h0_BR[:, None]
   )
   return y_BTR, hT_B1R[:, 0]
 
@@ -120,7 +127,7 @@ def backward(
     call,
     _over_lanes(is_start_BT),
     *(x_BTR, r_BTR, i_BTR, dy_BTR, y_BTR, y_BTR),
-    _half_log_a(decay_R),
+    _half_log2_a(decay_R),
     *(h0_BR[:, None], dhT_BR[:, None]),
   )
   # log a = -8 softplus(decay) sigmoid(r), and the sum is of dlog_a (2 sigmoid(r)).
@@ -133,9 +140,9 @@ def _over_lanes(is_start_BT: jax.Array) -> jax.Array:
   return is_start_BT.astype(jnp.float32)[:, None]
 
 
-def _half_log_a(decay_R: jax.Array) -> jax.Array:
-  """[1, R]: half of log a where the gate is fully open."""
-  return (-0.5 * C * jax.nn.softplus(decay_R))[None]
+def _half_log2_a(decay_R: jax.Array) -> jax.Array:
+  """[1, R]: half of log2 a where the gate is fully open."""
+  return (-0.5 * C / math.log(2) * jax.nn.softplus(decay_R))[None]
 
 
 def _starts(tiles: Tiles):
@@ -148,17 +155,14 @@ def _turn_starts(start_ref, starts_ref) -> None:
   starts_ref[...] = jnp.transpose(jnp.broadcast_to(start_ref[...][0], shape[::-1]))
 
 
-def _decay(r_RL, half_log_a_1L):
+def _decay(r_RL, half_log2_a_1L):
   """tanh(r / 2), and a and 1 - a^2 without cancellation; sigmoid(r) = (1 + tanh(r / 2)) / 2."""
   tanh_RL = jnp.tanh(0.5 * r_RL)
-  log_a_RL = half_log_a_1L * tanh_RL + half_log_a_1L
-  near_RL = -log_a_RL * (1 + log_a_RL * (1 / 2 + log_a_RL * (1 / 6 + log_a_RL * (1 / 24))))
-  one_minus_a_RL = jnp.where(log_a_RL > -_NEAR, near_RL, 1 - jnp.exp(log_a_RL))
-  return tanh_RL, 1 - one_minus_a_RL, one_minus_a_RL * (2 - one_minus_a_RL)
-
-
-def _sqrt(z_RL):
-  return z_RL * jax.lax.rsqrt(jnp.maximum(z_RL, 1e-30))
+  log2_a_RL = half_log2_a_1L * tanh_RL + half_log2_a_1L
+  near_RL = log2_a_RL * (_NEAR_1 + log2_a_RL * (_NEAR_2 + log2_a_RL * _NEAR_3))
+  one_minus_a_RL = jnp.where(log2_a_RL > -_NEAR, near_RL, 1 - jnp.exp2(log2_a_RL))
+  a_RL = 1 - one_minus_a_RL
+  return tanh_RL, a_RL, one_minus_a_RL * (1 + a_RL)
 
 
 def _forward_kernel(
@@ -166,7 +170,7 @@ def _forward_kernel(
   x_ref,
   r_ref,
   i_ref,
-  half_log_a_ref,
+  half_log2_a_ref,
   h0_ref,
   y_ref,
   hT_ref,
@@ -191,8 +195,9 @@ def _forward_kernel(
       for slot, block in enumerate(blocks):
         at = (0, pl.ds(row, ROWS), rows.lanes(block))
         x_RL, r_RL, i_RL = (ref[at].astype(jnp.float32) for ref in (x_ref, r_ref, i_ref))
-        _, a_RL, one_minus_a2_RL = _decay(r_RL, half_log_a_ref[:, rows.lanes(block)])
-        scale_RL = jnp.where(start_RL, 1.0, _sqrt(one_minus_a2_RL))
+        _, a_RL, one_minus_a2_RL = _decay(r_RL, half_log2_a_ref[:, rows.lanes(block)])
+        rsqrt_RL = jax.lax.rsqrt(jnp.maximum(one_minus_a2_RL, _TINY))
+        scale_RL = jnp.where(start_RL, 1.0, one_minus_a2_RL * rsqrt_RL)
         in_RL = scale_RL * ((0.5 * jnp.tanh(0.5 * i_RL) + 0.5) * x_RL)
         a_RL = jnp.where(start_RL, 0.0, a_RL)
         rows.write_rows(a_column, slot, tiles.unless(past_RL, a_RL, 1.0))
@@ -218,7 +223,7 @@ def _backward_kernel(
   dy_ref,
   y_ref,
   y_before_ref,
-  half_log_a_ref,
+  half_log2_a_ref,
   h0_ref,
   dhT_ref,
   dx_ref,
@@ -260,34 +265,34 @@ def _backward_kernel(
         x_RL, r_RL, i_RL, dy_RL, y_RL = (
           ref[at].astype(jnp.float32) for ref in (x_ref, r_ref, i_ref, dy_ref, y_ref)
         )
-        tanh_r_RL, a_RL, one_minus_a2_RL = _decay(r_RL, half_log_a_ref[:, rows.lanes(block)])
+        tanh_r_RL, a_RL, one_minus_a2_RL = _decay(r_RL, half_log2_a_ref[:, rows.lanes(block)])
         a_RL = jnp.where(start_RL, 0.0, a_RL)
         rows.write_rows(a_column, slot, tiles.unless(past_RL, a_RL, 1.0))
         rows.write_rows(in_column, slot, tiles.unless(past_RL, a_RL * dy_RL, 0.0))
         rows.write_rows(h_column, slot, state_before(row, block))
         rows.write_rows(h_column, slot, y_RL, 1)
-        scale_RL = jnp.where(start_RL, 1.0, _sqrt(one_minus_a2_RL))
-        tanh_i_RL = jnp.tanh(0.5 * i_RL)
-        open_RL = 0.5 * tanh_i_RL + 0.5
-        dx_RL = scale_RL * open_RL
-        di_RL = scale_RL * x_RL * (0.25 - 0.25 * tanh_i_RL * tanh_i_RL)
-        slope_RL = jax.lax.rsqrt(jnp.maximum(one_minus_a2_RL, LEAST_ONE_MINUS_A2))
-        kept.append((tanh_r_RL, dx_RL, di_RL, open_RL * x_RL * (a_RL * a_RL) * slope_RL))
+        rsqrt_RL = jax.lax.rsqrt(jnp.maximum(one_minus_a2_RL, _TINY))
+        scale_RL = jnp.where(start_RL, 1.0, one_minus_a2_RL * rsqrt_RL)
+        slope_RL = jnp.minimum(rsqrt_RL, LEAST_ONE_MINUS_A2**-0.5)
+        open_RL = 0.5 * jnp.tanh(0.5 * i_RL) + 0.5
+        opened_RL = open_RL * x_RL
+        through_a_RL = opened_RL * (a_RL * a_RL) * slope_RL
+        kept.append((tanh_r_RL, scale_RL * open_RL, x_RL - opened_RL, through_a_RL))
       # The carry that enters stands behind the last token's, one row on.
       c_column[rows.token(ROWS)] = carries[group]
       carries[group] = rows.recur(a_column, in_column, c_column, carries[group], reverse=True)
       for slot, block in enumerate(blocks):
         at = (0, pl.ds(row, ROWS), rows.lanes(block))
-        tanh_r_RL, dx_RL, di_RL, dlog_a_RL = kept[slot]
+        tanh_r_RL, into_x_RL, closed_RL, through_a_RL = kept[slot]
         g_RL = dy_ref[at].astype(jnp.float32) + rows.read_rows(c_column, slot, 1)
         from_h_RL = rows.read_rows(c_column, slot) * rows.read_rows(h_column, slot)
-        dlog_a_RL = from_h_RL - g_RL * dlog_a_RL
-        dx_ref[at] = (g_RL * dx_RL).astype(dx_ref.dtype)
-        di_ref[at] = (g_RL * di_RL).astype(di_ref.dtype)
-        half_slope_RL = 1 - tanh_r_RL * tanh_r_RL
-        dr_RL = dlog_a_RL * (half_slope_RL * (0.5 * half_log_a_ref[:, rows.lanes(block)]))
-        dr_ref[at] = dr_RL.astype(dr_ref.dtype)
-        term_RL = tiles.unless(past_RL, dlog_a_RL + dlog_a_RL * tanh_r_RL, 0.0)
+        dx_RL = g_RL * into_x_RL
+        dx_ref[at] = dx_RL.astype(dx_ref.dtype)
+        di_ref[at] = (dx_RL * closed_RL).astype(di_ref.dtype)
+        term_RL = (from_h_RL - g_RL * through_a_RL) * (1 + tanh_r_RL)
+        slope_1L = 0.5 * math.log(2) * half_log2_a_ref[:, rows.lanes(block)]
+        dr_ref[at] = (term_RL * (slope_1L - slope_1L * tanh_r_RL)).astype(dr_ref.dtype)
+        term_RL = tiles.unless(past_RL, term_RL, 0.0)
         sums_ref[block * 8 : block * 8 + 8, :] += term_RL[:8] + term_RL[8:]
     return tuple(carries)
 
