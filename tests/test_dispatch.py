@@ -41,9 +41,12 @@ def test_a_decision_is_logged_once(caplog):
   ]
 
 
-@pytest.mark.parametrize("kernel", [linear_scan, local_attention, rg_lru])
-def test_every_default_is_an_implementation(kernel):
+@pytest.mark.parametrize(
+  ("kernel", "arguments"),
+  [(linear_scan, {}), (rg_lru, {}), (local_attention, {"head_size": 128})],
+)
+def test_every_default_is_an_implementation(kernel, arguments):
   assert set(kernel._DEFAULTS) == {"cpu", "gpu", "tpu"}
   assert set(kernel._DEFAULTS.values()) <= set(kernel.IMPLEMENTATIONS)
   for name in kernel.IMPLEMENTATIONS:
-    assert kernel.resolve(name) == name
+    assert kernel.resolve(name, **arguments) == name

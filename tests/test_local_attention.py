@@ -13,6 +13,9 @@ from kernels import local_attention
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
+# Those for any head size; tests/test_splash_attention.py has the TPU's.
+every_implementation = pytest.mark.parametrize("implementation", ["reference", "banded"])
+
 
 def _inputs(batch=2, time=50, history=0, heads=3, size=8, dtype="float32", seed=0):
   keys = jax.random.split(jax.random.key(seed), 3)
@@ -69,7 +72,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+@every_implementation
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_is_that_of_the_definition(implementation, case):
   case = dict(case)
@@ -100,7 +103,7 @@ def test_gradients_are_those_of_the_reference(case, dtype):
     assert_close(actual, expected, dtype=dtype, reduction=16, floor=1.0)
 
 
-@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+@every_implementation
 def test_a_query_sees_itself_and_window_tokens_before_it(implementation):
   """Equal keys: the output is the mean of the visible values, which tells how many there are."""
   time, window = 12, 4
@@ -115,7 +118,7 @@ def test_a_query_sees_itself_and_window_tokens_before_it(implementation):
 
 
 # Blocks of 16 and of 128 queries: the boundaries of the document lie inside blocks.
-@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+@every_implementation
 @pytest.mark.parametrize(("window", "length"), [(9, 80), (None, 80), (40, 300), (None, 300)])
 def test_a_document_does_not_notice_that_another_changes(window, length, implementation):
   start, end = 3 * length // 8, 11 * length // 16
@@ -244,7 +247,7 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize("window", [9, None])
-@pytest.mark.parametrize("implementation", local_attention.IMPLEMENTATIONS)
+@every_implementation
 def test_shards_of_heads_share_one_key_and_value(implementation, window):
   """Batch and heads split by jax.shard_map, keys and values the same on every shard of heads."""
   q, k, v, q_documents, k_documents = _inputs(batch=2, time=140, history=5, heads=4)

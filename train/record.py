@@ -57,7 +57,8 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
     if path.endswith(".mixer.scan"):
       identity[path] = rg_lru.resolve(value)
     elif path.endswith(".mixer.implementation"):
-      identity[path] = local_attention.resolve(value)
+      head_size = identity[path.removesuffix("implementation") + "head_size"]
+      identity[path] = local_attention.resolve(value, head_size=head_size)
   for index, (path, weight) in enumerate(run.data.sources):
     manifest = read_manifest(path)
     identity[f"data.sources[{index}].weight"] = weight

@@ -16,24 +16,54 @@ weights: kept are q, k, v, the output and one number per query and head.
   reference   the whole T x S matrix, as the definition reads
   banded      one block of queries at a time against the keys that it can reach, or against all keys
               with window=None: O(T x window) time, and logits of one block alone in memory
+  splash_tpu  the same in JAX's TPU kernels, logits in VMEM; head sizes that are multiples of 128.
+              Fewer than 128 queries do not fill a block: such a call (a decoding step, the end of a
+              prompt) is computed as banded says, by its shape alone
+
+"auto" is banded on CPU and GPU; on TPU splash_tpu, or banded where the head size is no multiple of
+128. cuDNN's attention (jax.nn.dot_product_attention) is not among them: it has a causal window, but
+of documents it knows only lengths, as many per row as the program was compiled for, at most one on
+GPUs before Hopper; a mask in their place would be T x S. Here a row has any number of documents.
 """
 
+import functools
+
 import jax
+from absl import logging
 
 from kernels import dispatch
-from kernels.local_attention import banded, reference
+from kernels.local_attention import banded, reference, splash_tpu
 from kernels.varying import varying_alike
 
-_ATTENTIONS = {"reference": reference.attention, "banded": banded.attention}
+_ATTENTIONS = {
+  "reference": reference.attention,
+  "banded": banded.attention,
+  "splash_tpu": splash_tpu.attention,
+}
 IMPLEMENTATIONS = tuple(_ATTENTIONS)
-_DEFAULTS = {"cpu": "banded", "gpu": "banded", "tpu": "banded"}
+_DEFAULTS = {"cpu": "banded", "gpu": "banded", "tpu": "splash_tpu"}
 
 
-def resolve(requested: str) -> str:
-  """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
+def resolve(requested: str, *, head_size: int) -> str:
+  """The implementation that `requested` stands for on this platform; see kernels/dispatch.py.
+
+  splash_tpu by name, with a head size that it cannot do, is a ValueError.
+  """
+  fits_splash = head_size % splash_tpu.LANES == 0
+  if requested == "splash_tpu" and not fits_splash:
+    raise ValueError(
+      "local_attention: splash_tpu needs a head size that is a multiple of "
+      f"{splash_tpu.LANES}, not {head_size}; name reference, banded or auto"
+    )
+  defaults = _DEFAULTS if fits_splash else dict.fromkeys(_DEFAULTS, "banded")
   return dispatch.resolve(
-    "local_attention", requested, available=IMPLEMENTATIONS, defaults=_DEFAULTS
+    "local_attention", requested, available=IMPLEMENTATIONS, defaults=defaults
   )
+
+
+def tracks_varying(implementation: str) -> bool:
+  """Whether jax.shard_map can check over which axes its arrays vary (check_vma)."""
+  return implementation != "splash_tpu"
 
 
 def local_attention(
@@ -64,6 +94,14 @@ def local_attention(
     )
   if window is not None and window < 1:
     raise ValueError(f"local_attention: window {window} must be at least 1, or None")
-  attention = _ATTENTIONS[resolve(implementation)]
+  name = resolve(implementation, head_size=head_size)
+  if name == "splash_tpu" and time < splash_tpu.LANES:
+    name = "banded"
+    _log_few_queries(time)
   arrays = varying_alike(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
-  return attention(*arrays, window=window)
+  return _ATTENTIONS[name](*arrays, window=window)
+
+
+@functools.cache
+def _log_few_queries(time: int) -> None:
+  logging.info("local_attention: banded for %d queries, too few for a block of splash_tpu", time)

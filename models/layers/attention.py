@@ -67,7 +67,7 @@ class Attention(nnx.Module):
     num_heads, head_size = config.num_heads, config.head_size
     self.window = config.window
     self.head_size = head_size
-    self.implementation = local_attention.resolve(config.implementation)
+    self.implementation = local_attention.resolve(config.implementation, head_size=head_size)
     self.w_q_DNH = param(
       normal(1.0 / width), (width, num_heads, head_size), ("embed", "heads", "head"), rngs=rngs
     )
@@ -117,6 +117,7 @@ class Attention(nnx.Module):
           ("batch", "time"),
         ),
         out_axes=("batch", "time", "heads", "head"),
+        check_vma=local_attention.tracks_varying(self.implementation),
       )
       y_BTNH = attend(q_BTNH, k_BSH, v_BSH, segments.document_BT, document_BS)
       y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_out_NHD[...].astype(dtype))

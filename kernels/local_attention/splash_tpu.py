@@ -1,0 +1,126 @@
+"""JAX's splash attention for TPU (jax.experimental.pallas.ops.tpu.splash_attention) to our rule.
+
+Letters of this file: Q and P are T and S filled up to whole blocks. The library's kernels visit the
+blocks of keys that the band reaches and no others; logits of one block alone exist, in VMEM. What
+fills up lies behind the last token, where causality hides it. The library scales nothing: q is
+scaled here, and rounded to its dtype once more (exact where the root of H is a power of two).
+"""
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+# Rows of the smallest block, and what its head sizes are multiples of: a vector register's lanes.
+LANES = 128
+# The size that public training configurations take for every block of these kernels, and halves of
+# it for narrow windows: of the keys of a band, window + block, a block of queries needs window + 1.
+_BLOCKS = (512, 256, LANES)
+
+
+def attention(
+  q_BTNH: jax.Array,
+  k_BSH: jax.Array,
+  v_BSH: jax.Array,
+  q_documents_BT: jax.Array,
+  k_documents_BS: jax.Array,
+  *,
+  window: int | None,
+  interpret: bool = False,
+) -> jax.Array:
+  """As kernels/local_attention says, for head sizes that are multiples of 128.
+
+  `interpret` runs the kernels without a TPU, slowly.
+  """
+  _, time, heads, head_size = q_BTNH.shape
+  keys = k_BSH.shape[1]
+  if head_size % LANES:
+    raise ValueError(
+      f"local_attention: head size {head_size} is no multiple of {LANES}, which splash_tpu needs"
+    )
+  blocks = (_block(time, window), _block(keys, window))
+  filled = (_round_up(time, blocks[0]), _round_up(keys, blocks[1]))
+  kernel = _kernel(filled, heads, window, keys - time, blocks, interpret)
+  q_BNTH = (q_BTNH * head_size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
+  documents = splash.SegmentIds(
+    _fill(q_documents_BT, filled[0], axis=1), _fill(k_documents_BS, filled[1], axis=1)
+  )
+  k_BPH, v_BPH = (_fill(x_BSH, filled[1], axis=1) for x_BSH in (k_BSH, v_BSH))
+  o_BNQH = jax.vmap(kernel)(_fill(q_BNTH, filled[0], axis=2), k_BPH, v_BPH, documents)
+  # Without save_residuals the library returns the output alone.
+  o_BNQH = cast(jax.Array, o_BNQH)
+  return o_BNQH[:, :, :time].swapaxes(1, 2)
+
+
+def _block(length: int, window: int | None) -> int:
+  """The largest block that half a window holds and that fills up no more than an eighth."""
+  limit = _BLOCKS[0] if window is None else window // 2
+  fitting = [
+    block for block in _BLOCKS if block <= limit and _round_up(length, block) <= 1.125 * length
+  ]
+  return fitting[0] if fitting else LANES
+
+
+def _round_up(length: int, block: int) -> int:
+  return -(-length // block) * block
+
+
+def _fill(x: jax.Array, length: int, *, axis: int) -> jax.Array:
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, length - x.shape[axis])
+  return jnp.pad(x, padding)
+
+
+class _Band(masks.LocalMask):
+  """The library's band; blocks outside or wholly inside are told by their corners.
+
+  It asks for every block of the T x S matrix: formed entry by entry, those of a row of 131,072
+  tokens take minutes.
+  """
+
+  def __getitem__(self, idx) -> np.ndarray:
+    q_rows, k_rows = idx
+    window, _ = self.window_size
+    # Distances from query to key over the block, the smallest and the largest.
+    nearest = q_rows.start + self.offset - (k_rows.stop - 1)
+    farthest = q_rows.stop - 1 + self.offset - k_rows.start
+    if farthest < 0 or (window is not None and nearest > window):
+      return np.zeros((1, 1), np.bool_)
+    if nearest >= 0 and (window is None or farthest <= window):
+      return np.ones((1, 1), np.bool_)
+    return super().__getitem__(idx)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(
+  shape: tuple[int, int],
+  heads: int,
+  window: int | None,
+  offset: int,
+  blocks: tuple[int, int],
+  interpret: bool,
+) -> splash.SplashAttentionKernel:
+  """The library's kernel and its schedule of blocks for one shape."""
+  block_q, block_kv = blocks
+  band = _Band(shape, (window, 0), offset)
+  sizes = splash.BlockSizes(
+    block_q=block_q,
+    block_kv=block_kv,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_kv,
+    block_q_dq=block_q,
+    block_kv_dq=block_kv,
+  )
+  with jax.ensure_compile_time_eval():
+    kernel = splash.make_splash_mqa_single_device(
+      masks.MultiHeadMask([band] * heads),
+      block_sizes=sizes,
+      residual_checkpoint_name="attention",
+      interpret=interpret,
+    )
+  # NumPy, to be a constant of any program that this is called from.
+  return jax.tree.map(np.asarray, kernel)
