@@ -12,7 +12,10 @@ from kernels import linear_scan
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
-every_implementation = pytest.mark.parametrize("implementation", linear_scan.IMPLEMENTATIONS)
+# Those of any device; tests/test_pallas_gpu.py has the GPU's.
+every_implementation = pytest.mark.parametrize(
+  "implementation", ["reference", "associative", "chunked"]
+)
 
 
 def _slow(x_BTD, a_BTD, h0_BD, reverse):
@@ -152,9 +155,7 @@ def test_wrong_shapes_and_names_are_refused():
     linear_scan.linear_scan(x, x, jnp.zeros((2, 5)), implementation="reference")
   with pytest.raises(ValueError, match="time is 0"):
     linear_scan.linear_scan(x[:, :0], x[:, :0], jnp.zeros((2, 4)), implementation="reference")
-  with pytest.raises(
-    ValueError, match="'fast' is none of reference, associative, chunked, pallas_tpu, auto"
-  ):
+  with pytest.raises(ValueError, match=r"'fast' is none of reference, associative, .*auto"):
     linear_scan.resolve("fast")
 
 

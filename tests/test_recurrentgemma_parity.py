@@ -221,7 +221,7 @@ def _layer(name):
   }
 
 
-@pytest.mark.parametrize("implementation", linear_scan.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "associative", "chunked"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_scan_is_the_packages(direction, implementation):
   golden = _layer(f"scan_{direction}")

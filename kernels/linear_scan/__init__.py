@@ -19,6 +19,9 @@ so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and n
                 steps; x and a are read twice
   associative   a tree (jax.lax.associative_scan): log T dependent steps, several times the traffic
   pallas_tpu    one pass, tile by tile, the carry in VMEM; interpreted (slow) where named on a CPU
+  pallas_gpu    one Triton kernel, or two where rows and channels are few; x and a are read once, or
+                twice. Runs on GPUs only, on arrays that are whole or inside jax.shard_map with
+                check_vma=False
 
 Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x and a are a
 shard's own tokens and the results are those of the whole row: h0 is the row's (that of the shard
@@ -36,7 +39,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch, halo
-from kernels.linear_scan import associative, chunked, pallas_tpu, reference, sequence_parallel
+from kernels.linear_scan import (
+  associative,
+  chunked,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  sequence_parallel,
+)
 from kernels.varying import varying_alike
 
 _SCANS = {
@@ -44,11 +54,13 @@ _SCANS = {
   "associative": associative.scan,
   "chunked": chunked.scan,
   "pallas_tpu": pallas_tpu.scan,
+  "pallas_gpu": pallas_gpu.scan,
 }
 IMPLEMENTATIONS = tuple(_SCANS)
 # cpu: the fastest at every shape of kernels/linear_scan/measured_cpu.jsonl. tpu: not measured by
 # us; sequential in one pass beat both jax.lax.scan and associative there (arXiv:2402.19427,
 # appendix D). gpu: not measured by us; one step at a time is one kernel launch each there.
+# pallas_gpu has not run on one yet.
 _DEFAULTS = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "chunked"}
 
 

@@ -1,8 +1,9 @@
 """Times every implementation: `python -m kernels.linear_scan.measure 4,1024,256 8,2048,1024`.
 
 For each shape [batch, time, width], one JSON line: device, date, command, and for each
-implementation the median milliseconds of the forward pass and of forward and backward together,
-compile seconds of the latter, and its temporary bytes. Runs of the implementations alternate.
+implementation that runs here the median milliseconds of the forward pass and of forward and
+backward together, compile seconds of the latter, and its temporary bytes. Runs of the
+implementations alternate.
 """
 
 import datetime
@@ -30,7 +31,10 @@ def measure(batch: int, time_steps: int, width: int, dtype: str) -> dict:
   )
   weights = jax.random.normal(keys[2], shape)
   programs, results = {}, {}
+  platform = jax.default_backend()
   for name in IMPLEMENTATIONS:
+    if name.startswith("pallas_") and name != f"pallas_{platform}":
+      continue
 
     def loss(x, a, h0, name=name):
       # Something elementwise on either side, as in a model: reading and writing is not free there.

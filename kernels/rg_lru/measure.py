@@ -1,0 +1,104 @@
+"""Times every implementation: `python -m kernels.rg_lru.measure 8,2048,2560 1,65536,2560`.
+
+For each shape [batch, time, width], in bfloat16, one JSON line: device, date, command, bytes per
+second of a copy on the same device, and for each implementation that runs here the median
+milliseconds of the forward pass and of forward and backward together, compile seconds and temporary
+bytes of the latter, and what part of the copy's bytes per second each pass reaches.
+
+The bytes are the least that a pass must move, whatever an implementation does: x, r, i and y
+forward; backward x, r, i, y, dy, dx, dr and di. The bars on an accelerator are 0.8 forward and 0.7
+for both together. Runs of the implementations alternate.
+"""
+
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.rg_lru import IMPLEMENTATIONS, rg_lru
+
+_RUNS = 7
+# Calls of a run: the device works on one while the next is dispatched.
+_CALLS = 5
+# Activations that a pass reads and writes.
+_MOVED = {"forward": 4, "forward_backward": 12}
+
+
+def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
+  """Medians over alternating runs, for x, r and i in bfloat16."""
+  shape = (batch, time_steps, width)
+  keys = jax.random.split(jax.random.key(0), 4)
+  x_BTR, r_BTR, i_BTR, dy_BTR = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+  decay_R, h0_BR = jnp.linspace(-9.0, -4.0, width), jnp.zeros((batch, width))
+  is_start_BT = jnp.zeros((batch, time_steps), bool).at[:, 0].set(True)
+  arrays = (x_BTR, r_BTR, i_BTR, decay_R, h0_BR)
+  passes: dict[str, Callable[[], Any]] = {}
+  results: dict[str, dict[str, Any]] = {}
+  platform = jax.default_backend()
+  for name in IMPLEMENTATIONS:
+    if name.startswith("pallas_") and name != f"pallas_{platform}":
+      continue
+
+    def run(x_BTR, r_BTR, i_BTR, decay_R, h0_BR, name=name):
+      arrays = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
+      return rg_lru(*arrays, implementation=name)
+
+    def gradients(dy_BTR, *arrays, run=run):
+      _, pull_back = jax.vjp(run, *arrays)
+      return pull_back((dy_BTR, jnp.zeros_like(h0_BR)))
+
+    forward = jax.jit(run).lower(*arrays).compile()
+    start = time.perf_counter()
+    both = jax.jit(gradients).lower(dy_BTR, *arrays).compile()
+    memory = both.memory_analysis()
+    results[name] = {
+      "compile_seconds": round(time.perf_counter() - start, 2),
+      "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
+    }
+    passes[f"{name} forward"] = lambda forward=forward: forward(*arrays)
+    passes[f"{name} forward_backward"] = lambda both=both: both(dy_BTR, *arrays)
+  copy = jax.jit(jnp.negative).lower(x_BTR).compile()
+  passes["copy"] = lambda: copy(x_BTR)
+  seconds = _medians(passes)
+  copied = 2 * x_BTR.nbytes / seconds.pop("copy")
+  for key, value in seconds.items():
+    name, part = key.split(" ")
+    results[name][f"{part}_ms"] = round(1e3 * value, 3)
+    results[name][f"{part}_of_copy"] = round(_MOVED[part] * x_BTR.nbytes / value / copied, 3)
+  return {"copy_bytes_per_second": round(copied), "implementations": results}
+
+
+def _medians(passes: dict[str, Callable[[], Any]]) -> dict[str, float]:
+  """Seconds of one call of each; the first run, which warms up, does not count."""
+  seconds: dict[str, list[float]] = {key: [] for key in passes}
+  for _ in range(_RUNS + 1):
+    for key, call in passes.items():
+      start = time.perf_counter()
+      jax.block_until_ready([call() for _ in range(_CALLS)])
+      seconds[key].append((time.perf_counter() - start) / _CALLS)
+  return {key: statistics.median(values[1:]) for key, values in seconds.items()}
+
+
+def main(shapes: list[str]) -> None:
+  for text in shapes:
+    batch, time_steps, width = map(int, text.split(","))
+    record = {
+      "shape": [batch, time_steps, width],
+      "dtype": "bfloat16",
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "date": datetime.date.today().isoformat(),
+      "command": f"python -m kernels.rg_lru.measure {text}",
+      **measure(batch, time_steps, width),
+    }
+    sys.stdout.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

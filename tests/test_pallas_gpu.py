@@ -1,0 +1,214 @@
+"""The GPU kernels of the recurrence: interpreted on CPU, and lowered for CUDA without a GPU."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import linear_scan, rg_lru
+from kernels.linear_scan import pallas_gpu as plain
+from kernels.rg_lru import measure
+from kernels.rg_lru import pallas_gpu as fused
+from tests.tolerances import assert_close
+
+
+@pytest.fixture(params=["one pass", "chunks"])
+def mode(request, monkeypatch):
+  """Few steps unrolled, which compile sooner; rows whole, or in chunks of 8 tokens and more."""
+  monkeypatch.setattr(plain, "_STEPS", 4)
+  monkeypatch.setattr(fused, "_FORWARD_STEPS", 4)
+  monkeypatch.setattr(fused, "_BACKWARD_STEPS", 2)
+  if request.param == "one pass":
+    monkeypatch.setattr(plain, "_ONE_PASS", 0)
+  else:
+    monkeypatch.setattr(plain, "_SHORTEST_CHUNK", 8)
+
+
+in_one_pass_and_in_chunks = pytest.mark.usefixtures("mode")
+
+# One token; tails of steps, chunks and channels; whole chunks and channels.
+SHAPES = [(1, 1, 3), (2, 37, 40), (1, 64, 32)]
+
+
+def _scan_results(scan, reverse, dtype, shape):
+  keys = jax.random.split(jax.random.key(0), 4)
+  kind_BTD = jax.random.uniform(keys[2], shape)
+  a_BTD = jax.random.uniform(keys[1], shape, minval=0.6)
+  # Exactly 0, exactly 1, and runs of both.
+  a_BTD = jnp.where(kind_BTD < 0.1, 0.0, jnp.where(kind_BTD > 0.9, 1.0, a_BTD))
+  x_BTD = jax.random.normal(keys[0], shape).astype(dtype)
+  h0_BD = jax.random.normal(keys[3], shape[::2])
+  return jax.jit(functools.partial(scan, reverse=reverse))(x_BTD, a_BTD, h0_BD)
+
+
+@in_one_pass_and_in_chunks
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+  ("dtype", "shape"), [("float32", shape) for shape in SHAPES] + [("bfloat16", (2, 37, 40))]
+)
+def test_the_scan_is_the_reference_one(reverse, dtype, shape):
+  interpreted = functools.partial(plain.scan, interpret=True)
+  y_BTD, hT_BD = _scan_results(interpreted, reverse, dtype, shape)
+  expected_BTD, expected_BD = _scan_results(linear_scan._SCANS["reference"], reverse, dtype, shape)
+  assert y_BTD.dtype == expected_BTD.dtype
+  assert hT_BD.dtype == jnp.float32
+  assert_close(y_BTD, expected_BTD, dtype=dtype)
+  # The carry is float32 whatever the dtype of x.
+  assert_close(hT_BD, expected_BD, dtype="float32", reduction=4)
+
+
+def _inputs(shape, dtype, starts):
+  """x, r, i, decay, is_start, h0, and what reaches y and hT from behind."""
+  batch, time, width = shape
+  keys = jax.random.split(jax.random.key(1), 8)
+  x_BTR, r_BTR, i_BTR, dy_BTR = (jax.random.normal(key, shape).astype(dtype) for key in keys[:4])
+  decay_R = jax.random.uniform(keys[4], (width,), minval=-6.0, maxval=0.0)
+  is_start_BT = {
+    "some": jax.random.uniform(keys[5], (batch, time)) < 0.1,
+    "none": jnp.zeros((batch, time), bool),
+    "all": jnp.ones((batch, time), bool),
+    # The first and the last step of every chunk of 8, every group of 4.
+    "borders": jnp.broadcast_to(
+      jnp.isin(jnp.arange(time) % 8, jnp.array([0, 3, 7])), (batch, time)
+    ),
+  }[starts]
+  h0_BR, dhT_BR = (jax.random.normal(key, (batch, width)) for key in keys[6:8])
+  return x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR
+
+
+@jax.jit
+def _reference(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
+  """States and gradients by JAX, one step at a time, all in float32."""
+
+  def run(x_BTR, r_BTR, i_BTR, decay_R, h0_BR):
+    arrays = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
+    return rg_lru.rg_lru(*arrays, implementation="reference")
+
+  wide = (z_BTR.astype(jnp.float32) for z_BTR in (x_BTR, r_BTR, i_BTR))
+  results, pull_back = jax.vjp(run, *wide, decay_R, h0_BR)
+  return *results, *pull_back((dy_BTR.astype(jnp.float32), dhT_BR))
+
+
+def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
+  inputs = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
+  y_BTR, hT_BR = jax.jit(functools.partial(fused.forward, interpret=True))(*inputs)
+  gradients = jax.jit(functools.partial(fused.backward, interpret=True))(
+    *inputs, y_BTR, dy_BTR, dhT_BR
+  )
+  return y_BTR, hT_BR, *gradients
+
+
+@in_one_pass_and_in_chunks
+@pytest.mark.parametrize(
+  ("dtype", "shape", "starts"),
+  [
+    ("float32", (1, 1, 3), "none"),
+    ("float32", (2, 37, 40), "some"),
+    ("float32", (1, 64, 32), "borders"),
+    ("float32", (1, 21, 32), "all"),
+    ("bfloat16", (2, 37, 40), "some"),
+  ],
+)
+def test_values_and_every_gradient_are_those_of_the_reference(dtype, shape, starts):
+  inputs = _inputs(shape, dtype, starts)
+  names = ("y", "hT", "dx", "dr", "di", "ddecay", "dh0")
+  for name, actual, expected in zip(names, _ours(*inputs), _reference(*inputs), strict=True):
+    is_state = name in ("hT", "ddecay", "dh0")
+    assert actual.dtype == (jnp.float32 if is_state else jnp.dtype(dtype)), name
+    # h_{t-1} comes from y, in its dtype; hT and dh0 never saw a bfloat16 state.
+    kind = "float32" if name in ("hT", "dh0") else dtype
+    assert_close(actual, expected, dtype=kind, reduction=16)
+
+
+@in_one_pass_and_in_chunks
+def test_decays_of_exactly_zero_and_one():
+  """softplus(-200) is 0 in float32, and exp(-8 * 200 * sigmoid(r)) as well."""
+  x, r, i, _, is_start, h0, dy, dhT = _inputs((1, 37, 40), "float32", "none")
+  decay_R = jnp.where(jnp.arange(40) % 2 == 0, -200.0, 200.0)
+  ours, reference = (f(x, r, i, decay_R, is_start, h0, dy, dhT) for f in (_ours, _reference))
+  np.testing.assert_array_equal(ours[1][:, ::2], h0[:, ::2])  # a is 1, and nothing enters
+  for actual, expected in zip(ours, reference, strict=True):
+    assert_close(actual, expected, dtype="float32", reduction=16)
+
+
+@in_one_pass_and_in_chunks
+def test_a_document_changes_no_bit_of_the_next():
+  x, r, i, decay, _, h0, dy, dhT = _inputs((1, 37, 32), "float32", "none")
+  is_start = jnp.zeros((1, 37), bool).at[:, 18].set(True)
+  before = (jnp.arange(37) < 18)[None, :, None]
+  y, _, dx, dr, di, *_ = _ours(x, r, i, decay, is_start, h0, jnp.where(before, 0, dy), dhT)
+  other = (jnp.where(before, 5.0 - z, z) for z in (x, r, i))
+  other_y, _, *other_grads = _ours(*other, decay, is_start, -h0, jnp.where(before, 0, dy), dhT)
+  np.testing.assert_array_equal(y[:, 18:], other_y[:, 18:])
+  for grad, other_grad in zip((dx, dr, di), other_grads[:3], strict=True):
+    np.testing.assert_array_equal(grad[:, 18:], other_grad[:, 18:])
+    assert not grad[:, :18].any()
+  assert not other_grads[4].any()
+
+
+BIG = [((8, 2048, 2560), 1), ((1, 65536, 2560), 16)]
+
+
+def _struct(shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _lowered(f, *arrays) -> str:
+  return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+_KERNEL = "custom_call @__gpu$xla.gpu.triton"
+
+
+# Triton's IR is made here, machine code where a GPU is.
+@pytest.mark.parametrize(("shape", "chunks"), BIG)
+def test_the_fused_kernels_lower_for_cuda_and_write_no_float32_activation(shape, chunks):
+  x, h0 = _struct(shape), _struct(shape[::2], jnp.float32)
+  inputs = (x, x, x, _struct(shape[2:], jnp.float32), _struct(shape[:2], jnp.bool_), h0)
+  for f, more in ((fused.forward, ()), (fused.backward, (x, x, h0))):
+    text = _lowered(f, *inputs, *more)
+    assert text.count(_KERNEL) == (1 if chunks == 1 else 2)
+    assert "x".join(map(str, shape)) + "xbf16" in text
+    assert "x".join(map(str, shape)) + "xf32" not in text
+
+
+@pytest.mark.parametrize(("shape", "chunks"), [*BIG, ((2, 1001, 1536), 3), ((3, 77, 5632), 1)])
+def test_the_scan_lowers_for_cuda(shape, chunks):
+  arrays = (_struct(shape), _struct(shape, jnp.float32), _struct(shape[::2], jnp.float32))
+  for reverse in (False, True):
+    text = _lowered(functools.partial(plain.scan, reverse=reverse), *arrays)
+    assert text.count(_KERNEL) == (1 if chunks == 1 else 2)
+
+
+@pytest.mark.parametrize(
+  ("shape", "chunks", "chunk"),
+  [
+    ((8, 2048, 2560), 1, 2048),
+    ((1, 65536, 2560), 16, 4096),
+    ((1, 1_048_576, 640), 64, 16384),
+    ((1, 1000, 64), 3, 336),
+    ((1, 1, 64), 1, 16),
+    ((32, 1001, 1536), 1, 1008),
+  ],
+)
+def test_rows_are_cut_where_rows_and_channels_are_few(shape, chunks, chunk):
+  tiles = plain.Tiles.of(shape, steps=16)
+  assert (tiles.num_chunks, tiles.chunk) == (chunks, chunk)
+
+
+def test_measuring_works_anywhere(capsys):
+  measure.main(["2,16,8"])
+  record = json.loads(capsys.readouterr().out)
+  assert record["shape"] == [2, 16, 8]
+  assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
+  assert record["copy_bytes_per_second"] > 0
+  # On a CPU: those that run there.
+  assert set(record["implementations"]) == {"reference", "associative", "chunked"}
+  for result in record["implementations"].values():
+    for part in ("forward", "forward_backward"):
+      assert result[f"{part}_ms"] > 0
+      assert result[f"{part}_of_copy"] > 0
