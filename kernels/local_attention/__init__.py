@@ -19,11 +19,15 @@ weights: kept are q, k, v, the output and one number per query and head.
   splash_tpu  the same in JAX's TPU kernels, logits in VMEM; head sizes that are multiples of 128.
               Fewer than 128 queries do not fill a block: such a call (a decoding step, the end of a
               prompt) is computed as banded says, by its shape alone
+  pallas_gpu  the same in Triton kernels for Hopper and Ampere; head sizes 16, 32, 64, 128 and 256
 
-"auto" is banded on CPU and GPU; on TPU splash_tpu, or banded where the head size is no multiple of
-128. cuDNN's attention (jax.nn.dot_product_attention) is not among them: it has a causal window, but
-of documents it knows only lengths, as many per row as the program was compiled for, at most one on
-GPUs before Hopper; a mask in their place would be T x S. Here a row has any number of documents.
+"auto" is banded on CPU, and on GPU until pallas_gpu has run on one; on TPU it is splash_tpu, or
+banded where the head size is no multiple of 128. The kernels run on whole arrays, or inside
+jax.shard_map with check_vma=False (`tracks_varying`).
+
+cuDNN's attention (jax.nn.dot_product_attention) is not among them: it has a causal window, but of
+documents it knows only lengths, as many per row as the program was compiled for, and on GPUs before
+Hopper one; a mask in their place would be T x S. Here a row has any number of documents.
 """
 
 import functools
@@ -32,13 +36,14 @@ import jax
 from absl import logging
 
 from kernels import dispatch
-from kernels.local_attention import banded, reference, splash_tpu
+from kernels.local_attention import banded, pallas_gpu, reference, splash_tpu
 from kernels.varying import varying_alike
 
 _ATTENTIONS = {
   "reference": reference.attention,
   "banded": banded.attention,
   "splash_tpu": splash_tpu.attention,
+  "pallas_gpu": pallas_gpu.attention,
 }
 IMPLEMENTATIONS = tuple(_ATTENTIONS)
 _DEFAULTS = {"cpu": "banded", "gpu": "banded", "tpu": "splash_tpu"}
@@ -47,13 +52,18 @@ _DEFAULTS = {"cpu": "banded", "gpu": "banded", "tpu": "splash_tpu"}
 def resolve(requested: str, *, head_size: int) -> str:
   """The implementation that `requested` stands for on this platform; see kernels/dispatch.py.
 
-  splash_tpu by name, with a head size that it cannot do, is a ValueError.
+  One of the kernels by name, with a head size that it cannot do, is a ValueError.
   """
   fits_splash = head_size % splash_tpu.LANES == 0
   if requested == "splash_tpu" and not fits_splash:
     raise ValueError(
       "local_attention: splash_tpu needs a head size that is a multiple of "
       f"{splash_tpu.LANES}, not {head_size}; name reference, banded or auto"
+    )
+  if requested == "pallas_gpu" and head_size not in pallas_gpu.HEAD_SIZES:
+    raise ValueError(
+      f"local_attention: pallas_gpu needs a head size of {pallas_gpu.HEAD_SIZES}, not {head_size}; "
+      "name reference, banded or auto"
     )
   defaults = _DEFAULTS if fits_splash else dict.fromkeys(_DEFAULTS, "banded")
   return dispatch.resolve(
@@ -63,7 +73,7 @@ def resolve(requested: str, *, head_size: int) -> str:
 
 def tracks_varying(implementation: str) -> bool:
   """Whether jax.shard_map can check over which axes its arrays vary (check_vma)."""
-  return implementation != "splash_tpu"
+  return implementation in ("reference", "banded")
 
 
 def local_attention(

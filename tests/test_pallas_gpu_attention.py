@@ -1,0 +1,153 @@
+"""The GPU's attention kernels: interpreted on CPU, and lowered for CUDA without a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import local_attention
+from kernels.local_attention import pallas_gpu
+from tests.tolerances import assert_close
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """pallas_gpu on CPU, in blocks of 16."""
+  monkeypatch.setattr(pallas_gpu, "_BLOCK", 16)
+  interpreter = functools.partial(pallas_gpu.attention, interpret=True)
+  monkeypatch.setitem(local_attention._ATTENTIONS, "pallas_gpu", interpreter)
+
+
+def _inputs(batch=1, time=50, history=0, heads=2, size=16, dtype="float32"):
+  keys = jax.random.split(jax.random.key(0), 3)
+  q_BTNH = jax.random.normal(keys[0], (batch, time, heads, size)).astype(dtype)
+  k_BSH = jax.random.normal(keys[1], (batch, history + time, size)).astype(dtype)
+  v_BSH = jax.random.normal(keys[2], (batch, history + time, size)).astype(dtype)
+  starts = np.random.default_rng(0).random((batch, history + time)) < 0.05
+  documents_BS = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
+  return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
+
+
+def _run(implementation, arrays, window):
+  """The output, and the gradients of q, k and v."""
+  q, k, v, *documents = arrays
+  weights = jax.random.normal(jax.random.key(9), q.shape)
+
+  def loss(q, k, v):
+    out = local_attention.local_attention(
+      q, k, v, *documents, window=window, implementation=implementation
+    )
+    return jnp.sum(out.astype(jnp.float32) * weights), out
+
+  (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+  return out, *grads
+
+
+# Blocks whole and not, windows beside them, keys of an earlier chunk, single queries.
+CASES = [
+  {"time": 50, "window": 7, "batch": 2},
+  {"time": 64, "window": 32},
+  {"time": 37, "window": 60, "size": 32},
+  {"time": 40, "window": 9, "history": 30},
+  {"time": 40, "window": 20, "history": 5},
+  {"time": 1, "window": 5, "history": 40},
+  {"time": 50, "window": None, "heads": 3},
+  {"time": 20, "window": None, "history": 21},
+]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_the_reference(case):
+  case = dict(case)
+  window = case.pop("window")
+  arrays = _inputs(**case)
+  for actual, expected in zip(
+    _run("pallas_gpu", arrays, window), _run("reference", arrays, window), strict=True
+  ):
+    assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_rounds_and_sums_in_float32():
+  arrays = _inputs(time=120, dtype="bfloat16")
+  exact = tuple(x.astype(jnp.float32) for x in arrays[:3]) + arrays[3:]
+  for actual, expected in zip(
+    _run("pallas_gpu", arrays, 30), _run("reference", exact, 30), strict=True
+  ):
+    assert actual.dtype == jnp.bfloat16
+    error = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
+    # The rounding of what comes out is 0.0017 of the root mean square; the weights and the
+    # gradients on their way are rounded as well.
+    assert np.sqrt(np.mean(error**2)) <= 0.005 * np.sqrt(np.mean(np.float64(expected) ** 2))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_document_does_not_notice_that_another_changes():
+  time, mine = 60, slice(21, 45)
+  q, k, v, _, _ = _inputs(time=time)
+  documents = jnp.asarray([[1] * 21 + [2] * 24 + [3] * 15], jnp.int32)
+  other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None]
+  weights = jnp.where(other[..., None], 0, jax.random.normal(jax.random.key(9), q.shape))
+
+  def loss(q, k, v):
+    out = local_attention.local_attention(
+      q, k, v, documents, documents, window=30, implementation="pallas_gpu"
+    )
+    return jnp.sum(out * weights), out[:, mine]
+
+  run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+  (_, out), grads = run(q, k, v)
+  (_, other_out), other_grads = run(
+    jnp.where(other[..., None], 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
+  )
+  np.testing.assert_array_equal(out, other_out)
+  for grad, other_grad in zip(grads, other_grads, strict=True):
+    np.testing.assert_array_equal(grad, other_grad)
+    assert not np.delete(np.asarray(grad), np.r_[mine], axis=1).any()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("number", [0, -1])
+def test_what_fills_up_blocks_is_seen_by_no_document(number):
+  """It is loaded as document 0."""
+  q, k, v, q_documents, k_documents = _inputs(time=20, history=3, heads=1)
+  documents = (jnp.full_like(q_documents, number), jnp.full_like(k_documents, number))
+  for actual, expected in zip(
+    _run("pallas_gpu", (q, k, v, *documents), 40),
+    _run("reference", (q, k, v, *documents), 40),
+    strict=True,
+  ):
+    assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
+
+
+def test_a_head_size_that_it_cannot_do_is_refused():
+  with pytest.raises(ValueError, match=r"pallas_gpu needs a head size of .*, not 96; name .* auto"):
+    local_attention.resolve("pallas_gpu", head_size=96)
+
+
+@pytest.mark.parametrize(
+  ("time", "history", "heads", "size", "window"),
+  [(4096, 0, 10, 128, 1024), (2048, 2048, 10, 256, 2048), (1000, 0, 4, 64, None)],
+)
+def test_it_lowers_for_cuda_without_the_matrix(time, history, heads, size, window):
+  keys = time + history
+  arrays = [
+    jax.ShapeDtypeStruct(shape, dtype)
+    for shape, dtype in [
+      ((2, time, heads, size), jnp.bfloat16), ((2, keys, size), jnp.bfloat16),
+      ((2, keys, size), jnp.bfloat16), ((2, time), jnp.int32), ((2, keys), jnp.int32),
+    ]
+  ]  # fmt: skip
+
+  def loss(*arrays):
+    out = local_attention.local_attention(*arrays, window=window, implementation="pallas_gpu")
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+  traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  # The output, the gradient of q, that of k and v.
+  assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
+  assert f"{time}x{keys}x" not in text
