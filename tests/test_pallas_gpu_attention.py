@@ -1,14 +1,17 @@
 """The GPU's attention kernels: interpreted on CPU, and lowered for CUDA without a GPU."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from kernels import local_attention
-from kernels.local_attention import pallas_gpu
+from kernels.local_attention import measure, pallas_gpu
+from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
 
@@ -123,6 +126,26 @@ def test_what_fills_up_blocks_is_seen_by_no_document(number):
     assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_shards_of_heads_share_one_key_and_value():
+  arrays = _inputs(batch=2, time=20, heads=2)
+  mesh = make_mesh(MeshShape(data=2, tensor=2), devices=jax.devices()[:4])
+  heads, batch = P("data", None, "tensor"), P("data")
+  attend = functools.partial(local_attention.local_attention, window=9, implementation="pallas_gpu")
+  on_shards = jax.shard_map(
+    attend, mesh=mesh, in_specs=(heads, batch, batch, batch, batch), out_specs=heads,
+    check_vma=local_attention.tracks_varying("pallas_gpu"),
+  )  # fmt: skip
+
+  def gradients(attend):
+    return jax.jit(jax.grad(lambda *arrays: jnp.sum(jnp.sin(attend(*arrays))), (0, 1, 2)))
+
+  for actual, expected in zip(
+    gradients(on_shards)(*arrays), gradients(attend)(*arrays), strict=True
+  ):
+    assert_close(actual, expected, dtype="float32", reduction=16)
+
+
 def test_a_head_size_that_it_cannot_do_is_refused():
   with pytest.raises(ValueError, match=r"pallas_gpu needs a head size of .*, not 96; name .* auto"):
     local_attention.resolve("pallas_gpu", head_size=96)
@@ -151,3 +174,16 @@ def test_it_lowers_for_cuda_without_the_matrix(time, history, heads, size, windo
   # The output, the gradient of q, that of k and v.
   assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
   assert f"{time}x{keys}x" not in text
+
+
+def test_measuring_works_anywhere(capsys):
+  measure.main(["1,20,2,8,4", "1,20,2,8,0"], product_size=64)
+  records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [record["window"] for record in records] == [4, None]
+  for record in records:
+    assert record["product_flops_per_second"] > 0
+    (name,) = record["implementations"]  # on a CPU
+    assert name == "banded"
+    for part in ("forward", "forward_backward"):
+      assert record["implementations"][name][f"{part}_ms"] > 0
+      assert record["implementations"][name][f"{part}_of_product"] > 0

@@ -15,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from kernels import timing
 from kernels.linear_scan import IMPLEMENTATIONS, linear_scan
 
 _RUNS = 7
@@ -31,10 +32,7 @@ def measure(batch: int, time_steps: int, width: int, dtype: str) -> dict:
   )
   weights = jax.random.normal(keys[2], shape)
   programs, results = {}, {}
-  platform = jax.default_backend()
-  for name in IMPLEMENTATIONS:
-    if name.startswith("pallas_") and name != f"pallas_{platform}":
-      continue
+  for name in filter(timing.runs_here, IMPLEMENTATIONS):
 
     def loss(x, a, h0, name=name):
       # Something elementwise on either side, as in a model: reading and writing is not free there.

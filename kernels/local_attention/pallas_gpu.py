@@ -60,7 +60,9 @@ def attention(
   if size not in HEAD_SIZES:
     raise ValueError(f"local_attention: head size {size} is none of pallas_gpu's, {HEAD_SIZES}")
   window = keys if window is None else min(window, keys)
-  layout = _Layout(time, keys, heads, size, window, _BLOCK, interpret)
+  # Two blocks each of keys and values, and two of queries, have to fit shared memory.
+  block = _BLOCK if size * q_BTNH.dtype.itemsize <= 256 * 2 else _BLOCK // 2
+  layout = _Layout(time, keys, heads, size, window, block, interpret)
   arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
   return cast(jax.Array, _attend(*arrays, layout))
 

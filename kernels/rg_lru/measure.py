@@ -12,7 +12,6 @@ for both together. Runs of the implementations alternate.
 
 import datetime
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels import timing
 from kernels.rg_lru import IMPLEMENTATIONS, rg_lru
 
-_RUNS = 7
-# Calls of a run: the device works on one while the next is dispatched.
-_CALLS = 5
 # Activations that a pass reads and writes.
 _MOVED = {"forward": 4, "forward_backward": 12}
 
@@ -40,10 +37,7 @@ def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
   arrays = (x_BTR, r_BTR, i_BTR, decay_R, h0_BR)
   passes: dict[str, Callable[[], Any]] = {}
   results: dict[str, dict[str, Any]] = {}
-  platform = jax.default_backend()
-  for name in IMPLEMENTATIONS:
-    if name.startswith("pallas_") and name != f"pallas_{platform}":
-      continue
+  for name in filter(timing.runs_here, IMPLEMENTATIONS):
 
     def run(x_BTR, r_BTR, i_BTR, decay_R, h0_BR, name=name):
       arrays = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
@@ -65,24 +59,13 @@ def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
     passes[f"{name} forward_backward"] = lambda both=both: both(dy_BTR, *arrays)
   copy = jax.jit(jnp.negative).lower(x_BTR).compile()
   passes["copy"] = lambda: copy(x_BTR)
-  seconds = _medians(passes)
+  seconds = timing.medians(passes)
   copied = 2 * x_BTR.nbytes / seconds.pop("copy")
   for key, value in seconds.items():
     name, part = key.split(" ")
     results[name][f"{part}_ms"] = round(1e3 * value, 3)
     results[name][f"{part}_of_copy"] = round(_MOVED[part] * x_BTR.nbytes / value / copied, 3)
   return {"copy_bytes_per_second": round(copied), "implementations": results}
-
-
-def _medians(passes: dict[str, Callable[[], Any]]) -> dict[str, float]:
-  """Seconds of one call of each; the first run, which warms up, does not count."""
-  seconds: dict[str, list[float]] = {key: [] for key in passes}
-  for _ in range(_RUNS + 1):
-    for key, call in passes.items():
-      start = time.perf_counter()
-      jax.block_until_ready([call() for _ in range(_CALLS)])
-      seconds[key].append((time.perf_counter() - start) / _CALLS)
-  return {key: statistics.median(values[1:]) for key, values in seconds.items()}
 
 
 def main(shapes: list[str]) -> None:

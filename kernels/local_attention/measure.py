@@ -1,0 +1,98 @@
+"""Times attention: `python -m kernels.local_attention.measure 8,2048,10,256,2048 1,8192,16,128,0`.
+
+For each batch, row length, heads, head size and window (0: none), in bfloat16, one JSON line:
+device, date, command, FLOP/s of a product of two [4096, 4096] matrices on the same device, and for
+each implementation that runs here, but for the reference, the median milliseconds forward and of
+forward and backward together, compile seconds and temporary bytes of the latter, and the FLOP/s of
+each pass over those of the product. Counted are two products forward and five backward of the keys
+that a query sees in a row of one document; what is multiplied in vain does not count.
+"""
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import timing
+from kernels.local_attention import IMPLEMENTATIONS, local_attention
+
+_PRODUCTS = {"forward": 2, "forward_backward": 7}
+
+
+def measure(
+  batch: int, row_length: int, heads: int, head_size: int, window: int | None, *, product_size: int
+) -> dict[str, Any]:
+  """Medians over alternating runs, beside a product of matrices [product_size, product_size]."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  q_BTNH, do_BTNH = (
+    jax.random.normal(key, (batch, row_length, heads, head_size), jnp.bfloat16) for key in keys[:2]
+  )
+  k_BSH, v_BSH = (
+    jax.random.normal(key, (batch, row_length, head_size), jnp.bfloat16) for key in keys[2:]
+  )
+  documents_BT = jnp.ones((batch, row_length), jnp.int32)
+  passes: dict[str, Callable[[], Any]] = {}
+  results: dict[str, dict[str, Any]] = {}
+  for name in filter(timing.runs_here, IMPLEMENTATIONS):
+    if name == "reference":
+      continue
+
+    def run(q_BTNH, k_BSH, v_BSH, name=name):
+      arrays = (q_BTNH, k_BSH, v_BSH, documents_BT, documents_BT)
+      return local_attention(*arrays, window=window, implementation=name)
+
+    def gradients(do_BTNH, *arrays, run=run):
+      return jax.vjp(run, *arrays)[1](do_BTNH)
+
+    arrays = (q_BTNH, k_BSH, v_BSH)
+    forward = jax.jit(run).lower(*arrays).compile()
+    start = time.perf_counter()
+    both = jax.jit(gradients).lower(do_BTNH, *arrays).compile()
+    memory = both.memory_analysis()
+    results[name] = {
+      "compile_seconds": round(time.perf_counter() - start, 2),
+      "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
+    }
+    passes[f"{name} forward"] = lambda forward=forward, arrays=arrays: forward(*arrays)
+    passes[f"{name} forward_backward"] = lambda both=both, arrays=arrays: both(do_BTNH, *arrays)
+  x_IJ = jax.random.normal(keys[0], (product_size, product_size), jnp.bfloat16)
+  product = jax.jit(jnp.matmul).lower(x_IJ, x_IJ).compile()
+  passes["product"] = lambda: product(x_IJ, x_IJ)
+  seconds = timing.medians(passes)
+  flops_per_second = 2 * product_size**3 / seconds.pop("product")
+  reach = row_length if window is None else window + 1
+  seen = sum(min(t + 1, reach) for t in range(row_length))
+  for key, value in seconds.items():
+    name, part = key.split(" ")
+    flops = _PRODUCTS[part] * 2 * batch * heads * head_size * seen
+    results[name][f"{part}_ms"] = round(1e3 * value, 3)
+    results[name][f"{part}_of_product"] = round(flops / value / flops_per_second, 4)
+  return {"product_flops_per_second": round(flops_per_second), "implementations": results}
+
+
+def main(shapes: list[str], *, product_size: int = 4096) -> None:
+  for text in shapes:
+    batch, row_length, heads, head_size, window = map(int, text.split(","))
+    record = {
+      "batch": batch,
+      "row_length": row_length,
+      "heads": heads,
+      "head_size": head_size,
+      "window": window or None,
+      "dtype": "bfloat16",
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "date": datetime.date.today().isoformat(),
+      "command": f"python -m kernels.local_attention.measure {text}",
+      **measure(batch, row_length, heads, head_size, window or None, product_size=product_size),
+    }
+    sys.stdout.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
