@@ -51,8 +51,7 @@ def _scan_results(scan, reverse, dtype, shape):
   ("dtype", "shape"), [("float32", shape) for shape in SHAPES] + [("bfloat16", (2, 37, 40))]
 )
 def test_the_scan_is_the_reference_one(reverse, dtype, shape):
-  interpreted = functools.partial(plain.scan, interpret=True)
-  y_BTD, hT_BD = _scan_results(interpreted, reverse, dtype, shape)
+  y_BTD, hT_BD = _scan_results(plain.scan, reverse, dtype, shape)
   expected_BTD, expected_BD = _scan_results(linear_scan._SCANS["reference"], reverse, dtype, shape)
   assert y_BTD.dtype == expected_BTD.dtype
   assert hT_BD.dtype == jnp.float32
@@ -95,10 +94,8 @@ def _reference(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR)
 
 def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
   inputs = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
-  y_BTR, hT_BR = jax.jit(functools.partial(fused.forward, interpret=True))(*inputs)
-  gradients = jax.jit(functools.partial(fused.backward, interpret=True))(
-    *inputs, y_BTR, dy_BTR, dhT_BR
-  )
+  y_BTR, hT_BR = jax.jit(fused.forward)(*inputs)
+  gradients = jax.jit(fused.backward)(*inputs, y_BTR, dy_BTR, dhT_BR)
   return y_BTR, hT_BR, *gradients
 
 

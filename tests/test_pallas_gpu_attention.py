@@ -16,11 +16,9 @@ from tests.tolerances import assert_close
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-  """pallas_gpu on CPU, in blocks of 16."""
+def small_blocks(monkeypatch):
+  """Of 16 queries and keys."""
   monkeypatch.setattr(pallas_gpu, "_BLOCK", 16)
-  interpreter = functools.partial(pallas_gpu.attention, interpret=True)
-  monkeypatch.setitem(local_attention._ATTENTIONS, "pallas_gpu", interpreter)
 
 
 def _inputs(batch=1, time=50, history=0, heads=2, size=16, dtype="float32"):
@@ -61,7 +59,7 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_are_those_of_the_reference(case):
   case = dict(case)
@@ -73,7 +71,7 @@ def test_values_and_gradients_are_those_of_the_reference(case):
     assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("small_blocks")
 def test_bfloat16_rounds_and_sums_in_float32():
   arrays = _inputs(time=120, dtype="bfloat16")
   exact = tuple(x.astype(jnp.float32) for x in arrays[:3]) + arrays[3:]
@@ -87,7 +85,7 @@ def test_bfloat16_rounds_and_sums_in_float32():
     assert np.sqrt(np.mean(error**2)) <= 0.005 * np.sqrt(np.mean(np.float64(expected) ** 2))
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("small_blocks")
 def test_a_document_does_not_notice_that_another_changes():
   time, mine = 60, slice(21, 45)
   q, k, v, _, _ = _inputs(time=time)
@@ -112,7 +110,7 @@ def test_a_document_does_not_notice_that_another_changes():
     assert not np.delete(np.asarray(grad), np.r_[mine], axis=1).any()
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("number", [0, -1])
 def test_what_fills_up_blocks_is_seen_by_no_document(number):
   """It is loaded as document 0."""
@@ -126,7 +124,7 @@ def test_what_fills_up_blocks_is_seen_by_no_document(number):
     assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("small_blocks")
 def test_shards_of_heads_share_one_key_and_value():
   arrays = _inputs(batch=2, time=20, heads=2)
   mesh = make_mesh(MeshShape(data=2, tensor=2), devices=jax.devices()[:4])

@@ -20,8 +20,8 @@ so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and n
   associative   a tree (jax.lax.associative_scan): log T dependent steps, several times the traffic
   pallas_tpu    one pass, tile by tile, the carry in VMEM; interpreted (slow) where named on a CPU
   pallas_gpu    one Triton kernel, or two where rows and channels are few; x and a are read once, or
-                twice. Runs on GPUs only, on arrays that are whole or inside jax.shard_map with
-                check_vma=False
+                twice; inside jax.shard_map it needs check_vma=False. Interpreted (slow) where named
+                on a CPU
 
 Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x and a are a
 shard's own tokens and the results are those of the whole row: h0 is the row's (that of the shard

@@ -11,7 +11,8 @@ Bytes per element, for x and y of 2 bytes and decays of 4: 8 in one pass, the le
 two. The plain scan in XLA moves at least 8 and launches a kernel for every step; chunked.py at
 least 14, with near 3 sqrt(T) launches.
 
-`walk`, `join` and `Tiles` serve kernels/rg_lru/pallas_gpu.py too.
+On CPU the kernels run in Pallas' interpreter, slowly: they are there to be tested. What is public
+here serves kernels/rg_lru/pallas_gpu.py too.
 """
 
 import functools
@@ -74,14 +75,11 @@ class Tiles(NamedTuple):
 
 
 def scan(
-  x_BTD: jax.Array, a_BTD: jax.Array, h0_BD: jax.Array, *, reverse: bool, interpret: bool = False
+  x_BTD: jax.Array, a_BTD: jax.Array, h0_BD: jax.Array, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """h_t = a_t h_{t-1} + x_t with a float32 carry; states in x's dtype, the last one float32.
-
-  `interpret` runs the kernel without a GPU, slowly.
-  """
+  """h_t = a_t h_{t-1} + x_t with a float32 carry; states in x's dtype, the last one float32."""
   tiles = Tiles.of(x_BTD.shape, steps=_STEPS)
-  run = functools.partial(launch, tiles=tiles, reverse=reverse, interpret=interpret)
+  run = functools.partial(launch, tiles=tiles, reverse=reverse)
   summaries = ()
   if tiles.num_chunks > 1:
     summaries = run(
@@ -100,19 +98,31 @@ def launch(
   *,
   tiles: Tiles,
   reverse: bool,
-  interpret: bool,
   name: str,
 ) -> tuple[jax.Array, ...]:
   """One program of `kernel` for each place of the grid; every one sees the arrays whole."""
-  call = pl.pallas_call(
-    functools.partial(kernel, tiles=tiles, reverse=reverse),
-    grid=tiles.grid,
-    out_shape=out_shapes,
-    compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
-    interpret=interpret,
-    name=name,
+
+  def call(interpret: bool, *arrays: jax.Array):
+    return pl.pallas_call(
+      functools.partial(kernel, tiles=tiles, reverse=reverse),
+      grid=tiles.grid,
+      out_shape=out_shapes,
+      compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+      interpret=interpret,
+      name=name,
+    )(*arrays)
+
+  return tuple(on_gpu_or_interpreted(call, *arrays))
+
+
+def on_gpu_or_interpreted(call: Callable[..., Any], *arrays: jax.Array) -> Any:
+  """call(interpret, *arrays): compiled where the program is for a GPU, interpreted on CPU.
+
+  It is the platform that the program is lowered for that counts. On others lowering fails.
+  """
+  return jax.lax.platform_dependent(
+    *arrays, cpu=functools.partial(call, True), cuda=functools.partial(call, False)
   )
-  return tuple(call(*arrays))
 
 
 def _summarise(x_ref, a_ref, product_ref, last_ref, *, tiles, reverse):

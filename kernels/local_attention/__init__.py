@@ -23,7 +23,8 @@ weights: kept are q, k, v, the output and one number per query and head.
 
 "auto" is banded on CPU, and on GPU until pallas_gpu has run on one; on TPU it is splash_tpu, or
 banded where the head size is no multiple of 128. The kernels run on whole arrays, or inside
-jax.shard_map with check_vma=False (`tracks_varying`).
+jax.shard_map with check_vma=False (`tracks_varying`). splash_tpu lowers for TPU alone; pallas_gpu
+is interpreted, slowly, on CPU.
 
 cuDNN's attention (jax.nn.dot_product_attention) is not among them: it has a causal window, but of
 documents it knows only lengths, as many per row as the program was compiled for, and on GPUs before

@@ -36,7 +36,6 @@ class _Layout(NamedTuple):
   size: int
   window: int
   block: int
-  interpret: bool
 
   @property
   def offset(self) -> int:
@@ -52,9 +51,8 @@ def attention(
   k_documents_BS: jax.Array,
   *,
   window: int | None,
-  interpret: bool = False,
 ) -> jax.Array:
-  """As kernels/local_attention says, for HEAD_SIZES. `interpret`: without a GPU, slowly."""
+  """As kernels/local_attention says, for HEAD_SIZES; interpreted, slowly, on CPU."""
   _, time, heads, size = q_BTNH.shape
   keys = k_BSH.shape[1]
   if size not in HEAD_SIZES:
@@ -62,7 +60,7 @@ def attention(
   window = keys if window is None else min(window, keys)
   # Two blocks each of keys and values, and two of queries, have to fit shared memory.
   block = _BLOCK if size * q_BTNH.dtype.itemsize <= 256 * 2 else _BLOCK // 2
-  layout = _Layout(time, keys, heads, size, window, block, interpret)
+  layout = _Layout(time, keys, heads, size, window, block)
   arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
   return cast(jax.Array, _attend(*arrays, layout))
 
@@ -124,15 +122,21 @@ _attend.defvjp(_forward, _backward)
 
 def _call(kernel, arrays, like, grid, layout, *, num_warps, name):
   """One program of `kernel` for each place of the grid; results are shaped as `like`."""
-  call = pl.pallas_call(
-    functools.partial(kernel, layout=layout),
-    grid=grid,
-    out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
-    compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
-    interpret=layout.interpret,
-    name=name,
+
+  def call(interpret, *arrays):
+    return pl.pallas_call(
+      functools.partial(kernel, layout=layout),
+      grid=grid,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
+      compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+      interpret=interpret,
+      name=name,
+    )(*arrays)
+
+  # By the platform that the program is lowered for; on others than these lowering fails.
+  return jax.lax.platform_dependent(
+    *arrays, cpu=functools.partial(call, True), cuda=functools.partial(call, False)
   )
-  return call(*arrays)
 
 
 def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout):

@@ -62,15 +62,10 @@ def forward(
   decay_R: jax.Array,
   is_start_BT: jax.Array,
   h0_BR: jax.Array,
-  *,
-  interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """All states (in x's dtype) and the last one (float32), as kernels/rg_lru says.
-
-  `interpret` runs the kernels without a GPU, slowly.
-  """
+  """All states (in x's dtype) and the last one (float32), as kernels/rg_lru says."""
   tiles = Tiles.of(x_BTR.shape, steps=_FORWARD_STEPS)
-  run = functools.partial(launch, tiles=tiles, reverse=False, interpret=interpret)
+  run = functools.partial(launch, tiles=tiles, reverse=False)
   inputs = (x_BTR, r_BTR, i_BTR, decay_R.astype(jnp.float32), is_start_BT.astype(jnp.int8))
   summaries = ()
   if tiles.num_chunks > 1:
@@ -94,12 +89,10 @@ def backward(
   y_BTR: jax.Array,
   dy_BTR: jax.Array,
   dhT_BR: jax.Array,
-  *,
-  interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """The gradients of x, r and i (in their dtypes), and of decay and h0 (float32)."""
   tiles = Tiles.of(x_BTR.shape, steps=_BACKWARD_STEPS)
-  run = functools.partial(launch, tiles=tiles, reverse=True, interpret=interpret)
+  run = functools.partial(launch, tiles=tiles, reverse=True)
   decay_R, is_start_BT = decay_R.astype(jnp.float32), is_start_BT.astype(jnp.int8)
   summaries = ()
   if tiles.num_chunks > 1:
