@@ -195,3 +195,45 @@ def test_shards_with_a_shared_decay_and_state_are_the_whole(plain, implementatio
   )
   for actual, expected in zip(gradients(on_shards), gradients(run), strict=True):
     assert_close(actual, expected, dtype="float32", reduction=16)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "pallas_tpu", "pallas_gpu"])
+def test_rows_split_over_devices_are_as_whole_ones(plain, implementation):
+  """Values and every gradient; h0 and hT are the row's, documents begin at borders and inside."""
+  arrays, weights = _inputs((2, 12, 10), "float32", starts=0.0)
+  is_start_BT = arrays[4].at[0, 6].set(True).at[1, 4].set(True)
+  arrays = (*arrays[:4], is_start_BT, arrays[5])
+  mesh = make_mesh(MeshShape(data=2, sequence=4))
+  row = P(None, "sequence")
+
+  def on_shard(*arrays):
+    y_BTR, hT_BR = rg_lru.rg_lru(*arrays, implementation=implementation, axis_name="sequence")
+    return y_BTR, hT_BR[None]
+
+  split = jax.shard_map(
+    on_shard,
+    mesh=mesh,
+    in_specs=(row, row, row, P(), row, P()),
+    out_specs=(row, P("sequence")),
+    check_vma=rg_lru.tracks_varying(implementation),
+  )
+
+  def whole(*arrays):
+    y_BTR, hT_BR = rg_lru.rg_lru(*arrays, implementation="reference")
+    return y_BTR, jnp.broadcast_to(hT_BR, (4, *hT_BR.shape))
+
+  def gradients(run):
+    def loss(x_BTR, r_BTR, i_BTR, decay_R, h0_BR):
+      y_BTR, hT_SBR = run(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
+      # Every shard has the row's last state, and each copy counts for itself.
+      share_S11 = jnp.arange(1.0, 5.0)[:, None, None] / 10
+      total = jnp.sum(y_BTR * weights[0]) + jnp.sum(hT_SBR * share_S11 * weights[1])
+      return total, (y_BTR, hT_SBR)
+
+    return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(*arrays[:4], arrays[5])
+
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, dtype="float32", reduction=64, floor=1.0),
+    gradients(split),
+    gradients(whole),
+  )

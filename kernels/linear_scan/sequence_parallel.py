@@ -34,11 +34,31 @@ def states_between(
 
   Float32 [batch, width]. `h0_BD` counts on the shard where the recurrence enters the row.
   """
-  starts_row = is_first(reverse=reverse, axis_name=axis_name)
-  # The first shard's own state goes in here, so that nobody else needs it.
-  start_BD = jnp.where(starts_row, h0_BD, 0.0)
+  start_BD = start_of_shard(h0_BD, reverse=reverse, axis_name=axis_name)
   _, last_BD = scan(x_BTD, a_BTD, start_BD, reverse=reverse)
   product_BD = jnp.prod(a_BTD.astype(jnp.float32), axis=1)
+  return joined(last_BD, product_BD, h0_BD, reverse=reverse, axis_name=axis_name)
+
+
+def start_of_shard(
+  h0_BD: jax.Array, *, reverse: bool, axis_name: str | tuple[str, ...]
+) -> jax.Array:
+  """What a shard's l starts from: 0, and on the first shard the row's own h0.
+
+  It goes in there, so that no other shard needs it.
+  """
+  return jnp.where(is_first(reverse=reverse, axis_name=axis_name), h0_BD, 0.0)
+
+
+def joined(
+  last_BD: jax.Array,
+  product_BD: jax.Array,
+  h0_BD: jax.Array,
+  *,
+  reverse: bool,
+  axis_name: str | tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+  """`states_between`, from the l and p of this shard."""
   # Shards take the place of time.
   pairs_2BTD = jax.lax.all_gather(jnp.stack([last_BD, product_BD]), axis_name, axis=2)
   after_BTD, row_last_BD = reference.scan(
@@ -47,4 +67,5 @@ def states_between(
   shards, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
   neighbour = jnp.clip(index + (1 if reverse else -1), 0, shards - 1)
   before_BD = jax.lax.dynamic_index_in_dim(after_BTD, neighbour, axis=1, keepdims=False)
+  starts_row = is_first(reverse=reverse, axis_name=axis_name)
   return jnp.where(starts_row, h0_BD, before_BD), row_last_BD

@@ -12,9 +12,6 @@ With x, r and i of token t (r and i as they enter the sigmoid, [batch, time, R] 
 forgotten and the first token enters whole. y_t = h_t in the dtype of x; everything between is
 float32, as are h0 and the last state hT. The square root's derivative is held at 1000.
 
-Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x, r, i and
-is_start are a shard's own tokens; h0 and hT are the row's, as in kernels/linear_scan.
-
 An implementation named as one of kernels/linear_scan makes a_t and what enters with plain JAX, and
 leaves the recurrence to that scan. A fused one does all of it in one pass over x, r and i, which it
 takes in the dtype of x. It is two functions (all arrays as above; ddecay and dh0 are float32), and
@@ -22,6 +19,11 @@ the one custom gradient that joins them is here:
 
   forward(x, r, i, decay, is_start, h0) -> (y_BTR, hT_BR)
   backward(x, r, i, decay, is_start, h0, y, dy_BTR, dhT_BR) -> (dx, dr, di, ddecay_R, dh0_BR)
+
+Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x, r, i and
+is_start are a shard's own tokens; h0 and hT are the row's, and what shards send is as in
+kernels/linear_scan. A fused backend then runs twice each way: once for what a shard does to the
+state (forward: hT from zero; backward: dh0 for a dhT of zero), once from the right state.
 """
 
 import functools
@@ -33,7 +35,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch, linear_scan
-from kernels.rg_lru import gates, pallas_tpu
+from kernels.linear_scan import sequence_parallel
+from kernels.rg_lru import gates, pallas_gpu, pallas_tpu
 from kernels.varying import varying_alike
 
 
@@ -44,14 +47,23 @@ class Fused(NamedTuple):
   backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]]
 
 
-_FUSED = {"pallas_tpu": Fused(pallas_tpu.forward, pallas_tpu.backward)}
+_FUSED = {
+  "pallas_tpu": Fused(pallas_tpu.forward, pallas_tpu.backward),
+  "pallas_gpu": Fused(pallas_gpu.forward, pallas_gpu.backward),
+}
 IMPLEMENTATIONS = tuple(dict.fromkeys((*linear_scan.IMPLEMENTATIONS, *_FUSED)))
+# gpu: chunked until pallas_gpu has run on one.
 _DEFAULTS = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "chunked"}
 
 
 def resolve(requested: str) -> str:
   """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
   return dispatch.resolve("rg_lru", requested, available=IMPLEMENTATIONS, defaults=_DEFAULTS)
+
+
+def tracks_varying(implementation: str) -> bool:
+  """Whether jax.shard_map can check over which axes its arrays vary (check_vma)."""
+  return implementation != "pallas_gpu"
 
 
 def rg_lru(
@@ -85,7 +97,7 @@ def rg_lru(
       x_BTR, r_BTR, i_BTR, decay_R.astype(jnp.float32), is_start_BT, h0_BR.astype(jnp.float32)
     )
     with jax.named_scope("scan"):
-      results = _fused(implementation, *arrays)
+      results = _fused(implementation, axis_name, *arrays)
     y_BTR, hT_BR = cast(tuple[jax.Array, jax.Array], results)
     return y_BTR, hT_BR
   with jax.named_scope("gates"):
@@ -96,22 +108,51 @@ def rg_lru(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(implementation: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _FUSED[implementation].forward(*arrays)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(implementation, axis_name, *arrays):
+  y_BTR, hT_BR, _ = _run(implementation, axis_name, *arrays)
+  return y_BTR, hT_BR
 
 
-def _fused_forward(implementation, *arrays):
-  y_BTR, hT_BR = _FUSED[implementation].forward(*arrays)
+def _run(implementation, axis_name, x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR):
+  """All states, the row's last one, and the one before the tokens given."""
+  forward = _FUSED[implementation].forward
+  inputs = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT)
+  if axis_name is None:
+    return *forward(*inputs, h0_BR), h0_BR
+  along = {"reverse": False, "axis_name": axis_name}
+  _, last_BR = forward(*inputs, sequence_parallel.start_of_shard(h0_BR, **along))
+  product_BR = gates.product_of_decays(r_BTR, decay_R, is_start_BT)
+  before_BR, hT_BR = sequence_parallel.joined(last_BR, product_BR, h0_BR, **along)
+  y_BTR, _ = forward(*inputs, before_BR)
+  return y_BTR, hT_BR, before_BR
+
+
+def _fused_forward(implementation, axis_name, *arrays):
+  y_BTR, hT_BR, before_BR = _run(implementation, axis_name, *arrays)
   # A remat policy can keep what is named: the states, rather than run the recurrence again.
   y_BTR = checkpoint_name(y_BTR, "scan")
-  return (y_BTR, hT_BR), (*arrays, y_BTR)
+  if axis_name is not None:
+    before_BR = checkpoint_name(before_BR, "scan")
+  return (y_BTR, hT_BR), (*arrays[:-1], before_BR, y_BTR)
 
 
-def _fused_backward(implementation, residuals, cotangents):
-  dx_BTR, dr_BTR, di_BTR, ddecay_R, dh0_BR = _FUSED[implementation].backward(
-    *residuals, *cotangents
-  )
+def _fused_backward(implementation, axis_name, residuals, cotangents):
+  backward, (dy_BTR, dhT_BR) = _FUSED[implementation].backward, cotangents
+  if axis_name is not None:
+    # The gradient runs the row backward: what reaches a shard's last state comes from the shards
+    # after it, as the state before its first token came from those before.
+    _, r_BTR, _, decay_R, is_start_BT, _, _ = residuals
+    along = {"reverse": True, "axis_name": axis_name}
+    dhT_BR = jax.lax.psum(dhT_BR, axis_name)
+    start_BR = sequence_parallel.start_of_shard(dhT_BR, **along)
+    *_, dbefore_BR = backward(*residuals, dy_BTR, start_BR)
+    product_BR = gates.product_of_decays(r_BTR, decay_R, is_start_BT)
+    dhT_BR, _ = sequence_parallel.joined(dbefore_BR, product_BR, dhT_BR, **along)
+  dx_BTR, dr_BTR, di_BTR, ddecay_R, dh0_BR = backward(*residuals, dy_BTR, dhT_BR)
+  if axis_name is not None:
+    starts_row = sequence_parallel.is_first(reverse=False, axis_name=axis_name)
+    dh0_BR = jnp.where(starts_row, dh0_BR, 0.0)
   return dx_BTR, dr_BTR, di_BTR, ddecay_R, None, dh0_BR  # None: of is_start, which is bool
 
 

@@ -18,16 +18,24 @@ def gated_input(
   """What enters the recurrence (in x's dtype) and its decay a (float32)."""
   # Float32 from here: in bfloat16 a decay of 0.999 rounds to 1 and never forgets.
   open_BTR = jax.nn.sigmoid(i_BTR.astype(jnp.float32))
-  log_a_BTR = (
-    -C * jax.nn.sigmoid(r_BTR.astype(jnp.float32)) * jax.nn.softplus(decay_R.astype(jnp.float32))
-  )
   start_BT1 = is_start_BT[..., None]
   # One expm1 gives both without cancellation: a = 1 + e and 1 - a^2 = -e (2 + e).
-  e_BTR = jnp.expm1(log_a_BTR)
+  e_BTR = _decay_minus_1(r_BTR, decay_R)
   a_BTR = jnp.where(start_BT1, 0.0, 1.0 + e_BTR)
   scale_BTR = jnp.where(start_BT1, 1.0, bounded_sqrt(-e_BTR * (2.0 + e_BTR)))
   in_BTR = scale_BTR * open_BTR * x_BTR.astype(jnp.float32)
   return in_BTR.astype(x_BTR.dtype), a_BTR
+
+
+def product_of_decays(r_BTR: jax.Array, decay_R: jax.Array, is_start_BT: jax.Array) -> jax.Array:
+  """The product of all a_t of a row, float32 [batch, R]; exactly 0 where a document starts."""
+  a_BTR = jnp.where(is_start_BT[..., None], 0.0, 1.0 + _decay_minus_1(r_BTR, decay_R))
+  return jnp.prod(a_BTR, axis=1)
+
+
+def _decay_minus_1(r_BTR: jax.Array, decay_R: jax.Array) -> jax.Array:
+  r_BTR = jax.nn.sigmoid(r_BTR.astype(jnp.float32))
+  return jnp.expm1(-C * r_BTR * jax.nn.softplus(decay_R.astype(jnp.float32)))
 
 
 @jax.custom_jvp

@@ -174,6 +174,7 @@ class RecurrentBlock(nnx.Module):
       functools.partial(_recur, implementation=self.scan),
       in_axes=(row, row, row, ("rnn",), ("batch", "time"), ("batch", "rnn")),
       out_axes=(row, row),
+      check_vma=rg_lru.tracks_varying(self.scan),
     )
     r_BTR, i_BTR = self._gates(x_BTR)
     h_BTR, last_BSR = recur(
