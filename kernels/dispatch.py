@@ -1,16 +1,39 @@
-"""Which implementation of a kernel runs: decided once, when a model is built, and logged."""
+"""Which implementation of a kernel runs: decided once, when a model is built, and logged.
+
+The platform is that of this process, or within `targeting(platform)` another: programs are compiled
+for machines that are not here (launch/plan.py).
+"""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 from absl import logging
+
+_target: ContextVar[str | None] = ContextVar("target_platform", default=None)
+
+
+@contextmanager
+def targeting(platform: str) -> Iterator[None]:
+  """Within it, "auto" stands for the default of `platform` ("cpu", "gpu", "tpu")."""
+  token = _target.set(platform)
+  try:
+    yield
+  finally:
+    _target.reset(token)
+
+
+def target_platform() -> str:
+  """The platform that programs are made for: `targeting`'s, else this process's."""
+  return _target.get() or jax.default_backend()
 
 
 def resolve(
   kernel: str, requested: str, *, available: tuple[str, ...], defaults: Mapping[str, str]
 ) -> str:
-  """The implementation to run: `requested`, or the default of this platform for "auto".
+  """The implementation to run: `requested`, or the default of the target platform for "auto".
 
   `defaults` goes from platform ("cpu", "gpu", "tpu") to implementation. A name that is not
   available is a ValueError: it is never replaced by another.
@@ -21,7 +44,7 @@ def resolve(
         f"{kernel}: implementation {requested!r} is none of {', '.join(available)}, auto"
       )
     return requested
-  platform = jax.default_backend()
+  platform = target_platform()
   if platform not in defaults:
     raise ValueError(
       f"{kernel}: no default for platform {platform!r}; name one of {', '.join(available)}"

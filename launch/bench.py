@@ -45,7 +45,7 @@ _LOADER_SECONDS = 2.0
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   program = programs.build(run)
   start = time.perf_counter()
-  compiled = programs.compile_step(programs.lower_train_step(program))
+  compiled = programs.compile_step(program, programs.lower_train_step(program))
   compile_seconds = time.perf_counter() - start
 
   state = programs.initialize(program)

@@ -31,27 +31,27 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
   try:
     preset, argv = _preset(sys.argv)
   except ValueError as error:
-    _refuse(error)
+    refuse(error)
   config = to_config_dict(preset)
   try:
     # The flags --config.some.field=value change `config` itself, and are looked for here already.
     config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv)
   except _FLAG_ERRORS as error:
-    _refuse(error)
+    refuse(error)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
       return flags.FLAGS(list(argv))
     except _FLAG_ERRORS as error:
-      _refuse(error)
+      refuse(error)
 
   def with_run(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-      _refuse(ValueError(f"{argv[1]!r} is not a flag; fields are set as {_FLAG}.some.field=value"))
+      refuse(ValueError(f"{argv[1]!r} is not a flag; fields are set as {_FLAG}.some.field=value"))
     try:
       run = rebuild(preset, config)
     except ValueError as error:
-      _refuse(error)
+      refuse(error)
     main(run, difference(preset, run))
 
   app.run(with_run, argv=argv, flags_parser=parse)
@@ -156,7 +156,7 @@ def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
   return load(specs[0]), rest
 
 
-def _refuse(error: Exception) -> typing.NoReturn:
+def refuse(error: Exception) -> typing.NoReturn:
   """One line on stderr and exit status 2; ml_collections quotes its messages and breaks lines."""
   text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\", "")
   line = ". ".join(part.strip(" '\"") for part in text.split("\n"))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.custom_derivatives import linear_call
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def spec(
   table: Table,
   *,
   shape: tuple[int, ...] | None = None,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
   name: str = "array",
 ) -> PartitionSpec:
   """The PartitionSpec of an array whose dimensions are called `axes` (None: not split).
@@ -94,7 +94,9 @@ def spec(
   return PartitionSpec(*entries)
 
 
-def _check_divides(name: str, axis: str | None, size: int, target: Target, mesh: Mesh) -> None:
+def _check_divides(
+  name: str, axis: str | None, size: int, target: Target, mesh: Mesh | AbstractMesh
+) -> None:
   mesh_axes = _as_tuple(target)
   shards = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
   if size % shards:

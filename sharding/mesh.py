@@ -52,6 +52,11 @@ class MeshShape:
     sizes = [rest if size == -1 else size for size in self.sizes]
     return MeshShape(**dict(zip(AXES, sizes)))
 
+  @property
+  def abstract(self) -> jax.sharding.AbstractMesh:
+    """A mesh of this shape without devices: enough to ask how large its axes are."""
+    return jax.sharding.AbstractMesh(self.sizes, AXES)
+
 
 def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """A mesh with Auto axes over `devices` (all, if None), neighbours in hardware close in the mesh.
@@ -72,7 +77,7 @@ def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.
     array = mesh_utils.create_hybrid_device_mesh(
       within, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
     )
-  elif devices[0].platform == "tpu" and len(devices) == jax.device_count():
+  elif devices[0].platform == "tpu" and _is_whole_torus(devices):
     # Split: a torus of 16 x 16 has no axis of 4 and none of 64 to give to fsdp 4 x sequence 64.
     array = mesh_utils.create_device_mesh(shape.sizes, devices, allow_split_physical_axes=True)
   else:
@@ -113,6 +118,12 @@ def row_share(devices: np.ndarray, process_index: int) -> RowShare:
     )
   mine = shards_of[process_index]
   return RowShare(shares.index(mine), len(shares), mine)
+
+
+def _is_whole_torus(devices: Sequence[Any]) -> bool:
+  """Whether the devices fill a box of the torus, as those of a slice do."""
+  coordinates = np.array([(*device.coords, device.core_on_chip) for device in devices])
+  return math.prod(np.ptp(coordinates, axis=0) + 1) == len(devices)
 
 
 def _product(sizes: tuple[int, ...]) -> str:

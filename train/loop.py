@@ -95,10 +95,10 @@ class _Session:
     self.run, self.program, self.workdir, self.record = program.run, program, workdir, record
     self.checkpoints, self.metrics = checkpoints, metrics
     start = time.monotonic()
-    self.train_step = programs.compile_step(programs.lower_train_step(program))
+    self.train_step = programs.compile_step(program, programs.lower_train_step(program))
     evaluates = self.run.data.eval_source is not None
     lowered = programs.lower_eval_step(program) if evaluates else None
-    self.eval_step = None if lowered is None else programs.compile_step(lowered)
+    self.eval_step = None if lowered is None else programs.compile_step(program, lowered)
     logging.info("compiled in %.1f s", time.monotonic() - start)
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)

@@ -1,14 +1,16 @@
 """A run laid out on a mesh: its model, optimizer and layouts, and the steps compiled for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from data.rows import Batch
+from kernels import dispatch
 from models import decoder
 from models.decoder import DecoderConfig, Model
 from models.layers import attention, rg_lru
@@ -26,7 +28,7 @@ _COMPILER_OPTIONS: dict[str, Any] = {
   # three quarters of the time, and the step takes as long as at level 3 (docs/benchmarks.md).
   "cpu": {"xla_backend_optimization_level": 1},
 }
-_ZERO_STAGES = {1: tables.ZERO1, 2: tables.ZERO2, 3: tables.ZERO3}
+ZERO_STAGES = {1: tables.ZERO1, 2: tables.ZERO2, 3: tables.ZERO3}
 
 
 class Program(NamedTuple):
@@ -39,14 +41,21 @@ class Program(NamedTuple):
   tx: GradientTransformation
   shardings: TrainState
   abstract: TrainState  # ShapeDtypeStructs with their shardings
+  platform: str  # of the mesh's devices, which need not be here: "cpu", "gpu" or "tpu"
 
 
 def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
-  """The run on a mesh over `devices` (all there are); ValueError if it does not fit that mesh."""
+  """The run on a mesh over `devices` (all there are); ValueError if it does not fit that mesh.
+
+  Devices of a machine that is not here (sharding/machine.py) will do: kernels, and the options of
+  the compiler, are those of their platform.
+  """
   mesh = make_mesh(run.mesh, devices=devices)
-  _check_fits(run, mesh)
-  table = _ZERO_STAGES[run.zero_stage]
-  model = decoder.build(run.model)
+  check_fits(run, mesh)
+  table = ZERO_STAGES[run.zero_stage]
+  platform = mesh.devices.flat[0].platform
+  with dispatch.targeting(platform):
+    model = decoder.build(run.model)
   tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
   shardings = state_shardings(model, mesh=mesh, rules=table)
   abstract = jax.tree.map(
@@ -54,7 +63,7 @@ def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
     abstract_state(model, tx),
     shardings,
   )
-  return Program(run, mesh, table, model, tx, shardings, abstract)
+  return Program(run, mesh, table, model, tx, shardings, abstract, platform)
 
 
 def initialize(program: Program) -> TrainState:
@@ -84,13 +93,13 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
     )
 
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(program.shardings, None))
-  with logical.placement(program.mesh, program.rules):
+  with _placed(program):
     return jitted.lower(program.abstract, _abstract_batch(program))
 
 
-def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """The program of a step, compiled with this platform's options."""
-  return lowered.compile(_COMPILER_OPTIONS.get(jax.default_backend()))
+def compile_step(program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """A lowered step of `program`, compiled with the options of its platform."""
+  return lowered.compile(_COMPILER_OPTIONS.get(program.platform))
 
 
 def lower_eval_step(program: Program) -> jax.stages.Lowered:
@@ -99,7 +108,7 @@ def lower_eval_step(program: Program) -> jax.stages.Lowered:
   def step(params: Any, batch: Batch):
     return eval_step(params, batch, model=program.model)
 
-  with logical.placement(program.mesh, program.rules):
+  with _placed(program):
     return jax.jit(step).lower(program.abstract.params, _abstract_batch(program))
 
 
@@ -132,6 +141,13 @@ def local_part(x_BT: np.ndarray, share: RowShare, index: tuple[slice, ...]) -> n
   return x_BT[first : first + num_rows, times]
 
 
+@contextmanager
+def _placed(program: Program) -> Iterator[None]:
+  """Within it, models are traced for the program's mesh and platform."""
+  with dispatch.targeting(program.platform), logical.placement(program.mesh, program.rules):
+    yield
+
+
 def _abstract_batch(program: Program) -> Batch:
   shape = (program.run.batch_size, program.run.data.row_length)
   sharding = batch_sharding(program.mesh)
@@ -140,7 +156,7 @@ def _abstract_batch(program: Program) -> Batch:
   return Batch(ids, ids, ids, weights)  # pyright: ignore[reportArgumentType]
 
 
-def _check_fits(run: Run, mesh: Mesh) -> None:
+def check_fits(run: Run, mesh: Mesh | AbstractMesh) -> None:
   """Raises if the mesh does not divide what it has to."""
   tables.check_tensor_degree(mesh.shape["tensor"], sizes=_tensor_sizes(run.model))
   row_shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,206 @@
+"""Will it fit? `python -m launch.plan --config=configs/griffin.py:14b --topology=v5p:8x8x8`.
+
+Compiles the real training step for the real chip on any machine, and tells for each device what
+memory it needs, what it sends over which axis, what bounds its speed and what the run costs.
+
+  --topology=v5e:16x16 [--slices=2]   a TPU slice, or several
+  --chip=v5e --chips=256              the standard slice of that many chips; searches, unless the
+                                      command sets a mesh
+  --chip=h100 --chips=8               GPUs: by the model, as no CUDA compiler works without a GPU
+  --search                            meshes, ZeRO stages, remat, microbatches, by the model
+  --compile=3                         how many plans to compile: the best of a search; 0 for none
+  --json=PATH --html=PATH             for programs (.jsonl: a line is added), and as a page
+
+Exit status: 0 it fits, 1 it does not, 2 a command that cannot be run.
+"""
+
+import datetime
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from absl import flags
+
+from launch import plan_text
+from launch.overrides import refuse, run_app
+from launch.plan_page import page
+from sharding import machine as machines
+from sharding.machine import Machine
+from train import plan as plans
+from train.config import Run
+from train.layouts import Layout, layout_of, recommended
+from train.plan import Plan
+from train.search import Candidate, advice, search
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v5e:16x16, v5p:8x8x8, ...")
+_CHIP = flags.DEFINE_string("chip", None, "v3, v4, v5e, v5p, v6e, h100, h200, a100-80gb, b200, ...")
+_CHIPS = flags.DEFINE_integer("chips", None, "Chips in all, with --chip.", lower_bound=1)
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
+_COMPILE = flags.DEFINE_integer(
+  "compile", 1, "How many plans to compile: the best of a search; 0: none.", lower_bound=0
+)
+_SEARCH = flags.DEFINE_enum(
+  "search",
+  "auto",
+  ["auto", "true", "false"],
+  "Try layouts; auto: with --chips, unless the command sets a mesh.",
+)
+_PRICE = flags.DEFINE_float("price_per_chip_hour", None, "In any currency.", lower_bound=0.0)
+_MFU = flags.DEFINE_float(
+  "mfu", None, "Tokens per day at this MFU instead of the ceiling.", lower_bound=0.01
+)
+_JSON = flags.DEFINE_string("json", None, "Where to write the plan; .jsonl: a line is added.")
+_HTML = flags.DEFINE_string("html", None, "Where to write a page with pictures.")
+
+
+def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
+  # Programs are compiled for another machine; this one's accelerators are left alone.
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    machine = _machine()
+    has_mesh = any(path.startswith("mesh.") for path in overridden)
+    searches = _SEARCH.value == "true" or (
+      _SEARCH.value == "auto" and _CHIPS.value is not None and not has_mesh
+    )
+    found = _searched(run, machine) if searches else [_planned(run, machine, _COMPILE.value > 0)]
+  except ValueError as error:
+    refuse(error)
+  plan = next((one for one in found if one.fits), found[0])
+  notes = [*(_best(found) if searches else _advice(found[0], run, machine)), *_table(run, machine)]
+  lines = plan_text.plan_lines(plan, mfu=_MFU.value, price=_PRICE.value)
+  print("\n".join([*lines, "", *notes]))
+  if _JSON.value:
+    _write_json(pathlib.Path(_JSON.value), plan)
+  if _HTML.value:
+    whole = page(
+      plan,
+      mfu=_MFU.value,
+      price=_PRICE.value,
+      notes=notes,
+      train=_train_command(run, layout_of(plan.run, machine.num_devices)),
+      command=_command(),
+    )
+    pathlib.Path(_HTML.value).write_text(whole)
+  sys.exit(0 if plan.fits else 1)
+
+
+def _machine() -> Machine:
+  """What --topology or --chip and --chips describe."""
+  topology, chip, chips = _TOPOLOGY.value, _CHIP.value, _CHIPS.value
+  if topology is not None and chip is None and chips is None:
+    return machines.of_topology(topology, num_slices=_SLICES.value)
+  if topology is None and chip is not None and chips is not None:
+    return machines.of_chips(chip, chips, num_slices=_SLICES.value)
+  raise ValueError("give either --topology=v5e:16x16, or both --chip=v5e and --chips=256")
+
+
+def _planned(run: Run, machine: Machine, compiles: bool) -> Plan:
+  if compiles and machine.is_compilable:
+    return plans.compiled(run, machine)
+  return plans.modelled(run, machine)
+
+
+def _searched(run: Run, machine: Machine) -> list[Plan]:
+  """Plans of the three best layouts, which differ in mesh or remat; the best few compiled."""
+  candidates = search(run, machine)
+  if not candidates:
+    raise ValueError(
+      f"{run.name} on {machine}: no mesh of {machine.num_devices} devices divides {run.batch_size} "
+      "rows and the model's widths; change batch_size"
+    )
+  kinds: dict[Any, Candidate] = {}
+  for one in candidates:
+    kinds.setdefault((one.layout.mesh, one.layout.remat), one)
+  fitting = [one for one in kinds.values() if one.margin >= 0] or list(kinds.values())
+  return [
+    _planned(one.layout.of(run), machine, place < _COMPILE.value)
+    for place, one in enumerate(fitting[:3])
+  ]
+
+
+def _best(found: list[Plan]) -> Iterable[str]:
+  """What a search found, best first, with commands."""
+  yield "the best layouts:"
+  for plan in found:
+    layout = layout_of(plan.run, plan.machine.num_devices)
+    yield f"  {plan_text.short(plan)}"
+    yield f"    {_train_command(plan.run, layout)}"
+
+
+def _advice(plan: Plan, run: Run, machine: Machine) -> Iterable[str]:
+  """Single changes that help, by the model; where none makes it fit, what would."""
+  found = advice(run, machine)
+  if not found and not plan.fits:
+    yield from _needed(run, machine)
+    return
+  if not found:
+    yield "no single change of mesh, ZeRO stage, remat or microbatches helps by the model"
+    return
+  yield "single changes that help, by the model:"
+  for words, after in found:
+    yield (
+      f"  {words}: {plan_text.gigabytes(after.bytes)} GB, step "
+      f"{1e3 * after.roofline.step_seconds:,.0f} to {1e3 * after.roofline.serial_seconds:,.0f} ms, "
+      f"{after.roofline.bound} binds"
+    )
+
+
+def _needed(run: Run, machine: Machine) -> Iterable[str]:
+  """The best layout here, or else the smallest machine of these chips that has one."""
+  candidates = search(run, machine)
+  if candidates and candidates[0].margin >= 0:
+    best = candidates[0]
+    yield f"this layout fits by the model, in {plan_text.gigabytes(best.bytes)} GB:"
+    yield f"  {_train_command(run, best.layout)}"
+    return
+  least = min((one.bytes for one in candidates), default=float("inf"))
+  yield (
+    f"no layout fits {machine}, by the model; the least is {plan_text.gigabytes(least)} GB on each "
+    "device"
+  )
+  for larger in machines.larger(machine):
+    candidates = search(run, larger)
+    if candidates and candidates[0].margin >= 0:
+      yield f"it takes {larger}: {plan_text.layout_flags(candidates[0].layout)}"
+      return
+
+
+def _table(run: Run, machine: Machine) -> Iterable[str]:
+  """What train/layouts.py recommends for this preset here."""
+  layout = recommended(run, chip=machine.chip.key, num_chips=machine.num_chips)
+  if layout is not None:
+    yield f"recommended for {run.name} on {machine.num_chips} {machine.chip.name}:"
+    yield f"  {_train_command(run, layout)}"
+
+
+def _train_command(run: Run, layout: Layout) -> str:
+  config = next(
+    (flag.partition("=")[2] for flag in sys.argv if flag.startswith("--config=")), "FILE.py"
+  )
+  flags_ = plan_text.layout_flags(layout)
+  return f"python -m launch.train --config={config} --workdir=runs/{run.name} {flags_}"
+
+
+def _command() -> str:
+  """This command, but for where its results go."""
+  said = [flag for flag in sys.argv[1:] if not flag.startswith(("--json", "--html"))]
+  return shlex.join(["python", "-m", "launch.plan", *said])
+
+
+def _write_json(path: pathlib.Path, plan: Plan) -> None:
+  record = plan.as_json(mfu=_MFU.value, price_per_chip_hour=_PRICE.value)
+  record["date"] = datetime.date.today().isoformat()
+  record["command"] = _command()
+  if path.suffix == ".jsonl":
+    with path.open("a") as lines:
+      lines.write(json.dumps(record) + "\n")
+  else:
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  run_app(main)

@@ -1,0 +1,204 @@
+"""Bytes that a training step holds on one device, by part, from config and mesh alone.
+
+What lies on devices between steps is exact: shapes and layout tables. What lives inside a step is a
+model of what the compiler does (train/activations.py), checked against compiled programs
+(docs/plans.jsonl).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+
+from kernels import dispatch, local_attention, rg_lru
+from models import decoder
+from models.decoder import DecoderConfig
+from models.layers import attention
+from models.layers import rg_lru as recurrent
+from sharding import logical
+from sharding.logical import Axes, Table
+from sharding.mesh import MeshShape
+from train.activations import Activations, Kernels, of_block
+from train.config import Run
+from train.program import ZERO_STAGES
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_FLOAT32 = 4
+
+
+class Leaf(NamedTuple):
+  """A parameter: its names, shape and stored bytes of a number."""
+
+  axes: Axes
+  shape: tuple[int, ...]
+  itemsize: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footprint:
+  """Bytes on each device.
+
+  parameters, moments, batch  between steps; exact
+  gradients    in float32, laid out as the tables say
+  activations  kept for the backward pass, and alive at its peak
+  weights      gathered parameters and whole gradients of what is computed just now
+  """
+
+  parameters: float
+  moments: float
+  batch: float
+  gradients: float
+  activations: float
+  weights: float
+
+  @property
+  def total(self) -> float:
+    return sum(dataclasses.astuple(self))
+
+  @property
+  def temporaries(self) -> float:
+    """What a compiled program calls so."""
+    return self.gradients + self.activations + self.weights
+
+
+def resolved_kernels(config: DecoderConfig, platform: str) -> Kernels:
+  """What the first block of each kind runs on `platform`; "none" where there is no such block."""
+  found = {"rg_lru": "none", "local_attention": "none"}
+  with dispatch.targeting(platform):
+    for block in config.pattern:
+      match block.mixer:
+        case recurrent.Config() as mixer:
+          found["rg_lru"] = rg_lru.resolve(mixer.scan)
+        case attention.Config() as mixer:
+          found["local_attention"] = local_attention.resolve(mixer.implementation)
+  return Kernels(**found)
+
+
+def footprint(run: Run, mesh: MeshShape, *, platform: str) -> Footprint:
+  """The bytes of one step of `run` on `mesh`; ValueError where the mesh does not divide the run."""
+  itemsize = _BYTES[run.model.dtype]
+  tokens = run.batch_size * run.data.row_length / token_shards(mesh)
+  part_tokens = tokens / run.num_microbatches
+
+  blocks = block_activations(run, mesh, platform=platform)
+  saved = sum(one.saved for one in blocks)
+  working = max(one.working for one in blocks)
+  # The loss: its gradient by the hidden states in float32, and those states.
+  working = max(working, run.model.width * (_FLOAT32 + 2 * itemsize))
+
+  numbers = compute_numbers(run.model, mesh, platform)
+  state = state_bytes(run, mesh, platform=platform)
+  return Footprint(
+    parameters=state.parameters,
+    moments=state.moments,
+    batch=4 * _FLOAT32 * tokens,
+    gradients=state.gradients,
+    activations=part_tokens * (saved + working),
+    # The table and its gradient in float32; a block, the one gathered ahead, and its gradient.
+    weights=numbers.embedding * (itemsize + _FLOAT32) + 3 * numbers.largest_block * itemsize,
+  )
+
+
+def block_activations(run: Run, mesh: MeshShape, *, platform: str) -> tuple[Activations, ...]:
+  """The activations of every block, first to last."""
+  kernels = resolved_kernels(run.model, platform)
+  kinds = {
+    block: of_block(
+      block,
+      width=run.model.width,
+      row_length=run.data.row_length,
+      remat=run.model.remat,
+      tensor=mesh.tensor,
+      itemsize=_BYTES[run.model.dtype],
+      kernels=kernels,
+    )
+    for block in run.model.pattern
+  }
+  return tuple(kinds[block] for block in run.model.blocks)
+
+
+def token_shards(mesh: MeshShape) -> int:
+  """Over how many devices the tokens of a batch are split."""
+  return mesh.data * mesh.fsdp * mesh.sequence
+
+
+class StateBytes(NamedTuple):
+  """On one device: parameters and moments as stored, gradients in float32 as they are summed."""
+
+  parameters: float
+  moments: float
+  gradients: float
+
+
+def state_bytes(run: Run, mesh: MeshShape, *, platform: str) -> StateBytes:
+  """The state of `run` on `mesh`; ValueError where the mesh does not divide a parameter."""
+  config = dataclasses.replace(run.model, remat="block")
+  return _state_bytes(config, platform, run.zero_stage, mesh, _BYTES[run.optimizer.moment_dtype])
+
+
+@functools.lru_cache(maxsize=4096)
+def _state_bytes(
+  config: DecoderConfig, platform: str, zero_stage: int, mesh: MeshShape, moment_size: int
+) -> StateBytes:
+  tables = ZERO_STAGES[zero_stage]
+  parameters = moments = gradients = 0.0
+  for leaf in leaves(config, platform):
+    numbers = math.prod(leaf.shape)
+    parameters += numbers / _shards(leaf, tables.parameters, mesh) * leaf.itemsize
+    moments += numbers / _shards(leaf, tables.moments, mesh) * 2 * moment_size
+    gradients += numbers / _shards(leaf, tables.gradients, mesh) * _FLOAT32
+  return StateBytes(parameters, moments, gradients)
+
+
+def leaves(config: DecoderConfig, platform: str) -> tuple[Leaf, ...]:
+  """Every parameter of the model."""
+  return _leaves(dataclasses.replace(config, remat="block"), platform)
+
+
+@functools.lru_cache(maxsize=32)
+def _leaves(config: DecoderConfig, platform: str) -> tuple[Leaf, ...]:
+  with dispatch.targeting(platform):
+    model = decoder.build(config)
+  shapes, structure = jax.tree.flatten(model.shapes)
+  axes = structure.flatten_up_to(model.axes)
+  return tuple(
+    Leaf(names, leaf.shape, leaf.dtype.itemsize) for names, leaf in zip(axes, shapes, strict=True)
+  )
+
+
+def _shards(leaf: Leaf, table: Table, mesh: MeshShape) -> int:
+  """Over how many devices a parameter is split."""
+  name = " x ".join(map(str, leaf.axes))
+  layout = logical.spec(leaf.axes, table, shape=leaf.shape, mesh=mesh.abstract, name=name)
+  return math.prod(
+    getattr(mesh, axis)
+    for entry in layout
+    for axis in ((entry,) if isinstance(entry, str) else entry or ())
+  )
+
+
+class ComputeNumbers(NamedTuple):
+  """Numbers of parameters on one device as layers use them: gathered over ZeRO's axis."""
+
+  embedding: float
+  blocks: float  # all of them
+  largest_block: float
+
+
+@functools.lru_cache(maxsize=4096)
+def compute_numbers(config: DecoderConfig, mesh: MeshShape, platform: str) -> ComputeNumbers:
+  table = ZERO_STAGES[3].compute
+  embedding, total, runs = 0.0, 0.0, {}
+  for leaf in leaves(config, platform):
+    numbers = math.prod(leaf.shape) / _shards(leaf, table, mesh)
+    if "vocab" in leaf.axes:
+      embedding += numbers
+    num_stacked = sum(name == "layers" for name in leaf.axes)
+    if num_stacked:
+      total += numbers
+      stack = leaf.shape[:num_stacked]
+      runs.setdefault(stack, []).append(numbers / math.prod(stack))
+  # Runs that are stacked alike are told apart no further: their sum is no less than either.
+  return ComputeNumbers(embedding, total, max((sum(sizes) for sizes in runs.values()), default=0.0))

@@ -1,0 +1,130 @@
+"""Layouts of a run on a machine: all that are possible, ranked by the models, in seconds.
+
+A layout changes no result, only where arrays lie and when they are made: the mesh, the ZeRO stage,
+what the backward pass computes again, and the number of microbatches.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from models.flops import flops_per_token
+from sharding.machine import Machine
+from sharding.mesh import MeshShape
+from train import program as programs
+from train.config import Run
+from train.footprint import footprint
+from train.layouts import REMATS, STAGES, Layout, layout_of
+from train.roofline import Roofline, roofline
+from train.traffic import collectives, executed_flops, hbm_bytes
+
+# The memory model is off by less than this (docs/plans.jsonl): what leaves more fits for sure.
+SAFE_MARGIN = 0.15
+# A longer row of tensor shards is never worth its all-reduces of activations.
+_MAX_TENSOR = 16
+
+
+class Candidate(NamedTuple):
+  """A layout as the models see it."""
+
+  layout: Layout
+  bytes: float  # on each device
+  margin: float  # the share of memory that is left
+  roofline: Roofline
+
+  @property
+  def rank(self) -> tuple[bool, bool, float]:
+    """Smaller is better: what fits for sure, then what fits by the model, then the step."""
+    return self.margin < SAFE_MARGIN, self.margin < 0, self.roofline.expected_seconds
+
+
+def search(run: Run, machine: Machine) -> list[Candidate]:
+  """Every layout that divides the run, best first; those that do not fit are at the end."""
+  found = [
+    candidate
+    for layout in layouts(run, machine)
+    if (candidate := evaluate(run, layout, machine)) is not None
+  ]
+  return sorted(found, key=lambda one: one.rank)
+
+
+def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
+  """Every layout of so many devices, whether or not it divides the run."""
+  rows = run.batch_size
+  for mesh in _meshes(machine):
+    shards = mesh.data * mesh.fsdp
+    if rows % shards:
+      continue
+    # Without fsdp there is nothing that a ZeRO stage could split.
+    stages = STAGES if mesh.fsdp > 1 else STAGES[:1]
+    parts = [number for number in _divisors(rows // shards) if number <= 64]
+    for stage, remat, number in itertools.product(stages, REMATS, parts):
+      yield Layout(mesh=mesh, zero_stage=stage, remat=remat, num_microbatches=number)
+
+
+def evaluate(run: Run, layout: Layout, machine: Machine) -> Candidate | None:
+  """The layout by the models; None where it does not divide the run."""
+  planned = layout.of(run)
+  platform = machine.chip.platform
+  try:
+    programs.check_fits(planned, layout.mesh.abstract)
+    held = footprint(planned, layout.mesh, platform=platform)
+  except ValueError:
+    return None
+  flops = flops_per_token(run.model, run.data.row_length)
+  times = roofline(
+    flops=flops,
+    executed_per_token=executed_flops(planned, flops),
+    tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
+    hbm_bytes=hbm_bytes(planned, layout.mesh, platform=platform).total,
+    transfers=collectives(planned, layout.mesh, machine),
+    machine=machine,
+  )
+  return Candidate(layout, held.total, 1.0 - held.total / machine.chip.hbm_bytes, times)
+
+
+def advice(run: Run, machine: Machine) -> list[tuple[str, Candidate]]:
+  """Changes of one setting that make a run fit or, if it does, faster by 3 % at least: what to set,
+  and the candidate; best first."""
+  now = layout_of(run, machine.num_devices)
+  before = evaluate(run, now, machine)
+  found = []
+  for layout in layouts(run, machine):
+    changed = _difference(now, layout)
+    if len(changed) != 1 or (after := evaluate(run, layout, machine)) is None:
+      continue
+    is_better = before is None or before.margin < 0
+    if before is not None:
+      is_better |= after.roofline.expected_seconds < 0.97 * before.roofline.expected_seconds
+    if after.margin >= SAFE_MARGIN and is_better:
+      found.append((changed[0], after))
+  found.sort(key=lambda one: one[1].rank)
+  return found[:3]
+
+
+def _difference(now: Layout, then: Layout) -> list[str]:
+  """What is set otherwise, as it is said to people."""
+  found = []
+  if then.mesh != now.mesh:
+    axes = ("data", "fsdp", "sequence", "tensor")
+    found.append("mesh " + " x ".join(f"{a} {getattr(then.mesh, a)}" for a in axes))
+  for name in ("zero_stage", "remat", "num_microbatches"):
+    if getattr(then, name) != getattr(now, name):
+      found.append(f"{name} {getattr(then, name)}")
+  return found
+
+
+def _meshes(machine: Machine) -> Iterator[MeshShape]:
+  """Every mesh of so many devices whose slices lie over data."""
+  devices = machine.num_devices
+  islands = machine.num_islands if machine.chip.platform == "tpu" else 1
+  for tensor in _divisors(devices):
+    if tensor > min(_MAX_TENSOR, machine.island_devices):
+      continue
+    for data in _divisors(devices // tensor):
+      if data % islands == 0:
+        yield MeshShape(data=data, fsdp=devices // tensor // data, tensor=tensor)
+
+
+def _divisors(number: int) -> list[int]:
+  return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

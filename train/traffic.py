@@ -1,0 +1,125 @@
+"""What a training step moves and computes on one device, from config and mesh alone.
+
+`hbm_bytes`: through the device's memory. `collectives`: between devices, in the terms that
+sharding/collectives.py reads from a compiled program. `executed_flops`: with what is computed
+again. Terms are written out where they are added up; activations are train/activations.py's.
+"""
+
+from typing import NamedTuple
+
+from models.flops import Flops
+from models.layers import attention
+from sharding.machine import Machine, positions
+from sharding.mesh import MeshShape
+from train.config import Run
+from train.footprint import block_activations, compute_numbers, state_bytes, token_shards
+from train.roofline import Transfer, transfer
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_FLOAT32 = 4
+# Logits are made twice, forward and again in the backward pass, a chunk of the vocabulary at a
+# time; a chunk's float32 logits are written, and read for the sum and for the product.
+_LOGIT_PASSES = 6
+
+
+class HbmBytes(NamedTuple):
+  """Bytes through the memory of one device in one step."""
+
+  optimizer: float
+  weights: float
+  gradients: float
+  activations: float
+  logits: float
+
+  @property
+  def total(self) -> float:
+    return sum(self)
+
+
+def hbm_bytes(run: Run, mesh: MeshShape, *, platform: str) -> HbmBytes:
+  """The bytes by what they are for."""
+  state = state_bytes(run, mesh, platform=platform)
+  numbers = compute_numbers(run.model, mesh, platform)
+  size = _BYTES[run.model.dtype]
+  used = numbers.embedding + numbers.blocks
+  parts = run.num_microbatches
+  passes = 2 if run.model.remat == "none" else 3
+  tokens = run.batch_size * run.data.row_length / token_shards(mesh)
+  blocks = block_activations(run, mesh, platform=platform)
+  logits = run.model.vocab_size / mesh.tensor * _FLOAT32 * _LOGIT_PASSES
+  ends = 10 * run.model.width * size  # embedding, final norm, the loss's gradient
+  return HbmBytes(
+    # Parameters and moments are read and written once, gradients read twice: norm, update.
+    optimizer=2 * (state.parameters + state.moments) + 2 * state.gradients,
+    # For each microbatch, forward and again backward: stored shards read, the cast and gathered
+    # parameters written, and then read by each product: forward, again, backward.
+    weights=parts * (2 * (state.parameters + used * size) + passes * used * size),
+    # Written in the activations' dtype, reduced, and added to the float32 sum (read, written).
+    gradients=parts * (2 * used * size + (2 * state.gradients if parts > 1 else state.gradients)),
+    activations=tokens * (sum(one.moved for one in blocks) + ends),
+    logits=tokens * logits,
+  )
+
+
+def executed_flops(run: Run, flops: Flops) -> float:
+  """FLOPs of one token with what is computed again; the model's are `flops.train`."""
+  # Attention's backward pass forms its weights again: 5 products where the forward pass has 2.
+  extra = flops.logits + 0.5 * flops.attention_keys
+  match run.model.remat:
+    case "block":
+      # All but each block's last product, a third of the MLP: nothing needs its result again.
+      again = flops.forward - flops.logits - flops.mlp / 3
+    case "matmuls":
+      again = flops.attention_keys + _gate_flops(run)
+    case _:
+      again = 0.0
+  return flops.train + extra + again
+
+
+def _gate_flops(run: Run) -> float:
+  """The gates' products, which remat "matmuls" does not keep."""
+  total = 0.0
+  for block in run.model.blocks:
+    mixer = block.mixer
+    if not isinstance(mixer, attention.Config):
+      rnn_width = mixer.rnn_width  # pyright: ignore[reportAttributeAccessIssue]
+      total += 4.0 * rnn_width * (rnn_width // mixer.num_gate_blocks)  # pyright: ignore
+  return total
+
+
+def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, ...]:
+  """What is sent in one step, as the layout tables demand it."""
+  platform = machine.chip.platform
+  numbers = compute_numbers(run.model, mesh, platform)
+  state = state_bytes(run, mesh, platform=platform)
+  size, parts = _BYTES[run.model.dtype], run.num_microbatches
+  used = (numbers.embedding + numbers.blocks) * size
+  blocks = run.model.num_blocks
+  tokens = run.batch_size * run.data.row_length / token_shards(mesh)
+  stream = tokens * run.model.width * size
+  found = []
+
+  def add(kind: str, axes: tuple[str, ...], times: int, num_bytes: float) -> None:
+    axes = tuple(axis for axis in axes if getattr(mesh, axis) > 1)
+    if axes:
+      group = positions(mesh, axes).tolist()
+      found.append(
+        transfer(kind, axes, group, times=times, num_bytes=num_bytes, machine=machine, mesh=mesh)
+      )
+
+  if run.zero_stage == 3:
+    # Forward and again backward, but the table, which is kept.
+    add("all-gather", ("fsdp",), parts * 2 * blocks, parts * (2 * used - numbers.embedding * size))
+  elif mesh.fsdp > 1:
+    # New parameters, from the shards that the moments' owners updated.
+    add("all-gather", ("fsdp",), 1, state.parameters)
+  if run.zero_stage == 1:
+    add("all-reduce", ("data", "fsdp", "sequence"), parts * blocks, parts * used)
+  else:
+    add("reduce-scatter", ("fsdp",), parts * blocks, parts * used)
+    add("all-reduce", ("data", "sequence"), parts * blocks, parts * used / mesh.fsdp)
+  # Megatron: behind each half of a block forward and backward, behind the mixer once more where it
+  # is computed again, and behind the embedding.
+  times = 4 + (run.model.remat == "block")
+  add("all-reduce", ("tensor",), parts * (times * blocks + 1), (times * blocks + 1) * stream)
+  return tuple(found)
