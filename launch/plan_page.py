@@ -57,7 +57,7 @@ def page(
       f"<p>{html.escape(plan_text.ceiling(plan))}</p>",
       "<h2>What is sent in a step, by each device</h2>",
       _collectives(plan),
-      "<h2>FLOPs of a step, by part</h2>",
+      "<h2>FLOPs of a step on each device, by part</h2>",
       _flops(plan),
       "<h2>The whole run</h2>",
       *(f"<p>{html.escape(line)}</p>" for line in plan_text.budget(plan, mfu, price)),
@@ -84,9 +84,15 @@ def _memory(plan: Plan) -> str:
     shapes.append(_rect(x, 26, size * scale, 44, _COLORS[name], plan_text.MEMORY[name]))
     x += size * scale
   shapes.append(f'<path d="M{end:.1f} 18V78" stroke="{_INK}" stroke-width="2"/>')
-  label = f"{plan_text.gigabytes(memory.limit)} GB in {plan.chip.name}"
-  shapes.append(_text(end, 13, label, anchor="end"))
-  shapes.append(_text(10, 13, f"{plan_text.gigabytes(memory.total)} GB needed", weight=600))
+  # Each label stands where the other does not.
+  is_left = end < _WIDTH / 2
+  limit = f"{plan_text.gigabytes(memory.limit)} GB in {plan.chip.name}"
+  needed = f"{plan_text.gigabytes(memory.total)} GB needed"
+  shapes.append(_text(end, 13, limit, anchor="start" if is_left else "end"))
+  if is_left:
+    shapes.append(_text(_WIDTH - 10, 13, needed, anchor="end", weight=600))
+  else:
+    shapes.append(_text(10, 13, needed, weight=600))
   for index, (name, size) in enumerate(memory.parts.items()):
     column, row = index % 3, index // 3
     left, top = 10 + column * 285, 92 + row * 24
@@ -104,7 +110,7 @@ def _times(plan: Plan) -> str:
     words = plan_text.RESOURCES.get(name, name)
     if name == "ICI" and plan.chip.platform == "gpu":
       words = "NVLink"
-    value = f"{1e3 * seconds:,.1f} ms" + ("  binds" if name == times.bound else "")
+    value = f"{1e3 * seconds:,.1f} ms" + (", binds" if name == times.bound else "")
     bars.append((words, seconds, value, _TIMES[name]))
   return _bars(bars)
 
@@ -118,7 +124,7 @@ def _collectives(plan: Plan) -> str:
   bars = []
   for one in sent[:12]:
     seconds = one.link_seconds + one.network_seconds
-    crossing = f"  crosses {across}" if one.crosses else ""
+    crossing = f", crosses {across}" if one.crosses else ""
     value = (
       f"{1e3 * seconds:,.1f} ms, {plan_text.gigabytes(one.bytes)} GB, {one.times:,} times{crossing}"
     )

@@ -103,16 +103,19 @@ def short(plan: Plan) -> str:
   fits = "" if plan.fits else "DOES NOT FIT, "
   return (
     f"{mesh_words(plan)}, ZeRO {run.zero_stage}, remat {run.model.remat}, "
-    f"{run.num_microbatches} microbatches: {fits}{gigabytes(plan.memory.total)} GB, step "
+    f"{parts(run.num_microbatches)}: {fits}{gigabytes(plan.memory.total)} GB, step "
     f"{1e3 * times.step_seconds:,.0f} to {1e3 * times.serial_seconds:,.0f} ms, "
     f"{times.bound} binds, MFU at most {times.mfu_ceiling:.0%} ({how})"
   )
 
 
 def gigabytes(number: float) -> str:
-  if number >= 1e11:
-    return f"{number / 1e9:,.0f}"
-  return f"{number / 1e9:.2f}" if number >= 1e7 or not number else f"{number / 1e9:.4f}"
+  return f"{number / 1e9:,.0f}" if number >= 1e11 else f"{number / 1e9:.2f}"
+
+
+def parts(number: int) -> str:
+  """1 microbatch, 2 microbatches."""
+  return f"{number} microbatch{'es' if number > 1 else ''}"
 
 
 def header(plan: Plan) -> Iterable[str]:
@@ -120,7 +123,7 @@ def header(plan: Plan) -> Iterable[str]:
   rows = run.batch_size // run.num_microbatches
   yield (
     f"  {plan.parameters / 1e9:.3f}B parameters; mesh {mesh_words(plan)}, ZeRO stage "
-    f"{run.zero_stage}, remat {run.model.remat}, {run.num_microbatches} microbatches of {rows} x "
+    f"{run.zero_stage}, remat {run.model.remat}, {parts(run.num_microbatches)} of {rows} x "
     f"{run.data.row_length} tokens"
   )
   kernels = ", ".join(f"{name} {which}" for name, which in plan.kernels.items() if which != "none")

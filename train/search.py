@@ -51,7 +51,7 @@ def search(run: Run, machine: Machine) -> list[Candidate]:
 def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
   """Every layout of so many devices, whether or not it divides the run."""
   rows = run.batch_size
-  for mesh in _meshes(machine):
+  for mesh in _meshes(machine, sequence=max(1, run.mesh.sequence)):
     shards = mesh.data * mesh.fsdp
     if rows % shards:
       continue
@@ -114,16 +114,19 @@ def _difference(now: Layout, then: Layout) -> list[str]:
   return found
 
 
-def _meshes(machine: Machine) -> Iterator[MeshShape]:
-  """Every mesh of so many devices whose slices lie over data."""
-  devices = machine.num_devices
+def _meshes(machine: Machine, *, sequence: int) -> Iterator[MeshShape]:
+  """Every mesh of so many devices whose slices lie over data; rows stay split as they are."""
+  if machine.num_devices % sequence:
+    return
+  devices = machine.num_devices // sequence
   islands = machine.num_islands if machine.chip.platform == "tpu" else 1
   for tensor in _divisors(devices):
     if tensor > min(_MAX_TENSOR, machine.island_devices):
       continue
     for data in _divisors(devices // tensor):
       if data % islands == 0:
-        yield MeshShape(data=data, fsdp=devices // tensor // data, tensor=tensor)
+        fsdp = devices // tensor // data
+        yield MeshShape(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
 
 
 def _divisors(number: int) -> list[int]:
