@@ -8,7 +8,6 @@ operand after. A kernel that an op has for itself keeps what is inside it out of
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 from models.block import BlockConfig
@@ -134,12 +133,9 @@ def _recurrent(
   if not is_fused:
     rg += 2 * r * (a + _FLOAT32)
   elementwise = a * (2 * r + 3 * r) + rg
-  # Kept gates are [..., rnn_width / gate blocks], whose tiles of 128 are filled up.
-  gate_width = mixer.rnn_width / mixer.num_gate_blocks
-  saved_gates = gates * math.ceil(gate_width / 128) * 128 / gate_width
   return _Part(
     products=a * (2 * r + width),
-    batched=saved_gates + a * r,
+    batched=gates + a * r,
     forward=a * (2 * width + 4 * r) + gates + elementwise,
     elementwise=elementwise,
     working=_FLOAT32 * r * (_FUSED_WORKING if is_fused else _UNFUSED_WORKING),
