@@ -6,7 +6,7 @@ memory it needs, what it sends over which axis, what bounds its speed and what t
   --topology=v5e:16x16 [--slices=2]   a TPU slice, or several
   --chip=v5e --chips=256              the standard slice of that many chips; searches, unless the
                                       command sets a mesh
-  --chip=h100 --chips=8               GPUs: by the model, as no CUDA compiler works without a GPU
+  --chip=h100 --chips=8               GPUs: by the model; it compiles for TPU only
   --search                            meshes, ZeRO stages, remat, microbatches, by the model
   --compile=3                         how many plans to compile: the best of a search; 0 for none
   --json=PATH --html=PATH             for programs (.jsonl: a line is added), and as a page
@@ -43,11 +43,8 @@ _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bo
 _COMPILE = flags.DEFINE_integer(
   "compile", 1, "How many plans to compile: the best of a search; 0: none.", lower_bound=0
 )
-_SEARCH = flags.DEFINE_enum(
-  "search",
-  "auto",
-  ["auto", "true", "false"],
-  "Try layouts; auto: with --chips, unless the command sets a mesh.",
+_SEARCH = flags.DEFINE_boolean(
+  "search", None, "Try layouts. Unsaid: with --chips, unless the command sets a mesh."
 )
 _PRICE = flags.DEFINE_float("price_per_chip_hour", None, "In any currency.", lower_bound=0.0)
 _MFU = flags.DEFINE_float(
@@ -63,9 +60,9 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   try:
     machine = _machine()
     has_mesh = any(path.startswith("mesh.") for path in overridden)
-    searches = _SEARCH.value == "true" or (
-      _SEARCH.value == "auto" and _CHIPS.value is not None and not has_mesh
-    )
+    searches = _SEARCH.value
+    if searches is None:
+      searches = _CHIPS.value is not None and not has_mesh
     found = _searched(run, machine) if searches else [_planned(run, machine, _COMPILE.value > 0)]
   except ValueError as error:
     refuse(error)

@@ -69,7 +69,7 @@ def source(plan: Plan) -> str:
     )
   if plan.machine.is_compilable:
     return "by the model; not compiled"
-  return "by the model; not compiled: XLA compiles for CUDA only beside a GPU"
+  return "by the model; not compiled: this planner compiles for TPU only"
 
 
 def mesh_words(plan: Plan) -> str:

@@ -56,7 +56,7 @@ class Machine:
 
   @property
   def is_compilable(self) -> bool:
-    """Whether a compiler for it is at hand: libtpu's needs no TPU, XLA's for CUDA wants a GPU."""
+    """Whether we compile for it: libtpu needs no TPU; compiling for CUDA without a GPU is untried."""
     return self.chip.platform == "tpu"
 
   def __str__(self) -> str:

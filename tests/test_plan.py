@@ -279,6 +279,7 @@ def test_the_page_is_whole_and_the_text_says_the_same():
   ("arguments", "status", "words"),
   [
     (("--topology=v5e:4x4",), 0, "FITS: griffin-100m on v5e:4x4"),
+    (("--topology=v5e:4x4", "--search"), 0, "the best layouts:"),
     (("--chip=v5e", "--chips=1", "--config.mesh.fsdp=1"), 1, "DOES NOT FIT: griffin-100m"),
     (("--topology=v5e:4x4", "--chips=16"), 2, "give either --topology"),
     (("--topology=v5e:4x4", "--bogus"), 2, "Unknown command line flag 'bogus"),
