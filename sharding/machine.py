@@ -56,7 +56,7 @@ class Machine:
 
   @property
   def is_compilable(self) -> bool:
-    """Whether we compile for it: libtpu needs no TPU; compiling for CUDA without a GPU is untried."""
+    """Whether we compile for it: libtpu needs no TPU; CUDA without a GPU is untried."""
     return self.chip.platform == "tpu"
 
   def __str__(self) -> str:
