@@ -52,7 +52,7 @@ def _block(rnn_width=48, blocks=4, width=24, **settings):
   return module
 
 
-@pytest.mark.parametrize("implementation", ["reference", "associative", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", "associative", "chunked", "pallas_tpu"])
 def test_block_is_the_papers(implementation):
   module = _block(scan=implementation)
   segments_BT = np.array([[1] * 7 + [2] + [3] * 29, [4] * 37], np.int32)
