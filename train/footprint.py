@@ -75,7 +75,9 @@ def resolved_kernels(config: DecoderConfig, platform: str) -> Kernels:
         case recurrent.Config() as mixer:
           found["rg_lru"] = rg_lru.resolve(mixer.scan)
         case attention.Config() as mixer:
-          found["local_attention"] = local_attention.resolve(mixer.implementation)
+          found["local_attention"] = local_attention.resolve(
+            mixer.implementation, head_size=mixer.head_size
+          )
   return Kernels(**found)
 
 
