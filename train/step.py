@@ -102,11 +102,7 @@ def eval_step(params: Any, batch: Batch, *, model: Model) -> LossSums:
 def _square_norm(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Sum of squares of one parameter's gradient, for each stacked layer."""
   num_layer_axes = sum(name == "layers" for name in axes)
-  layers, own = tuple(range(num_layer_axes)), tuple(range(num_layer_axes, grad.ndim))
-  # A product of the gradient with itself rather than the sum of an array of squares.
-  return jax.lax.dot_general(
-    grad, grad, ((own, own), (layers, layers)), precision=jax.lax.Precision.HIGHEST
-  )
+  return jnp.sum(jnp.square(grad), axis=tuple(range(num_layer_axes, grad.ndim)))
 
 
 def _microbatches(batch: Batch, num_microbatches: int) -> Batch:
