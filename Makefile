@@ -44,6 +44,9 @@ $(VENV)/ready-lint: pyproject.toml requirements.lock Makefile
 
 comma := ,
 
+# Where the tests have installed the TPU's compiler too, jax would look for a TPU and say so at length.
+train: export JAX_PLATFORMS := $(if $(filter cpu,$(EXTRA)),cpu,$(JAX_PLATFORMS))
+
 .PHONY: train
 train: $(VENV)/ready-$(EXTRA)
 ifeq ($(strip $(ARGS)),)

@@ -77,7 +77,9 @@ def test_states_and_gradients_are_those_of_the_whole_row(implementation, reverse
 
   expected_grads, (expected_y, expected_hT) = gradients(whole)
   split = functools.partial(run, axis_name="sequence")
-  for check_vma in (True, False) if shards == 8 and implementation == "reference" else (True,):
+  # A Triton kernel does not say over which axes its results vary; what can be checked is.
+  checks = {"reference": (True, False), "pallas_gpu": (False,)}
+  for check_vma in checks.get(implementation, (True,)):
     grads, (y_BTD, hT_SBD) = gradients(_split(split, shards, check_vma=check_vma))
     assert_close(y_BTD, expected_y, dtype="float32", reduction=4)
     for hT_BD in hT_SBD:

@@ -16,6 +16,7 @@ SPECS = (
     f"configs/{family}.py:{size}" for family in ("griffin", "hawk", "transformer") for size in SIZES
   ),
   *(f"configs/recurrentgemma.py:{size}" for size in ("2b", "9b")),
+  *(f"configs/long_row.py:{size}" for size in ("1b", "7b")),
   "configs/smoke.py",
   "configs/bench_cpu.py",
 )
