@@ -171,8 +171,12 @@ def test_the_memory_model_agrees_with_recorded_plans(record):
   state = ("parameters", "moments")
   for name in state:
     assert getattr(plan.memory, name) == pytest.approx(record["memory_bytes"][name])
-  error = plan.memory.total / record["memory_bytes"]["total"] - 1
-  assert -0.12 < error < 0.35, f"{record['command']}: {error:+.0%}"
+  needed, limit = record["memory_bytes"]["total"], record["memory_bytes"]["limit"]
+  over = plan.memory.total - needed
+  # Of a program that needs little, what the model asks too much matters little for what fits.
+  assert -0.12 * needed < over < max(0.35 * needed, 0.06 * limit), (
+    f"{record['command']}: {over / needed:+.0%} of what is needed, {over / limit:+.0%} of the limit"
+  )
 
 
 def test_json_has_what_a_program_asks_for():
