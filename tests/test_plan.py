@@ -137,7 +137,8 @@ def _recorded():
 
 def _as_recorded(record):
   """The run of a recorded plan, in its layout and with the kernels that it was compiled with."""
-  run = _preset(*record["config"].rsplit("-", 1))
+  family, size = record["config"].rsplit("-", 1)
+  run = _preset(family.replace("-", "_"), size)  # a config is called as its file is, with hyphens
   layout = Layout(
     mesh=MeshShape(**record["mesh"]),
     zero_stage=record["zero_stage"],
