@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import local_attention
 from kernels.local_attention import measure, pallas_gpu
 from sharding.mesh import MeshShape, make_mesh
+from tests import attention_runs
 from tests.tolerances import assert_close
 
 
@@ -21,29 +22,8 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(pallas_gpu, "_BLOCK", 16)
 
 
-def _inputs(batch=1, time=50, history=0, heads=2, size=16, dtype="float32"):
-  keys = jax.random.split(jax.random.key(0), 3)
-  q_BTNH = jax.random.normal(keys[0], (batch, time, heads, size)).astype(dtype)
-  k_BSH = jax.random.normal(keys[1], (batch, history + time, size)).astype(dtype)
-  v_BSH = jax.random.normal(keys[2], (batch, history + time, size)).astype(dtype)
-  starts = np.random.default_rng(0).random((batch, history + time)) < 0.05
-  documents_BS = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-  return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
-
-
-def _run(implementation, arrays, window):
-  """The output, and the gradients of q, k and v."""
-  q, k, v, *documents = arrays
-  weights = jax.random.normal(jax.random.key(9), q.shape)
-
-  def loss(q, k, v):
-    out = local_attention.local_attention(
-      q, k, v, *documents, window=window, implementation=implementation
-    )
-    return jnp.sum(out.astype(jnp.float32) * weights), out
-
-  (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-  return out, *grads
+def _inputs(**case):
+  return attention_runs.inputs(**{"time": 50, "size": 16, "start_probability": 0.05, **case})
 
 
 # Blocks whole and not, windows beside them, keys of an earlier chunk, single queries.
@@ -66,7 +46,9 @@ def test_values_and_gradients_are_those_of_the_reference(case):
   window = case.pop("window")
   arrays = _inputs(**case)
   for actual, expected in zip(
-    _run("pallas_gpu", arrays, window), _run("reference", arrays, window), strict=True
+    attention_runs.run("pallas_gpu", arrays, window),
+    attention_runs.run("reference", arrays, window),
+    strict=True,
   ):
     assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
 
@@ -76,7 +58,9 @@ def test_bfloat16_rounds_and_sums_in_float32():
   arrays = _inputs(time=120, dtype="bfloat16")
   exact = tuple(x.astype(jnp.float32) for x in arrays[:3]) + arrays[3:]
   for actual, expected in zip(
-    _run("pallas_gpu", arrays, 30), _run("reference", exact, 30), strict=True
+    attention_runs.run("pallas_gpu", arrays, 30),
+    attention_runs.run("reference", exact, 30),
+    strict=True,
   ):
     assert actual.dtype == jnp.bfloat16
     error = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
@@ -117,8 +101,8 @@ def test_what_fills_up_blocks_is_seen_by_no_document(number):
   q, k, v, q_documents, k_documents = _inputs(time=20, history=3, heads=1)
   documents = (jnp.full_like(q_documents, number), jnp.full_like(k_documents, number))
   for actual, expected in zip(
-    _run("pallas_gpu", (q, k, v, *documents), 40),
-    _run("reference", (q, k, v, *documents), 40),
+    attention_runs.run("pallas_gpu", (q, k, v, *documents), 40),
+    attention_runs.run("reference", (q, k, v, *documents), 40),
     strict=True,
   ):
     assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)

@@ -20,6 +20,7 @@ from models.layers import segments as segments_lib
 from models.layers.segments import NO_DOCUMENT
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
+from tests import attention_runs
 from tests.tolerances import assert_close
 
 
@@ -30,29 +31,8 @@ def interpreted(monkeypatch):
   monkeypatch.setitem(local_attention._ATTENTIONS, "splash_tpu", interpreter)
 
 
-def _inputs(batch=1, time=200, history=0, heads=2, size=128, dtype="float32"):
-  keys = jax.random.split(jax.random.key(0), 3)
-  q_BTNH = jax.random.normal(keys[0], (batch, time, heads, size)).astype(dtype)
-  k_BSH = jax.random.normal(keys[1], (batch, history + time, size)).astype(dtype)
-  v_BSH = jax.random.normal(keys[2], (batch, history + time, size)).astype(dtype)
-  starts = np.random.default_rng(0).random((batch, history + time)) < 0.02
-  documents_BS = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-  return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
-
-
-def _run(implementation, arrays, window):
-  """The output, and the gradients of q, k and v."""
-  q, k, v, *documents = arrays
-  weights = jax.random.normal(jax.random.key(9), q.shape)
-
-  def loss(q, k, v):
-    out = local_attention.local_attention(
-      q, k, v, *documents, window=window, implementation=implementation
-    )
-    return jnp.sum(out.astype(jnp.float32) * weights), out
-
-  (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-  return out, *grads
+def _inputs(**case):
+  return attention_runs.inputs(**{"time": 200, "size": 128, "start_probability": 0.02, **case})
 
 
 # Blocks of 128 and of 256, filled up and whole; keys of an earlier chunk, more and fewer than the
@@ -74,7 +54,9 @@ def test_values_and_gradients_are_those_of_the_reference(case):
   window = case.pop("window")
   arrays = _inputs(**case)
   for actual, expected in zip(
-    _run("splash_tpu", arrays, window), _run("reference", arrays, window), strict=True
+    attention_runs.run("splash_tpu", arrays, window),
+    attention_runs.run("reference", arrays, window),
+    strict=True,
   ):
     assert_close(actual, expected, dtype="float32", reduction=32, floor=1.0)
 
@@ -83,7 +65,9 @@ def test_bfloat16_rounds_and_sums_in_float32():
   arrays = _inputs(time=400, dtype="bfloat16")
   exact = tuple(x.astype(jnp.float32) for x in arrays[:3]) + arrays[3:]
   for actual, expected in zip(
-    _run("splash_tpu", arrays, 130), _run("reference", exact, 130), strict=True
+    attention_runs.run("splash_tpu", arrays, 130),
+    attention_runs.run("reference", exact, 130),
+    strict=True,
   ):
     assert actual.dtype == jnp.bfloat16
     error = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
@@ -134,8 +118,8 @@ def test_what_fills_up_blocks_is_seen_by_no_document(number):
   q, k, v, q_documents, k_documents = _inputs(time=150, heads=1)
   documents = (jnp.full_like(q_documents, number), jnp.full_like(k_documents, number))
   for actual, expected in zip(
-    _run("splash_tpu", (q, k, v, *documents), 140),
-    _run("reference", (q, k, v, *documents), 140),
+    attention_runs.run("splash_tpu", (q, k, v, *documents), 140),
+    attention_runs.run("reference", (q, k, v, *documents), 140),
     strict=True,
   ):
     assert_close(actual, expected, dtype="float32", reduction=32, floor=1.0)
@@ -145,8 +129,8 @@ def test_keys_of_no_document_are_visible_to_nobody():
   """The halo before the first shard, and a state that holds nothing yet."""
   q, k, v, documents, k_documents = _inputs(time=130, history=60, heads=1)
   k_documents = k_documents.at[:, :60].set(NO_DOCUMENT)
-  alone = _run("splash_tpu", (q, k[:, 60:], v[:, 60:], documents, documents), 60)
-  out, dq, dk, dv = _run("splash_tpu", (q, k, v, documents, k_documents), 60)
+  alone = attention_runs.run("splash_tpu", (q, k[:, 60:], v[:, 60:], documents, documents), 60)
+  out, dq, dk, dv = attention_runs.run("splash_tpu", (q, k, v, documents, k_documents), 60)
   assert not dk[:, :60].any()
   assert not dv[:, :60].any()
   for actual, expected in zip((out, dq, dk[:, 60:], dv[:, 60:]), alone, strict=True):
@@ -198,7 +182,9 @@ def test_decoding_steps_are_banded_and_say_so(caplog):
   local_attention._log_few_queries.cache_clear()
   arrays = _inputs(time=1, history=40)
   with caplog.at_level(logging.INFO, logger="absl"):
-    outputs = [_run(name, arrays, 40)[0] for name in ("splash_tpu", "splash_tpu", "banded")]
+    outputs = [
+      attention_runs.run(name, arrays, 40)[0] for name in ("splash_tpu", "splash_tpu", "banded")
+    ]
   np.testing.assert_array_equal(outputs[0], outputs[2])
   assert [record.getMessage() for record in caplog.records] == [
     "local_attention: banded for 1 queries, too few for a block of splash_tpu"
