@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels import halo, local_attention
+from models.layers.projection import project
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import normal, param, zeros
@@ -93,8 +94,8 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, AttentionState | None]:
     dtype = x_BTD.dtype
     with jax.named_scope("attention"):
-      q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))
-      kv_BT2H = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_kv_D2H[...].astype(dtype))
+      q_BTNH = project(x_BTD, self.w_q_DNH[...].astype(dtype))
+      kv_BT2H = project(x_BTD, self.w_kv_D2H[...].astype(dtype))
       q_BTNH = apply_rope(q_BTNH, segments.position_BT)
       k_BSH = apply_rope(kv_BT2H[:, :, :1], segments.position_BT)[:, :, 0]
       v_BSH = kv_BT2H[:, :, 1]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.layers.projection import project
 from models.param import normal, param, zeros
 
 
@@ -45,7 +46,7 @@ class GatedMLP(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = x_BTD.dtype
     with jax.named_scope("mlp"):
-      up_BT2F = jnp.einsum("BTD,DKF->BTKF", x_BTD, self.w_up_D2F[...].astype(dtype))
+      up_BT2F = project(x_BTD, self.w_up_D2F[...].astype(dtype))
       up_BT2F += self.b_up_2F[...].astype(dtype)
       gated_BTF = jax.nn.gelu(up_BT2F[:, :, 0], approximate=True) * up_BT2F[:, :, 1]
       y_BTD = jnp.einsum("BTF,FD->BTD", gated_BTF, self.w_down_FD[...].astype(dtype))

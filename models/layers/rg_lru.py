@@ -26,6 +26,7 @@ from flax import nnx
 
 from kernels import halo, rg_lru
 from kernels.rg_lru.gates import C
+from models.layers.projection import project
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
 from sharding import logical
@@ -124,7 +125,7 @@ class RecurrentBlock(nnx.Module):
     if state is None:
       state = self.initial_state(x_BTD.shape[0], 0, dtype)
     with jax.named_scope("recurrent"):
-      in_BT2R = jnp.einsum("BTD,DKR->BTKR", x_BTD, self.w_in_D2R[...].astype(dtype))
+      in_BT2R = project(x_BTD, self.w_in_D2R[...].astype(dtype))
       in_BT2R += self.b_in_2R[...].astype(dtype)
       gelu_BTR = jax.nn.gelu(in_BT2R[:, :, 0], approximate=True)
       conv_BTR = self._conv(in_BT2R[:, :, 1], segments, state)
