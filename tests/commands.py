@@ -16,6 +16,8 @@ import threading
 
 from absl import flags
 
+from tests.compiler_flags import FAST_TO_COMPILE
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -28,7 +30,7 @@ class Commands:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+      env={**os.environ, "XLA_FLAGS": FAST_TO_COMPILE},
       text=True,
       bufsize=1,
     )

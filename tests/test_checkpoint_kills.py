@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.compiler_flags import FAST_TO_COMPILE
 from train.checkpoint_folder import steps
 
 NUM_RANDOM_KILLS = 20
@@ -28,12 +29,13 @@ class Worker:
   """tests/checkpoint_worker.py in a process of its own."""
 
   def __init__(self):
+    flags = f"{FAST_TO_COMPILE} --xla_force_host_platform_device_count=4"
     self._process = subprocess.Popen(
       [sys.executable, "-W", "ignore", "-m", "tests.checkpoint_worker"],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       cwd=pathlib.Path(__file__).parents[1],
-      env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+      env={**os.environ, "XLA_FLAGS": flags},
       text=True,
       bufsize=1,
     )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from tests import checkpoint_process as job
+from tests.compiler_flags import FAST_TO_COMPILE
 from train import checkpoint
 from train.checkpoint_folder import steps
 
@@ -20,7 +21,8 @@ def _two_processes(directory: pathlib.Path) -> list[str]:
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
     port = listener.getsockname()[1]
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  flags = f"{FAST_TO_COMPILE} --xla_force_host_platform_device_count=2"
+  environment = {**os.environ, "XLA_FLAGS": flags}
   command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint_process", str(port), "2"]
   processes = [
     subprocess.Popen(
