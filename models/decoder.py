@@ -314,16 +314,20 @@ class _Decoder:
   def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
     # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
     prevent_cse = self.config.layers == "unroll"
+    policies = jax.checkpoint_policies
     match self.config.remat:
       case "none":
-        policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
-          policies.dots_saveable, policies.save_only_these_names("scan", "attention")
+          policies.dots_saveable,
+          policies.save_only_these_names("projection", "scan", "attention"),
         )
       case "block":
-        policy = jax.checkpoint_policies.nothing_saveable
+        policy = policies.nothing_saveable
       case "matmuls":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = policies.save_from_both_policies(
+          policies.dots_with_no_batch_dims_saveable,
+          policies.save_only_these_names("projection"),
+        )
     return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
   def _scan(self, body: Callable[..., Any], x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:

@@ -2,20 +2,26 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
-@jax.custom_vjp
 def project(x_BTD: jax.Array, w_DKF: jax.Array) -> jax.Array:
-  """y_BTKF = x_BTD @ w_DKF, in the dtype that both have.
+  """y_BTKF = x_BTD @ w_DKF, in the dtype that both have; "projection" to a remat policy.
 
   The gradient of w is x^T dy. JAX's own is (dy^T x)^T; a CPU writes out the transpose of the first
   operand, and dy is two to six times x.
   """
+  # A policy that keeps products does not see into a function with its own gradient.
+  return checkpoint_name(_product(x_BTD, w_DKF), "projection")
+
+
+@jax.custom_vjp
+def _product(x_BTD: jax.Array, w_DKF: jax.Array) -> jax.Array:
   return jnp.einsum("BTD,DKF->BTKF", x_BTD, w_DKF)
 
 
 def _forward(x_BTD: jax.Array, w_DKF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return project(x_BTD, w_DKF), (x_BTD, w_DKF)
+  return _product(x_BTD, w_DKF), (x_BTD, w_DKF)
 
 
 def _backward(
@@ -28,4 +34,4 @@ def _backward(
   return dx_BTD, dw_DKF
 
 
-project.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
