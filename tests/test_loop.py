@@ -12,7 +12,7 @@ from sharding.mesh import MeshShape
 from tests import tiny
 from tests.tolerances import assert_close
 from train import faults, loop
-from train.metrics import read_jsonl
+from train.jsonl import read_jsonl
 
 ONE = MeshShape(fsdp=8)
 

@@ -8,15 +8,15 @@ import pytest
 from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 
+from train.jsonl import read_jsonl, series
 from train.metrics import (
   FIELDS,
   Metrics,
   MetricsConfig,
   console_line,
   fields_table,
-  read_jsonl,
 )
-from train.plot import losses, plot_losses, smooth
+from train.plot import plot_losses, smooth
 from train.throughput import Rates, Throughput, mfu
 
 
@@ -210,8 +210,8 @@ def test_losses_are_one_per_step_and_finite(tmp_path):
     {"step": 10, "train/loss": 4.0},
     {"step": 30, "train/loss": "nan"},
   )
-  assert list(losses(path, "train/loss").items()) == [(10, 4.0), (20, 2.0)]
-  assert losses(path, "eval/loss") == {20: 2.5}
+  assert list(series(read_jsonl(path), "train/loss").items()) == [(10, 4.0), (20, 2.0)]
+  assert series(read_jsonl(path), "eval/loss") == {20: 2.5}
 
 
 def test_smoothing_keeps_a_straight_line_and_the_length():

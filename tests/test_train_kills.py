@@ -9,8 +9,9 @@ import pytest
 
 from tests import tiny
 from tests.commands import Commands
+from train import goodput
 from train.checkpoint_folder import steps
-from train.metrics import read_jsonl
+from train.jsonl import read_jsonl
 
 NUM_KILLS = 6
 
@@ -78,6 +79,14 @@ def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, 
   assert status == 0, output
   assert f"restored step {newest}" in output
   assert _losses(workdir) == expected
+  log = goodput.read(workdir)
+  assert log.outcome == "complete"
+  assert log.starts[-1].step == newest
+  seconds = log.seconds()
+  assert sum(seconds.values()) == pytest.approx(log.pieces[-1].end - log.pieces[0].start)
+  assert min(seconds[kind] for kind in ("init", "compile", "restore", "step", "checkpoint")) > 0
+  kept = [piece.steps for piece in log.pieces if piece.kind == "step" and piece.steps]
+  assert sorted(step for first, last in kept for step in range(first, last + 1)) == sorted(expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)

@@ -15,11 +15,13 @@ from data import pipeline
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
+from train import events as event_log
 from train import faults
 from train import program as programs
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Kind
 from train.config import Run
 from train.evaluate import evaluate
+from train.events import Events
 from train.metrics import JSONL, Metrics
 from train.plot import plot_losses
 from train.program import Program
@@ -31,12 +33,14 @@ from train.throughput import Throughput, mfu
 Outcome = Literal["complete", "stopped"]
 
 
-def fit(run: Run, workdir: pathlib.Path) -> Outcome:
+def fit(run: Run, workdir: pathlib.Path, *, began: float | None = None) -> Outcome:
   """Trains `run` in `workdir`, from its newest checkpoint if there is one.
 
   "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
+  The event log counts from `began`, seconds since 1970; None is the moment of this call.
   Raises faults.NonFiniteError, and ValueError for what a user can set right.
   """
+  began = event_log.now() if began is None else began
   run = _within_the_data(run)
   program = programs.build(run)
   record = run_record(run, program.model)
@@ -48,8 +52,12 @@ def fit(run: Run, workdir: pathlib.Path) -> Outcome:
     for change in compare_records(saved, record):
       logging.info("changed since the checkpoint: %s", change)
 
-  with Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
-    restored = checkpoints.restore(program.abstract, check=check)
+  with (
+    Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
+    Events(workdir, began=began, about=_about(program)) as events,
+  ):
+    with events.span("restore"):
+      restored = checkpoints.restore(program.abstract, check=check)
     if restored is None:
       state, step = programs.initialize(program), 0
     else:
@@ -57,7 +65,9 @@ def fit(run: Run, workdir: pathlib.Path) -> Outcome:
       logging.info("restored step %d from %s", step, checkpoints.directory)
     if step >= run.total_steps:
       logging.info("the run is complete: step %d of %d", step, run.total_steps)
+      events.end("complete")
       return "complete"
+    events.resume(step)
     metrics = Metrics(
       workdir,
       run.metrics,
@@ -67,7 +77,9 @@ def fit(run: Run, workdir: pathlib.Path) -> Outcome:
       total_steps=run.total_steps,
     )
     with metrics, faults.StopRequest() as stop:
-      outcome = _Session(program, workdir, checkpoints, metrics, record).train(state, step, stop)
+      session = _Session(program, workdir, checkpoints, metrics, events, record)
+      outcome = session.train(state, step, stop)
+    events.end(outcome)
   if jax.process_index() == 0:
     plot_losses(workdir / JSONL, workdir / "loss.png")
   logging.info("%s; metrics: %s, picture: %s", outcome, workdir / JSONL, workdir / "loss.png")
@@ -90,15 +102,17 @@ class _Session:
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    events: Events,
     record: dict[str, Any],
   ):
     self.run, self.program, self.workdir, self.record = program.run, program, workdir, record
-    self.checkpoints, self.metrics = checkpoints, metrics
+    self.checkpoints, self.metrics, self.events = checkpoints, metrics, events
     start = time.monotonic()
-    self.train_step = programs.compile_step(program, programs.lower_train_step(program))
-    evaluates = self.run.data.eval_source is not None
-    lowered = programs.lower_eval_step(program) if evaluates else None
-    self.eval_step = None if lowered is None else programs.compile_step(program, lowered)
+    with events.span("compile"):
+      self.train_step = programs.compile_step(program, programs.lower_train_step(program))
+      evaluates = self.run.data.eval_source is not None
+      lowered = programs.lower_eval_step(program) if evaluates else None
+      self.eval_step = None if lowered is None else programs.compile_step(program, lowered)
     logging.info("compiled in %.1f s", time.monotonic() - start)
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)
@@ -114,9 +128,9 @@ class _Session:
       total_steps=run.total_steps,
     )
     running: _Running | None = None
-    with self._train_batches(step) as batches:
+    with self._train_batches(step) as batches, self.events.span("step"):
       while step < run.total_steps and stop.signal_name is None:
-        with self.throughput.waiting():
+        with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
         state, metrics = self.train_step(state, batch)
         step += 1
@@ -136,12 +150,13 @@ class _Session:
             if evaluates:
               self._evaluate(step, state)
             if kind:
-              self.checkpoints.save(step, state, self.record, kind=kind)
+              self._save(step, state, kind)
       if running is not None:
         # A signal ended the loop at a step that was not due.
         self._finish(running)
-        self.checkpoints.save(step, state, self.record, kind="temporary")
-    self.checkpoints.wait()
+        self._save(step, state, "temporary")
+    with self.events.span("checkpoint"):
+      self.checkpoints.wait()
     return "complete" if step == run.total_steps else "stopped"
 
   def _finish(self, running: _Running) -> None:
@@ -152,6 +167,7 @@ class _Session:
     else:
       self.skipped_in_a_row = 0
     self.throughput.count_step()
+    self.events.finished(step)
     if not self.metrics.due(step):
       return
     rates = self.throughput.read()
@@ -166,6 +182,7 @@ class _Session:
       "train/tokens_per_second": rates.tokens_per_second,
       "train/step_seconds": rates.step_seconds,
       "train/data_wait": rates.data_wait,
+      "train/goodput": self.events.goodput(),
       "train/seconds_left": rates.seconds_left,
     }
     if self.peak_flops is not None:
@@ -201,7 +218,7 @@ class _Session:
     start = time.monotonic()
     data = self.run.data
     batches = pipeline.eval_batches(data, batch_size=self.run.batch_size, **self._share())
-    with batches:
+    with batches, self.events.span("evaluation", step=step):
       result = evaluate(
         self.eval_step,
         state.params,
@@ -214,6 +231,10 @@ class _Session:
       "eval/seconds": time.monotonic() - start,
     }
     self.metrics.write(step, values)
+
+  def _save(self, step: int, state: TrainState, kind: Kind) -> None:
+    with self.events.span("checkpoint"):
+      self.checkpoints.save(step, state, self.record, kind=kind)
 
   def _train_batches(self, step: int) -> pipeline.Batches:
     return pipeline.train_batches(
@@ -240,6 +261,19 @@ def _within_the_data(run: Run) -> Run:
     return run
   logging.info("the data ends after %d steps, total_steps was %d", available, run.total_steps)
   return dataclasses.replace(run, total_steps=available)
+
+
+def _about(program: Program) -> dict[str, Any]:
+  """What the report needs to know of a run beside its metrics."""
+  run = program.run
+  return {
+    "name": run.name,
+    "total_steps": run.total_steps,
+    "tokens_per_step": run.batch_size * run.data.row_length,
+    "row_length": run.data.row_length,
+    "flops_per_token": flops_per_token(run.model, run.data.row_length).train,
+    "devices": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}",
+  }
 
 
 def _thousands(count: Any) -> tuple[str, str]:

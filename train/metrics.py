@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 from absl import logging
 
+from train.jsonl import truncate
+
 JSONL = "metrics.jsonl"
 
 
@@ -77,6 +79,12 @@ FIELDS = (
     "skipped",
     "{:.0f}".format,
     "steps so far that changed nothing, because loss or gradient was not finite",
+  ),
+  Field(
+    "train/goodput",
+    "goodput",
+    "{:.1%}".format,
+    "share of all time since the first start, with restarts, spent in steps that were kept",
   ),
   Field(
     "train/seconds_left",
@@ -196,45 +204,12 @@ def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
   return " | ".join([f"step {step:>{width}}/{total_steps}", *shown])
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The records of a metrics file in its order; a line that is not whole is left out."""
-  file = pathlib.Path(path)
-  lines = file.read_bytes().split(b"\n") if file.exists() else []
-  return [record for line in lines if (record := _parse(line)) is not None]
-
-
-def truncate(path: pathlib.Path, step: int) -> None:
-  """Removes records of steps after `step` and lines that are not whole; all or nothing."""
-  if not path.exists():
-    return
-  before = path.read_bytes()
-  kept = [record for record in read_jsonl(path) if record["step"] <= step]
-  after = "".join(json.dumps(record) + "\n" for record in kept).encode()
-  if after == before:
-    return
-  logging.info("%s: removing what was written after step %d", path, step)
-  whole = path.with_name(path.name + ".tmp")
-  with whole.open("wb") as file:
-    file.write(after)
-    file.flush()
-    os.fsync(file.fileno())
-  whole.replace(path)
-
-
 def fields_table() -> str:
   """FIELDS as a Markdown table, for the README."""
   rows: Iterable[str] = (
     f"| {field.label or ''} | `{field.name}` | {field.meaning} |" for field in FIELDS
   )
   return "\n".join(["| console | metrics.jsonl | meaning |", "|---|---|---|", *rows]) + "\n"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-  try:
-    record = json.loads(line)
-  except ValueError:
-    return None
-  return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _open_tensorboard(folder: pathlib.Path, start_step: int) -> Any:

@@ -1,11 +1,10 @@
 """The loss curve of a run as a picture."""
 
-import math
 import os
 import pathlib
 from typing import Any
 
-from train.metrics import read_jsonl
+from train.jsonl import read_jsonl, series
 
 _TRAIN, _EVAL = "#4c78a8", "#d1495b"
 
@@ -16,8 +15,8 @@ def plot_losses(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[
   Of a step that is there several times the last record counts. Values that are not finite are left
   out. The picture appears whole or not at all.
   """
-  train = losses(jsonl_path, "train/loss")
-  held_out = losses(jsonl_path, "eval/loss")
+  train = series(read_jsonl(jsonl_path), "train/loss")
+  held_out = series(read_jsonl(jsonl_path), "eval/loss")
   if not train and not held_out:
     return False
   # Imported where it is drawn: it takes a second or more of every start.
@@ -44,14 +43,6 @@ def plot_losses(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[
   figure.savefig(whole, format="png")
   whole.replace(path)
   return True
-
-
-def losses(jsonl_path: str | os.PathLike[str], name: str) -> dict[int, float]:
-  """step -> finite value of one name, steps ascending; the last record of a step counts."""
-  found = {
-    record["step"]: float(record[name]) for record in read_jsonl(jsonl_path) if name in record
-  }
-  return {step: found[step] for step in sorted(found) if math.isfinite(found[step])}
 
 
 def smooth(values: list[float]) -> list[float]:
