@@ -6,7 +6,8 @@ cache. peak_bytes: what the compiled step needs on each device (arguments, tempo
 outputs that take no argument's place); process_peak_bytes: the largest resident set of this
 process. loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random
 length; the loader reads the config's token stores if they are there, else one made of such
-documents.
+documents. With --statistics also the program that runs behind every `statistics.every`-th step, in
+turn with the steps: of_a_step is its part of a step's time, share what it adds to that of all.
 """
 
 import dataclasses
@@ -35,10 +36,13 @@ from sharding import topology
 from sharding.mesh import row_share
 from train import program as programs
 from train.config import Run
+from train.program import Program
+from train.state import TrainState
 from train.throughput import mfu
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=0)
+_STATISTICS = flags.DEFINE_bool("statistics", False, "Times the statistics of layers too.")
 _LOADER_SECONDS = 2.0
 
 
@@ -96,7 +100,34 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     "date": datetime.date.today().isoformat(),
     "command": shlex.join(["python", "-m", "launch.bench", *sys.argv[1:]]),
   }
+  if _STATISTICS.value:
+    result["statistics"] = _statistics(program, compiled, state, batch)
   print(json.dumps(result, default=repr))
+
+
+def _statistics(
+  program: Program, train_step: jax.stages.Compiled, state: TrainState, batch: Batch
+) -> dict[str, float | int | None]:
+  """Steps and their statistics in turn: what else the machine does weighs on both alike."""
+  start = time.perf_counter()
+  compiled = programs.compile_step(program, programs.lower_statistics_step(program))
+  compile_seconds = time.perf_counter() - start
+  ratios = []
+  for _ in range(_WARMUP.value + _STEPS.value):
+    start = time.perf_counter()
+    state, metrics = train_step(state, batch)
+    jax.block_until_ready((state, metrics))
+    middle = time.perf_counter()
+    jax.block_until_ready(compiled(state, batch, metrics.square_norms, metrics.weight))
+    ratios.append((time.perf_counter() - middle) / (middle - start))
+  of_a_step = statistics.median(ratios[_WARMUP.value :])
+  every = program.run.statistics.every
+  return {
+    "of_a_step": round(of_a_step, 4),
+    "every": every,
+    "share": round(of_a_step / every, 5) if every else None,
+    "compile_seconds": round(compile_seconds, 2),
+  }
 
 
 def _peak_bytes(compiled: jax.stages.Compiled) -> int:

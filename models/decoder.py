@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import observe
 from models.block import BlockConfig
 from models.layers import segments as segments_lib
 from models.layers.embedding import Embedding, cap_logits
@@ -105,6 +106,7 @@ class Model(NamedTuple):
   logits: Callable[..., jax.Array]  # (params, tokens_BT, segments_BT) -> float32 [B, T, V]
   initial_state: Callable[..., State]  # (batch, context): global attention sees `context` tokens
   extend: Callable[..., tuple[jax.Array, jax.Array, State]]  # (params, tokens, segments, state)
+  observe: Callable[..., Params]  # (params, tokens_BT, segments_BT) -> what blocks tell, stacked
 
 
 def build(config: DecoderConfig) -> Model:
@@ -120,6 +122,7 @@ def build(config: DecoderConfig) -> Model:
     decoder.logits,
     decoder.initial_state,
     decoder.extend,
+    decoder.observe,
   )
 
 
@@ -225,7 +228,7 @@ class _Decoder:
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Hidden states after the final norm, and the unembedding; rows begin without history."""
-    x_BTD, unembed_VD, _ = self._forward(params, tokens_BT, segments_BT, None)
+    x_BTD, unembed_VD, _, _ = self._forward(params, tokens_BT, segments_BT, None)
     return x_BTD, unembed_VD
 
   def logits(self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -237,9 +240,16 @@ class _Decoder:
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State
   ) -> tuple[jax.Array, jax.Array, State]:
     """As `apply`, going on from `state`: any number of tokens, one for a decoding step."""
-    x_BTD, unembed_VD, new_state = self._forward(params, tokens_BT, segments_BT, state)
-    assert new_state is not None
-    return x_BTD, unembed_VD, new_state
+    x_BTD, unembed_VD, after, blocks = self._forward(params, tokens_BT, segments_BT, state)
+    assert after is not None
+    return x_BTD, unembed_VD, State(after, blocks)
+
+  def observe(self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> Params:
+    """What every block tells of itself on these rows (models/observe.py), by its names: "groups"
+    and "remainder" as of the parameters, so that `split_blocks` gives each block its own."""
+    with observe.collecting():
+      *_, blocks = self._forward(params, tokens_BT, segments_BT, None)
+    return blocks
 
   def initial_state(self, batch: int, context: int) -> State:
     """The state before the first token. `context` is how many tokens global attention can see, so
@@ -257,7 +267,8 @@ class _Decoder:
 
   def _forward(
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State | None
-  ) -> tuple[jax.Array, jax.Array, State | None]:
+  ) -> tuple[jax.Array, jax.Array, SegmentState | None, dict[str, Any]]:
+    """Hidden states, unembedding, and what follows the rows: segments, and each block's state."""
     if state is None:
       segments, after = _row_segments(segments_BT), None
     else:
@@ -289,9 +300,7 @@ class _Decoder:
     norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm.axes))
     x_BTD = norm(x_BTD)
     unembed_VD = embedding.table_VD[...].astype(x_BTD.dtype)
-    if after is None:
-      return x_BTD, unembed_VD, None
-    return x_BTD, unembed_VD, State(after, {"groups": new_groups, "remainder": new_left})
+    return x_BTD, unembed_VD, after, {"groups": new_groups, "remainder": new_left}
 
   def _scan_runs(
     self, runs: list[_Run], x_BTD: jax.Array, params: Params, segments: Segments, states: Any
@@ -302,8 +311,12 @@ class _Decoder:
       def block(x_BTD: jax.Array, xs: Any, run: _Run = run) -> tuple[jax.Array, Any]:
         block_params, state = xs
         module = run.part.merge(self._used(block_params, run.part.axes))
-        x_BTD, state = module(x_BTD, segments, state)
-        return logical.constrain(x_BTD, "batch", "time", "width"), state
+        with observe.block() as seen:
+          x_BTD, state = module(x_BTD, segments, state)
+          if observe.is_on():
+            observe.record(output_rms=observe.rms(x_BTD))
+        x_BTD = logical.constrain(x_BTD, "batch", "time", "width")
+        return x_BTD, state if seen is None else seen
 
       state = None if states is None else states[run.name]
       x_BTD, new_states[run.name] = self._scan(

@@ -1,5 +1,6 @@
 """`python -m launch.train` killed, told to stop, and started again: as if nothing had happened."""
 
+import math
 import os
 import random
 import signal
@@ -41,7 +42,8 @@ def undisturbed(commands, tmp_path_factory):
   """Where the data of all runs is, and the losses of one that nothing happened to."""
   folder = tmp_path_factory.mktemp("train")
   tiny.run(folder)
-  status, output = commands.run("launch.train", _arguments(folder, "straight"), folder / "output")
+  arguments = [*_arguments(folder, "straight"), "--config.statistics.every=20"]
+  status, output = commands.run("launch.train", arguments, folder / "output")
   assert status == 0, output
   losses = _losses(folder / "straight")
   assert sorted(losses) == list(range(1, 61))
@@ -87,6 +89,17 @@ def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, 
   assert min(seconds[kind] for kind in ("init", "compile", "restore", "step", "checkpoint")) > 0
   kept = [piece.steps for piece in log.pieces if piece.kind == "step" and piece.steps]
   assert sorted(step for first, last in kept for step in range(first, last + 1)) == sorted(expected)
+
+
+def test_statistics_are_written_at_their_interval(undisturbed):
+  folder, _ = undisturbed
+  records = {r["step"]: r for r in read_jsonl(folder / "straight" / "metrics.jsonl")}
+  lines = read_jsonl(folder / "straight" / "statistics.jsonl")
+  assert [line["step"] for line in lines] == [20, 40, 60]
+  for line in lines:
+    ends = (line["embedding"]["grad_norm"], line["final_norm"]["grad_norm"])
+    whole = math.hypot(*line["grad_norm"], *ends)
+    assert whole == pytest.approx(records[line["step"]]["train/grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)

@@ -11,6 +11,7 @@ from train.checkpoint import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
+from train.statistics import StatisticsConfig
 
 
 def store(path: pathlib.Path, *, seed: int = 0, documents: int = 40) -> str:
@@ -55,5 +56,6 @@ def run(folder: pathlib.Path, **changes) -> Run:
     "z_loss": 1e-3,
     "checkpoint": CheckpointConfig(every_steps=3),
     "metrics": MetricsConfig(log_every=1, tensorboard=False),
+    "statistics": StatisticsConfig(every=None),
   }
   return Run(**{**settings, **changes})

@@ -10,6 +10,7 @@ from train.checkpoint import CheckpointConfig
 from train.faults import NonFinitePolicy
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
+from train.statistics import StatisticsConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Run:
   zero_stage: Literal[1, 2, 3] = 3
   checkpoint: CheckpointConfig = CheckpointConfig()
   metrics: MetricsConfig = MetricsConfig()
+  statistics: StatisticsConfig = StatisticsConfig()
   non_finite: NonFinitePolicy = NonFinitePolicy()
 
   def __post_init__(self):

@@ -12,6 +12,7 @@ import jax
 from absl import logging
 
 from data import pipeline
+from data.rows import Batch
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
@@ -27,6 +28,7 @@ from train.plot import plot_losses
 from train.program import Program
 from train.record import compare_records, run_record
 from train.state import TrainState
+from train.statistics import by_layer
 from train.step import StepMetrics
 from train.throughput import Throughput, mfu
 
@@ -91,6 +93,7 @@ class _Running(NamedTuple):
 
   step: int
   metrics: StepMetrics
+  statistics: dict[str, Any] | None  # of the steps where they are due
 
 
 class _Session:
@@ -113,6 +116,8 @@ class _Session:
       evaluates = self.run.data.eval_source is not None
       lowered = programs.lower_eval_step(program) if evaluates else None
       self.eval_step = None if lowered is None else programs.compile_step(program, lowered)
+      lowered = programs.lower_statistics_step(program) if self.run.statistics.every else None
+      self.statistics_step = None if lowered is None else programs.compile_step(program, lowered)
     logging.info("compiled in %.1f s", time.monotonic() - start)
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)
@@ -136,7 +141,7 @@ class _Session:
         step += 1
         if running is not None:
           self._finish(running)
-        running = _Running(step, metrics)
+        running = _Running(step, metrics, self._statistics(step, state, batch, metrics))
 
         is_last = step == run.total_steps
         kind = self.checkpoints.due(step) or ("permanent" if is_last else None)
@@ -161,13 +166,15 @@ class _Session:
 
   def _finish(self, running: _Running) -> None:
     """Reads what a step on the device has told, once it is over; writes it if it is due."""
-    step, metrics = running
+    step, metrics, statistics = running
     if not bool(metrics.is_finite):
       self._not_finite(step, metrics)
     else:
       self.skipped_in_a_row = 0
     self.throughput.count_step()
     self.events.finished(step)
+    if statistics is not None and bool(metrics.is_finite):
+      self.metrics.write_layers(step, by_layer(self.run.model, jax.device_get(statistics)))
     if not self.metrics.due(step):
       return
     rates = self.throughput.read()
@@ -194,6 +201,13 @@ class _Session:
     if self.skipped:
       values["train/skipped_steps"] = self.skipped
     self.metrics.write(step, values)
+
+  def _statistics(
+    self, step: int, state: TrainState, batch: Batch, metrics: StepMetrics
+  ) -> dict[str, Any] | None:
+    if self.statistics_step is None or not self.run.statistics.due(step):
+      return None
+    return self.statistics_step(state, batch, metrics.square_norms, metrics.weight)
 
   def _not_finite(self, step: int, metrics: StepMetrics) -> None:
     """Records a step whose loss or gradient is not finite, and stops the run if it has to."""

@@ -1,6 +1,7 @@
 """What a run tells while it trains: console, metrics.jsonl, TensorBoard, wandb; process 0 only.
 
 WORKDIR/metrics.jsonl    one JSON object per line: step, time, and values by the names of FIELDS
+WORKDIR/statistics.jsonl one for each step with statistics: see train/statistics.py
 WORKDIR/tensorboard/     the same scalars
 WORKDIR/wandb/           the same, if asked for; WORKDIR/wandb_run_id is the id of all its restarts
 """
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from absl import logging
 
+from train import statistics
 from train.jsonl import truncate
 
 JSONL = "metrics.jsonl"
@@ -145,6 +147,8 @@ class Metrics:
     folder.mkdir(parents=True, exist_ok=True)
     truncate(folder / JSONL, start_step)
     self._jsonl = (folder / JSONL).open("a", encoding="utf-8")
+    truncate(folder / statistics.JSONL, start_step)
+    self._layers = (folder / statistics.JSONL).open("a", encoding="utf-8")
     if config.tensorboard:
       self._tensorboard = _open_tensorboard(folder / "tensorboard", start_step)
     if config.wandb != "disabled":
@@ -168,12 +172,32 @@ class Metrics:
     record |= {key: x if math.isfinite(x) else str(x) for key, x in plain.items()}
     self._jsonl.write(json.dumps(record, allow_nan=False) + "\n")
     self._jsonl.flush()
+    self._send(step, plain)
+    logging.info("%s", console_line(step, self._total_steps, plain))
+
+  def write_layers(self, step: int, columns: Mapping[str, Any]) -> None:
+    """Writes one step's columns of train/statistics.py: a line of their file, and as scalars
+    "layers/<name>/<block>" everywhere else; of several quantiles the middle one."""
+    if not self._is_open:
+      return
+    record = {"step": step, "time": round(time.time(), 3), **columns}
+    self._layers.write(json.dumps(record, allow_nan=False) + "\n")
+    self._layers.flush()
+    scalars = {
+      f"layers/{name}/{block:02}": value[len(value) // 2] if isinstance(value, list) else value
+      for name in statistics.LAYER_FIELDS
+      for block, value in enumerate(columns.get(name, []))
+      if value is not None
+    }
+    self._send(step, scalars)
+
+  def _send(self, step: int, values: Mapping[str, float]) -> None:
+    """To TensorBoard and wandb."""
     if self._tensorboard is not None:
-      for key, x in plain.items():
+      for key, x in values.items():
         self._tensorboard.add_scalar(key, x, step)
     if self._wandb is not None:
-      self._wandb.log({"step": step, **plain})
-    logging.info("%s", console_line(step, self._total_steps, plain))
+      self._wandb.log({"step": step, **values})
 
   def close(self) -> None:
     """Flushes and closes all files."""
@@ -181,6 +205,7 @@ class Metrics:
       return
     self._is_open = False
     self._jsonl.close()
+    self._layers.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
     if self._wandb is not None:

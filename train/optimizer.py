@@ -7,6 +7,7 @@ knows of a non-finite one before any moment changes.
 
 import dataclasses
 import types
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -173,15 +174,13 @@ class AdamW:
     def update(grads: Any, state: AdamWState, params: Any = None) -> tuple[Any, AdamWState]:
       count = state.count + 1
       lr = self.learning_rate(count, total_steps=total_steps)
-      t = count.astype(jnp.float32)
-      # The moments start at zero; without this the first steps would be too small.
-      mu_scale, nu_scale = 1 / (1 - self.b1**t), 1 / (1 - self.b2**t)
+      direction = self._direction(count)
 
       def one(g, mu, nu, w, decays):
         g32 = g.astype(jnp.float32)
         mu32 = self.b1 * mu.astype(jnp.float32) + (1 - self.b1) * g32
         nu32 = self.b2 * nu.astype(jnp.float32) + (1 - self.b2) * jnp.square(g32)
-        change = mu32 * mu_scale / (jnp.sqrt(nu32 * nu_scale) + self.eps)
+        change = direction(mu32, nu32)
         if decays:
           change += self.weight_decay * w.astype(jnp.float32)
         return _Leaf(-lr * change, mu32.astype(moment_dtype), nu32.astype(moment_dtype))
@@ -191,6 +190,34 @@ class AdamW:
       return updates, AdamWState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+  def last_update(
+    self, state: "AdamWState", params: Any, *, total_steps: int, decay_mask: Any
+  ) -> Any:
+    """What the update that ended in `state` and `params` added to the parameters, float32.
+
+    To the rounding of stored moments and parameters. It was u = -lr (d + weight_decay (w - u)) for
+    the w of now, which is solved for u.
+    """
+    lr = self.learning_rate(state.count, total_steps=total_steps)
+    direction = self._direction(state.count)
+
+    def one(mu, nu, w, decays):
+      change = direction(mu.astype(jnp.float32), nu.astype(jnp.float32))
+      if not decays:
+        return -lr * change
+      return (
+        -lr * (change + self.weight_decay * w.astype(jnp.float32)) / (1 - lr * self.weight_decay)
+      )
+
+    return jax.tree.map(one, state.mu, state.nu, params, decay_mask)
+
+  def _direction(self, count: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(mu, nu) after `count` updates -> the step of Adam, before the learning rate."""
+    t = count.astype(jnp.float32)
+    # The moments start at zero; without this the first steps would be too small.
+    mu_scale, nu_scale = 1 / (1 - self.b1**t), 1 / (1 - self.b2**t)
+    return lambda mu, nu: mu * mu_scale / (jnp.sqrt(nu * nu_scale) + self.eps)
 
 
 class AdamWState(NamedTuple):

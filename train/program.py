@@ -21,6 +21,7 @@ from sharding.mesh import RowShare, make_mesh, row_share
 from train.config import Run
 from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
+from train.statistics import statistics_step
 from train.step import eval_step, train_step
 
 # A CPU step is matrix products, which are a library's: at level 1 LLVM compiles the rest in three
@@ -94,7 +95,8 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
       clip_norm=run.optimizer.clip_norm,
     )
 
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(program.shardings, None))
+  shardings = (program.shardings, _replicated(program.mesh))
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
   with _placed(program):
     return jitted.lower(program.abstract, _abstract_batch(program))
 
@@ -112,6 +114,34 @@ def lower_eval_step(program: Program) -> jax.stages.Lowered:
 
   with _placed(program):
     return jax.jit(step).lower(program.abstract.params, _abstract_batch(program))
+
+
+def lower_statistics_step(program: Program) -> jax.stages.Lowered:
+  """`(state, batch, square norms of the gradients, targets) -> ` what train/statistics.py says, on
+  every device; the last two are of the StepMetrics."""
+  run = program.run
+  replicated = _replicated(program.mesh)
+
+  def step(state: TrainState, batch: Batch, square_norms: Any, weight: jax.Array):
+    return statistics_step(
+      state,
+      batch,
+      square_norms,
+      weight,
+      model=program.model,
+      optimizer=run.optimizer,
+      total_steps=run.total_steps,
+      num_microbatches=run.num_microbatches,
+    )
+
+  def scalar(w: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(w.shape[: axes.count("layers")], jnp.float32, sharding=replicated)
+
+  square_norms = jax.tree.map(scalar, program.model.shapes, program.model.axes)
+  weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+  with _placed(program):
+    jitted = jax.jit(step, out_shardings=replicated)
+    return jitted.lower(program.abstract, _abstract_batch(program), square_norms, weight)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -141,6 +171,10 @@ def local_part(x_BT: np.ndarray, share: RowShare, index: tuple[slice, ...]) -> n
   num_rows = len(x_BT) // len(share.shards)
   first = share.shards.index((rows.start or 0) // num_rows) * num_rows
   return x_BT[first : first + num_rows, times]
+
+
+def _replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
 
 
 @contextmanager

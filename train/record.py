@@ -27,6 +27,7 @@ MAY_CHANGE = (
   "zero_stage",
   "checkpoint*",
   "metrics*",
+  "statistics*",
   "non_finite*",
   "model.remat",
   "model.layers",

@@ -62,7 +62,7 @@ def train_step(
       LossSums(*[jnp.zeros((), jnp.float32)] * 3),
       logical.constrain_gradients(zeros, model.axes),
     )
-    (sums, grads), _ = jax.lax.scan(accumulate, start, _microbatches(batch, num_microbatches))
+    (sums, grads), _ = jax.lax.scan(accumulate, start, microbatches(batch, num_microbatches))
 
   # A batch without a single target (all padding) has nothing to divide by, and nothing to learn.
   weight = jnp.maximum(sums.weight, 1.0)
@@ -71,7 +71,7 @@ def train_step(
 
   # Of the sums, so that dividing and clipping are one factor in the update, and no pass of their
   # own: a product is fused into all that reads it, a quotient is not.
-  square_norms = jax.tree.map(_square_norm, grads, model.axes)
+  square_norms = jax.tree.map(square_norm, grads, model.axes)
   grad_norm = global_norm(square_norms) / weight
   is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
   factor = clip_factor(grad_norm, clip_norm) / weight
@@ -99,13 +99,13 @@ def eval_step(params: Any, batch: Batch, *, model: Model) -> LossSums:
   return loss_sums(x_BTD, unembed_VD, batch, logit_cap=model.config.logit_cap)
 
 
-def _square_norm(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Sum of squares of one parameter's gradient, for each stacked layer."""
+def square_norm(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Sum of squares of an array of one parameter's shape and axes, for each stacked layer."""
   num_layer_axes = sum(name == "layers" for name in axes)
-  return jnp.sum(jnp.square(grad), axis=tuple(range(num_layer_axes, grad.ndim)))
+  return jnp.sum(jnp.square(x), axis=tuple(range(num_layer_axes, x.ndim)))
 
 
-def _microbatches(batch: Batch, num_microbatches: int) -> Batch:
+def microbatches(batch: Batch, num_microbatches: int) -> Batch:
   """[B, ...] as [num_microbatches, B / num_microbatches, ...]; part j has the rows j, j + k, ...
 
   Every device's rows are dealt out evenly, so that no row moves to another device.

@@ -26,7 +26,9 @@ from flax import nnx
 
 from kernels import halo, rg_lru
 from kernels.rg_lru.gates import C
+from models import observe
 from models.layers.projection import project
+from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
 from sharding import logical
@@ -181,6 +183,8 @@ class RecurrentBlock(nnx.Module):
     h_BTR, last_BSR = recur(
       x_BTR, r_BTR, i_BTR, self.decay_R[...], segments.is_start_BT, state.h_BR
     )
+    if observe.is_on():
+      observe.record(**statistics(r_BTR, i_BTR, h_BTR, self.decay_R[...]))
     return h_BTR, last_BSR[:, 0]
 
   def _gates(self, x_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:

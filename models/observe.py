@@ -1,0 +1,55 @@
+"""What layers tell of themselves, where somebody looks: nothing is computed anywhere else.
+
+Within `collecting`, each block of a model that is traced gets a place for its values (`block`), and
+a layer puts them there: `if observe.is_on(): observe.record(state_rms=...)`.
+"""
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+
+_collects: contextvars.ContextVar[bool] = contextvars.ContextVar("collects", default=False)
+_values: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar(
+  "values", default=None
+)
+
+
+@contextmanager
+def collecting() -> Iterator[None]:
+  """Within it, blocks collect what their layers record."""
+  token = _collects.set(True)
+  try:
+    yield
+  finally:
+    _collects.reset(token)
+
+
+@contextmanager
+def block() -> Iterator[dict[str, jax.Array] | None]:
+  """The values that the layers inside record; None where nobody collects."""
+  token = _values.set({} if _collects.get() else None)
+  try:
+    yield _values.get()
+  finally:
+    _values.reset(token)
+
+
+def is_on() -> bool:
+  """Whether what is recorded now is kept."""
+  return _values.get() is not None
+
+
+def record(**values: jax.Array) -> None:
+  """Keeps small float32 arrays of the block that is being traced, by names it did not use yet."""
+  kept = _values.get()
+  assert kept is not None, "observe.record outside of collecting: ask is_on() first"
+  assert not set(values) & set(kept), f"{sorted(set(values) & set(kept))} recorded twice"
+  kept.update(values)
+
+
+def rms(x: jax.Array) -> jax.Array:
+  """Root mean square of all of x, float32."""
+  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))

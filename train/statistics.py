@@ -1,0 +1,124 @@
+"""Each layer as it trains: norms of gradient, parameters and update, and what the recurrence does.
+
+A program of its own, dispatched behind the step at a set interval: the step pays nothing. It reads
+the state after the step and goes forward, once, over the step's first microbatch. It writes
+WORKDIR/statistics.jsonl: step, time, "mixers" (what each block is), and lists by the names of
+LAYER_FIELDS with an entry for each block, first to last; null where a block has no such thing.
+"embedding" and "final_norm" have norms of their own.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from data.rows import Batch
+from models.decoder import DecoderConfig, Model, split_blocks
+from train.optimizer import AdamW, decay_mask
+from train.state import TrainState
+from train.step import microbatches, square_norm
+
+JSONL = "statistics.jsonl"
+LAYER_FIELDS = {
+  "param_norm": "norm of all parameters of the block",
+  "grad_norm": "norm of their gradient, before clipping",
+  "update_norm": "norm of what the step added to them",
+  "output_rms": "root mean square of the residual stream behind the block",
+  "horizon": "memory horizon -1 / ln a in tokens at the mean gate: quantiles 5, 25, 50, 75, 95 % "
+  "of the channels",
+  "horizon_open": "the same with the gate wide open (r = 1): the shortest a channel can have",
+  "recurrence_gate_low": "share of recurrence gates below 0.05 (the state is kept)",
+  "recurrence_gate_high": "share of recurrence gates above 0.95 (it decays as fast as it can)",
+  "input_gate_low": "share of input gates below 0.05 (closed)",
+  "input_gate_high": "share of input gates above 0.95 (open)",
+  "state_rms": "root mean square of the recurrent states",
+}
+_ENDS = ("embedding", "final_norm")  # of the model, outside its blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+  """every: after each so many steps; None for never, which also compiles nothing."""
+
+  every: int | None = 100
+
+  def __post_init__(self):
+    if self.every is not None and self.every < 1:
+      raise ValueError(
+        f"StatisticsConfig: every {self.every} must be at least 1; None is no statistics"
+      )
+
+  def due(self, step: int) -> bool:
+    """Whether the statistics of this step are wanted."""
+    return self.every is not None and step % self.every == 0
+
+
+def statistics_step(
+  state: TrainState,
+  batch: Batch,
+  grad_square_norms: Any,
+  weight: jax.Array,
+  *,
+  model: Model,
+  optimizer: AdamW,
+  total_steps: int,
+  num_microbatches: int,
+) -> dict[str, Any]:
+  """What `by_layer` reads, of the step that ended in `state`: its batch, and of its StepMetrics
+  the square norms of the gradients' sums and the number of targets."""
+  if num_microbatches == 1:
+    part = batch
+  else:
+    part = jax.tree.map(lambda x: x[0], microbatches(batch, num_microbatches))
+  seen = model.observe(state.params, part.tokens_BT, part.segments_BT)
+  update = optimizer.last_update(
+    state.opt_state, state.params, total_steps=total_steps, decay_mask=decay_mask(model.axes)
+  )
+
+  def square_norms(tree: Any) -> Any:
+    return jax.tree.map(lambda x, axes: square_norm(x.astype(jnp.float32), axes), tree, model.axes)
+
+  norms = {
+    "param_norm": square_norms(state.params),
+    "grad_norm": jax.tree.map(lambda x: x / jnp.square(weight), grad_square_norms),
+    "update_norm": square_norms(update),
+  }
+  values: dict[str, Any] = {
+    end: {name: jnp.sqrt(_sum(tree[end])) for name, tree in norms.items()} for end in _ENDS
+  }
+  for part_name in ("groups", "remainder"):
+    values[part_name] = {
+      run: {
+        **{name: jnp.sqrt(_sum(tree[part_name][run])) for name, tree in norms.items()},
+        **seen[part_name][run],
+      }
+      for run in model.axes[part_name]
+    }
+  return values
+
+
+def by_layer(config: DecoderConfig, values: dict[str, Any]) -> dict[str, Any]:
+  """A line of the file but for step and time, from the arrays of statistics_step on the host."""
+  blocks = split_blocks(config, values)
+  columns: dict[str, Any] = {
+    "mixers": [type(block.mixer).__module__.rpartition(".")[2] for block in config.blocks]
+  }
+  for name in LAYER_FIELDS:
+    column = [_plain(block[name]) if name in block else None for block in blocks]
+    if any(value is not None for value in column):
+      columns[name] = column
+  ends = {end: {name: _plain(x) for name, x in values[end].items()} for end in _ENDS}
+  return {**columns, **ends}
+
+
+def _sum(tree: Any) -> jax.Array:
+  return jax.tree.reduce(jnp.add, tree)
+
+
+def _plain(value: Any) -> Any:
+  """Numbers with five digits, as JSON has them: what is not finite is None."""
+  if getattr(value, "ndim", 0):
+    return [_plain(item) for item in value]
+  return float(f"{float(value):.5g}") if math.isfinite(value) else None
