@@ -143,6 +143,17 @@ def test_only_the_steps_of_a_line_that_are_done_again_are_lost(tmp_path):
   assert found == {"step": 8, "data_wait": 2, "lost": 30, "idle": 10}
 
 
+def test_going_back_without_a_restart_loses_the_steps_after(tmp_path):
+  clock = _Clock()
+  with _begin(tmp_path, clock, resume=0) as events, events.span("step"):
+    _steps(events, clock, range(1, 5))
+    events.resume(3)
+    _steps(events, clock, range(4, 6))
+  log = goodput.read(tmp_path)
+  assert [start.step for start in log.starts] == [0]
+  assert (log.seconds()["step"], log.seconds()["lost"]) == pytest.approx((50, 10))
+
+
 def test_a_start_that_finds_the_run_complete_is_not_part_of_it(tmp_path):
   clock, _ = _killed_twice(tmp_path)
   before = goodput.read(tmp_path)

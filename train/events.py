@@ -23,7 +23,7 @@ import jax
 
 from train.goodput import HEARTBEAT, JSONL, Activity, read
 
-_SECONDS_PER_LINE = 5.0
+_SECONDS_PER_LINE = 10.0
 _SECONDS_PER_BEAT = 1.0
 _SHORTEST = 0.002  # what takes fewer seconds is counted with what comes next
 _BEAT_BYTES = 96  # always the same, so that one write replaces the last beat

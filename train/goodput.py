@@ -99,7 +99,9 @@ class _Reader:
         self.starts.append(Start(self.end, None, about))
         self.is_open, self.outcome = True, None
       case "resume":
-        self.starts[-1] = self.starts[-1]._replace(step=line["step"])
+        if self.starts[-1].step is None:
+          self.starts[-1] = self.starts[-1]._replace(step=line["step"])
+        # Else the same process went back to a checkpoint: no restart, but work is lost.
         self._step = line["step"]
         self.pieces = [part for piece in self.pieces for part in _without_lost(piece, self._step)]
       case "end":
