@@ -1,9 +1,9 @@
 """A plan as one page: pictures a person reads at a glance, no script and no other file."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from launch import plan_text
+from launch import plan_text, svg
 from train.plan import Plan
 
 _COLORS = {
@@ -15,7 +15,7 @@ _COLORS = {
   "code": "#7a7a7a",
 }
 _TIMES = {"compute": "#3d5a80", "HBM": "#c8553d", "ICI": "#e09f3e", "DCN": "#6a4c93"}
-_GOOD, _BAD, _INK = "#2d6a4f", "#b3261e", "#222"
+_GOOD, _BAD = "#2d6a4f", "#b3261e"
 _WIDTH = 860
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:900px;margin:2em auto;
@@ -79,27 +79,27 @@ def _memory(plan: Plan) -> str:
   scale = (_WIDTH - 20) / max(memory.limit, memory.total)
   shapes, x = [], 10.0
   end = 10 + memory.limit * scale
-  shapes.append(_rect(10, 26, memory.limit * scale, 44, "#f0f0f0"))
+  shapes.append(svg.rect(10, 26, memory.limit * scale, 44, "#f0f0f0"))
   for name, size in memory.parts.items():
-    shapes.append(_rect(x, 26, size * scale, 44, _COLORS[name], plan_text.MEMORY[name]))
+    shapes.append(svg.rect(x, 26, size * scale, 44, _COLORS[name], plan_text.MEMORY[name]))
     x += size * scale
-  shapes.append(f'<path d="M{end:.1f} 18V78" stroke="{_INK}" stroke-width="2"/>')
+  shapes.append(f'<path d="M{end:.1f} 18V78" stroke="{svg.INK}" stroke-width="2"/>')
   # Each label stands where the other does not.
   is_left = end < _WIDTH / 2
   limit = f"{plan_text.gigabytes(memory.limit)} GB in {plan.chip.name}"
   needed = f"{plan_text.gigabytes(memory.total)} GB needed"
-  shapes.append(_text(end, 13, limit, anchor="start" if is_left else "end"))
+  shapes.append(svg.text(end, 13, limit, anchor="start" if is_left else "end"))
   if is_left:
-    shapes.append(_text(_WIDTH - 10, 13, needed, anchor="end", weight=600))
+    shapes.append(svg.text(_WIDTH - 10, 13, needed, anchor="end", weight=600))
   else:
-    shapes.append(_text(10, 13, needed, weight=600))
+    shapes.append(svg.text(10, 13, needed, weight=600))
   for index, (name, size) in enumerate(memory.parts.items()):
     column, row = index % 3, index // 3
     left, top = 10 + column * 285, 92 + row * 24
-    shapes.append(_rect(left, top, 13, 13, _COLORS[name]))
+    shapes.append(svg.rect(left, top, 13, 13, _COLORS[name]))
     words = f"{plan_text.MEMORY[name]}  {plan_text.gigabytes(size)} GB"
-    shapes.append(_text(left + 20, top + 11, words))
-  return _svg(142, shapes)
+    shapes.append(svg.text(left + 20, top + 11, words))
+  return svg.svg(_WIDTH, 142, shapes)
 
 
 def _times(plan: Plan) -> str:
@@ -154,29 +154,7 @@ def _bars(bars: Sequence[tuple[str, float, str, str]]) -> str:
   for index, (label, size, value, color) in enumerate(bars):
     top = 6 + index * 28
     width = room * size / most
-    shapes.append(_text(left - 10, top + 14, label, anchor="end"))
-    shapes.append(_rect(left, top, max(width, 1.0), 18, color))
-    shapes.append(_text(left + width + 8, top + 14, value))
-  return _svg(12 + 28 * len(bars), shapes)
-
-
-def _svg(height: float, shapes: Iterable[str]) -> str:
-  return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" '
-    f'font-family="system-ui,sans-serif" font-size="13">{"".join(shapes)}</svg>'
-  )
-
-
-def _rect(x: float, y: float, width: float, height: float, color: str, title: str = "") -> str:
-  inner = f"<title>{html.escape(title)}</title>" if title else ""
-  return (
-    f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-    f'fill="{color}">{inner}</rect>'
-  )
-
-
-def _text(x: float, y: float, words: str, *, anchor: str = "start", weight: int = 400) -> str:
-  return (
-    f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
-    f'fill="{_INK}">{html.escape(words)}</text>'
-  )
+    shapes.append(svg.text(left - 10, top + 14, label, anchor="end"))
+    shapes.append(svg.rect(left, top, max(width, 1.0), 18, color))
+    shapes.append(svg.text(left + width + 8, top + 14, value))
+  return svg.svg(_WIDTH, 12 + 28 * len(bars), shapes)

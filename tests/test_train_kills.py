@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from launch import report_page
 from tests import tiny
 from tests.commands import Commands
-from train import goodput
+from train import goodput, history
 from train.checkpoint_folder import steps
 from train.jsonl import read_jsonl
 
@@ -89,6 +90,11 @@ def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, 
   assert min(seconds[kind] for kind in ("init", "compile", "restore", "step", "checkpoint")) > 0
   kept = [piece.steps for piece in log.pieces if piece.kind == "step" and piece.steps]
   assert sorted(step for first, last in kept for step in range(first, last + 1)) == sorted(expected)
+  runs = [history.read(workdir), history.read(folder / "straight")]
+  assert report_page.labels(runs) == ["killed", "straight"]
+  page = report_page.page(runs, command="")
+  assert f"{len(runs[0].restarts)} restarts<" in page or ">restart<" in page
+  assert "What the recurrence of straight does" in page
 
 
 def test_statistics_are_written_at_their_interval(undisturbed):

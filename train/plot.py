@@ -1,7 +1,9 @@
 """The loss curve of a run as a picture."""
 
+import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from train.jsonl import read_jsonl, series
@@ -45,15 +47,13 @@ def plot_losses(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[
   return True
 
 
-def smooth(values: list[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
   """Each value with a few around it: means over a centred window of a twentieth of the curve."""
-  reach = len(values) // 40
-  means = []
+  reach, sums, means = len(values) // 40, [0.0, *itertools.accumulate(values)], []
   for index in range(len(values)):
     # The window shrinks evenly at both ends, so that a slope is not drawn as a step.
     near = min(reach, index, len(values) - 1 - index)
-    window = values[index - near : index + near + 1]
-    means.append(sum(window) / len(window))
+    means.append((sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
   return means
 
 

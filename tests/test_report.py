@@ -1,0 +1,236 @@
+"""The report: what a run left is on the page, whatever state it was left in."""
+
+import html.parser
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import report, report_page, svg, time_charts
+from launch.line_chart import Axis, Line, Mark, chart, ticks, without_first_steps
+from train import history
+from train.goodput import KINDS
+
+GATES = ("recurrence", "input")
+QUANTILES = [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
+def _write(path, lines):
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _run(folder, *, name="one", steps=40, outcome="complete", statistics=True):
+  """A run that was killed in step 25 and went on from step 20."""
+  folder.mkdir(parents=True)
+  began = time.time() - 1000
+  about = {"name": name, "total_steps": 40, "tokens_per_step": 1000, "row_length": 256}
+  about |= {"flops_per_token": 6e6, "devices": "8 x TPU v5e"}
+  events = [
+    {"time": began, "kind": "start", **about},
+    {"time": began, "kind": "resume", "step": 0},
+    {"time": began + 10, "kind": "compile"},
+    {"time": began + 110, "kind": "step", "steps": [1, 20], "data_wait": 10.0},
+    {"time": began + 120, "kind": "checkpoint"},
+    {"time": began + 145, "kind": "step", "steps": [21, 25]},
+    {"time": began + 200, "kind": "start", **about},
+    {"time": began + 210, "kind": "init"},
+    {"time": began + 210, "kind": "resume", "step": 20},
+    {"time": began + 210 + 5 * (steps - 20), "kind": "step", "steps": [21, steps]},
+  ]
+  if outcome:
+    events.append({"time": began + 210 + 5 * (steps - 20), "kind": "end", "outcome": outcome})
+  _write(folder / "events.jsonl", events)
+  metrics = []
+  for step in range(1, steps + 1):
+    values = {"train/loss": 6 / step**0.3, "train/grad_norm": 1 + 5 / step}
+    values["train/tokens_per_second"] = 5000.0
+    metrics.append({"step": step, "time": began + 10 + 5 * step, **values})
+    if step % 10 == 0:
+      metrics.append({"step": step, "time": began + 10 + 5 * step, "eval/loss": 6.1 / step**0.3})
+  _write(folder / "metrics.jsonl", metrics)
+  if statistics:
+    layers = [
+      {
+        "step": step,
+        "mixers": ["rg_lru", "attention"],
+        **{name: [1.0, 2.0] for name in ("param_norm", "grad_norm", "update_norm", "output_rms")},
+        "horizon": [[step * x for x in QUANTILES], None],
+        "horizon_open": [QUANTILES, None],
+        "state_rms": [0.5, None],
+        **{
+          f"{gate}_gate_{end}": [0.1, None]
+          for gate in ("recurrence", "input")
+          for end in ("low", "high")
+        },
+      }
+      for step in range(10, steps + 1, 10)
+    ]
+    _write(folder / "statistics.jsonl", layers)
+  return folder
+
+
+class _Checker(html.parser.HTMLParser):
+  """Fails on tags that are not closed, and keeps what is written in the pictures."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.words = [], []
+
+  def handle_starttag(self, tag, attrs):
+    if tag not in ("meta", "br"):
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    for name, value in attrs:
+      assert "nan" not in str(value), f"<{tag} {name}={value}>"
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+
+def _page(*folders) -> str:
+  page = report_page.page([history.read(folder) for folder in folders], command="a < b")
+  checker = _Checker()
+  checker.feed(page)
+  assert not checker.open
+  # Nothing is fetched and nothing is run.
+  assert not re.search(r"<script|<link|<img|src=|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
+  return "\n".join(checker.words)
+
+
+def test_a_page_has_every_picture_of_a_whole_run(tmp_path):
+  words = _page(_run(tmp_path / "run"))
+  for expected in (
+    "over tokens",
+    "over compute",
+    "over wall-clock time",
+    "Throughput",
+    "Gradient norm",
+    "restart",
+    "one: goodput 61% of 5.2 min",
+    "Memory horizon",
+    "a row: 256",
+    "Saturated recurrence gates",
+    "block 0: 160",
+    "block 0: 20%",
+    "Update of each block",
+    "40 of 40",
+    "held out 2.017",
+  ):
+    assert expected in words, expected
+  assert "nothing of single layers" not in words
+
+
+def test_two_runs_are_told_apart_by_their_names(tmp_path):
+  folders = [_run(tmp_path / name, name="same") for name in ("left", "right")]
+  words = _page(*folders)
+  assert "left 2.017" in words
+  assert "right 2.017" in words
+  assert "What the recurrence of right does" in words
+
+
+def test_a_run_that_was_killed_and_cut_anywhere_is_shown(tmp_path):
+  folder = _run(tmp_path / "run", outcome=None)
+  for name in ("metrics.jsonl", "events.jsonl", "statistics.jsonl"):
+    whole = (folder / name).read_bytes()
+    for cut in (len(whole) - 5, len(whole) // 2, len(whole) // 7, 0):
+      (folder / name).write_bytes(whole[:cut])
+      _page(folder)
+    (folder / name).write_bytes(whole)
+
+
+def test_what_is_missing_is_said(tmp_path):
+  folder = _run(tmp_path / "run", statistics=False)
+  (folder / "events.jsonl").unlink()
+  run = history.read(folder)
+  assert run.tokens_per_step is None
+  words = _page(folder)
+  assert "no events.jsonl" in words
+  assert "no statistics.jsonl yet" in words
+  assert "steps instead of tokens" in words
+  settings = {"batch_size": 4, "data.row_length": 250, "name": "named", "total_steps": 50}
+  (folder / "config.json").write_text(json.dumps(settings))
+  run = history.read(folder)
+  assert (run.name, run.tokens_per_step, run.total_steps) == ("named", 1000, 50)
+  with pytest.raises(ValueError, match="holds no run"):
+    history.read(tmp_path)
+
+
+def test_the_state_of_a_run_in_words(tmp_path):
+  assert history.read(_run(tmp_path / "a")).state == "complete"
+  assert "signal" in history.read(_run(tmp_path / "b", outcome="stopped")).state
+  assert "NonFiniteError" in history.read(_run(tmp_path / "c", outcome="NonFiniteError")).state
+  folder = _run(tmp_path / "d", outcome=None)
+  beat = {"time": time.time(), "kind": "step"}
+  (folder / "heartbeat.json").write_text(json.dumps(beat))
+  assert history.read(folder).state == "running"
+  (folder / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time() - 600}))
+  assert history.read(folder).state == "killed 10 min ago"
+
+
+def test_the_summary_adds_up(tmp_path):
+  run = history.read(_run(tmp_path / "run"))
+  lines = report.summary(run, "one")
+  assert lines[0].endswith("complete, step 40 of 40, 1 restart")
+  shares = [float(share) for share in re.findall(r" ([\d.]+)%", lines[2].partition(": ")[2])]
+  assert sum(shares) == pytest.approx(100, abs=0.5)
+  assert any("160 tokens" in line for line in lines)
+  assert set(time_charts.KINDS) == set(KINDS)
+
+
+def test_the_command_needs_no_jax_and_refuses_in_one_line(tmp_path):
+  folder = _run(tmp_path / "run")
+  code = "import sys, launch.report; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+  command = [sys.executable, "-m", "launch.report", str(folder)]
+  output = f"--output={tmp_path / 'out' / 'page.html'}"
+  done = subprocess.run([*command, output], capture_output=True, text=True, timeout=60)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "out" / "page.html").stat().st_size > 10_000
+  done = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stderr) == (2, "error: nowhere is not a folder\n")
+
+
+@pytest.mark.parametrize(
+  ("low", "high", "scale", "expected"),
+  [
+    (0, 10, "linear", [0, 2, 4, 6, 8, 10]),
+    (1.8, 2.9, "linear", [2.0, 2.5]),
+    (1, 1e6, "log", [1, 100, 10000, 1000000]),
+    (0.6, 30, "log", [1, 2, 5, 10, 20]),
+    (0.5, 60, "log", [1, 3, 10, 30]),
+  ],
+)
+def test_ticks_are_round_and_few(low, high, scale, expected):
+  most = 3 if low == 1.8 else 5
+  assert ticks(low, high, scale, most=most) == pytest.approx(expected)
+
+
+def test_labels_stay_in_the_picture_and_apart():
+  lines = [Line([(0, 0), (1, 1 + 1e-3 * index)], "#000", f"line {index}") for index in range(8)]
+  picture = chart(lines, x=Axis(), y=Axis(), width=400, height=240, marks=[Mark(0.5, "here")])
+  tops = sorted(float(top) for top, _ in re.findall(r'y="([\d.]+)"[^>]*>(line \d)<', picture))
+  assert len(tops) == 8
+  assert all(after - before > 14 for before, after in itertools.pairwise(tops))
+  assert 0 < tops[0] < tops[-1] < 240
+  assert chart([], x=Axis(), y=Axis(), width=400, height=240) == ""
+
+
+def test_the_first_steps_leave_the_picture_and_nothing_else_does():
+  losses = [9.0, 5.0, *(2.0 + 0.01 * index for index in range(100))]
+  assert 2.99 <= without_first_steps(losses) < 5
+  assert without_first_steps([2.0, 2.1, 2.2, 2.3]) is None
+
+
+def test_numbers_are_short():
+  values = (0, 2.5e-4, 1e-5, 0.001, 0.25, 950, 1500, 2e7, 3.14e12, 1e15, 2.5e18)
+  assert [svg.short(value) for value in values] == [
+    *("0", "2.5e-4", "1e-5", "0.001", "0.25", "950", "1.5k", "20M", "3.14T", "10¹⁵", "2.5·10¹⁸")
+  ]
