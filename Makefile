@@ -55,6 +55,7 @@ ifeq ($(strip $(ARGS)),)
 	@$(RUN) -m launch.train --config=configs/smoke.py --workdir=runs/smoke
 	@echo
 	@echo 'In runs/smoke: loss.png (the loss curve), metrics.jsonl, checkpoints, config.json, tensorboard.'
+	@echo 'A page of it:   $(RUN) -m launch.report runs/smoke'
 	@echo 'Text from it:   $(RUN) -m launch.generate --config=configs/smoke.py --workdir=runs/smoke --prompt=HAMLET'
 	@echo 'Train longer:   $(RUN) -m launch.train --config=configs/smoke.py --workdir=runs/smoke --config.total_steps=2000'
 	@echo 'Your own text:  see "Train your own" in README.md'

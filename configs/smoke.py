@@ -12,6 +12,7 @@ from train.checkpoint import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW, Cosine
+from train.statistics import StatisticsConfig
 
 
 def get_config() -> Run:
@@ -48,4 +49,5 @@ def get_config() -> Run:
     eval_every=50,
     checkpoint=CheckpointConfig(every_steps=100),
     metrics=MetricsConfig(log_every=10),
+    statistics=StatisticsConfig(every=25),
   )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from sharding.mesh import MeshShape
 from tests import tiny
 from tests.tolerances import assert_close
 from train import program as programs
+from train.goodput import KINDS
 from train.optimizer import AdamW, apply_updates, decay_mask
 from train.statistics import LAYER_FIELDS, StatisticsConfig, by_layer
 
@@ -163,6 +165,11 @@ def test_the_last_update_is_what_was_added():
   told = optimizer.last_update(state, params, total_steps=10, decay_mask=decays)
   for name in params:
     np.testing.assert_allclose(told[name], params[name] - before[name], rtol=1e-4)
+
+
+def test_every_field_is_explained():
+  text = (pathlib.Path(__file__).parents[1] / "docs" / "seeing_a_run.md").read_text()
+  assert not [name for name in (*LAYER_FIELDS, *KINDS) if f"`{name}`" not in text]
 
 
 def test_an_interval_that_is_none_is_refused():
