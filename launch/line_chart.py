@@ -35,13 +35,14 @@ class Mark(NamedTuple):
 
 class Axis(NamedTuple):
   """How numbers of an axis are placed and written. `low`, `high` bound what is shown; None: as the
-  points need."""
+  points need. `at` are the numbers that are written; empty: round ones."""
 
   label: str = ""
   scale: Literal["linear", "log"] = "linear"
   show: Callable[[float], str] = svg.short
   low: float | None = None
   high: float | None = None
+  at: Sequence[float] = ()
 
 
 def chart(
@@ -67,11 +68,11 @@ def chart(
   place_x = _placer(x.scale, x_low, x_high, _LEFT, right)
   place_y = _placer(y.scale, y_low, y_high, bottom, _TOP)
   shapes = []
-  for tick in ticks(y_low, y_high, y.scale, most=max(3, int(height / 45))):
+  for tick in y.at or ticks(y_low, y_high, y.scale, most=max(3, int(height / 45))):
     at = place_y(tick)
     shapes.append(svg.line([(_LEFT, at), (right, at)], svg.GRID))
     shapes.append(svg.text(_LEFT - 7, at + 4, y.show(tick), anchor="end", color=svg.FAINT, size=12))
-  for tick in ticks(x_low, x_high, x.scale, most=max(3, int(width / 105))):
+  for tick in x.at or ticks(x_low, x_high, x.scale, most=max(3, int(width / 105))):
     at = place_x(tick)
     shapes.append(svg.line([(at, bottom), (at, bottom + 4)], svg.FAINT))
     shapes.append(
