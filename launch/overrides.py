@@ -59,6 +59,19 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
 
 def load(spec: str) -> Run:
   """The run of "path/to/file.py" or "path/to/file.py:argument"."""
+  module, argument = load_module(spec)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"{_FLAG}={spec}: it has no function get_config")
+  run = module.get_config(argument) if argument else module.get_config()
+  if not isinstance(run, Run):
+    raise ValueError(
+      f"{_FLAG}={spec}: get_config gave a {type(run).__name__}, not a train.config.Run"
+    )
+  return run
+
+
+def load_module(spec: str) -> tuple[Any, str]:
+  """The config file of "path/to/file.py:argument" as a module, and the argument or ""."""
   path, _, argument = spec.partition(":")
   if not pathlib.Path(path).is_file():
     raise ValueError(f"{_FLAG}={spec}: there is no file {path!r} (seen from the current folder)")
@@ -67,14 +80,7 @@ def load(spec: str) -> Run:
     raise ValueError(f"{_FLAG}={spec}: {path!r} is not a Python file")
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise ValueError(f"{_FLAG}={spec}: {path!r} has no function get_config")
-  run = module.get_config(argument) if argument else module.get_config()
-  if not isinstance(run, Run):
-    raise ValueError(
-      f"{_FLAG}={spec}: get_config gave a {type(run).__name__}, not a train.config.Run"
-    )
-  return run
+  return module, argument
 
 
 def to_config_dict(value: Any) -> Any:

@@ -9,6 +9,7 @@ Training is three times the forward pass; recomputation by remat is not counted.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -122,6 +123,7 @@ class ParamCount:
     return self.embedding + self.rest
 
 
+@functools.lru_cache(maxsize=256)
 def count_params(config: DecoderConfig) -> ParamCount:
   """The parameters of the model, counted from its shapes."""
   shapes = build(config).shapes

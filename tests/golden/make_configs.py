@@ -17,6 +17,11 @@ SPECS = (
   ),
   *(f"configs/recurrentgemma.py:{size}" for size in ("2b", "9b")),
   *(f"configs/long_row.py:{size}" for size in ("1b", "7b")),
+  "configs/scaling.py:tiny/griffin/w16/1e11",
+  "configs/scaling.py:mini/hawk/w64/1e13",
+  "configs/scaling.py:small/transformer/w256/1e15",
+  "configs/scaling.py:isoflop/griffin/1b/1e20",
+  "configs/scaling.py:optimal/transformer/7b",
   "configs/smoke.py",
   "configs/bench_cpu.py",
 )

@@ -1,0 +1,203 @@
+"""Runs what is left of a sweep as processes, a few at a time, and outlives being killed itself.
+
+A run holds a lock on SWEEP/runs/NAME/running for as long as it lives, however its starter ends: it
+inherits the open file. So a sweep that starts again finds the runs that its killed forerunner left
+behind, waits for them, and never starts one twice.
+"""
+
+import fcntl
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+from train.faults import StopRequest
+from train.sweep import Record, State, read_result
+
+OUTPUT = "output.log"
+STOPPED = 75  # the exit status of a run that was told to stop and has saved everything
+UNUSABLE = 2  # that of a command that cannot be run: trying again is of no use
+_POLL_SECONDS = 0.1
+# A run that is told to stop saves a checkpoint first.
+_STOP_SECONDS = 120.0
+
+Command = Callable[[str], list[str]]
+
+
+class _Child(NamedTuple):
+  """A run that is under way; `process` is None for one that an earlier sweep started."""
+
+  process: subprocess.Popen[bytes] | None
+  start: float
+
+
+def is_running(folder: pathlib.Path) -> bool:
+  """Whether a process that holds the run's lock is alive on this machine."""
+  try:
+    file = (folder / "running").open("r+")
+  except FileNotFoundError:
+    return False
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
+
+
+def collect(state: State) -> None:
+  """Takes over the results of runs that have finished since, wherever they ran."""
+  for name, record in state.in_grid.items():
+    if record["result"] is None:
+      record["result"] = read_result(state.run_folder(name), record["steps"])
+
+
+class Runner:
+  """Works off the runs of `state` that have no result and fewer than `max_attempts` failures."""
+
+  def __init__(self, state: State, command: Command, *, jobs: int, max_attempts: int):
+    self.state, self.command, self.jobs, self.max_attempts = state, command, jobs, max_attempts
+    self._children: dict[str, _Child] = {}
+
+  def run(self, stop: StopRequest) -> None:
+    """Returns when nothing is left to do, or once every run has saved after a signal."""
+    for name, record in self.state.in_grid.items():
+      if record["result"] is None and is_running(self.state.run_folder(name)):
+        logging.info("%s: still running, started by a sweep before; waiting for it", name)
+        self._children[name] = _Child(None, time.monotonic())
+    while stop.signal_name is None:
+      for name in list(self._children):
+        self._look_after(name)
+      # More are under way than may start where an earlier sweep left some.
+      for name in self._left()[: max(0, self.jobs - len(self._children))]:
+        self._start(name)
+      if not self._children:
+        return
+      time.sleep(_POLL_SECONDS)
+    self._stop_all(stop)
+
+  def _left(self) -> list[str]:
+    return [
+      name
+      for name, record in self.state.in_grid.items()
+      if record["result"] is None
+      and record["submitted"] is None
+      and record["attempts"] < self.max_attempts
+      and name not in self._children
+    ]
+
+  def _start(self, name: str) -> None:
+    folder = self.state.run_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = self.command(name)
+    attempt = self.state.runs[name]["attempts"] + 1
+    with (folder / "running").open("a+") as lock, (folder / OUTPUT).open("ab") as output:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # In a session of its own: Ctrl-C reaches this process only, which tells its runs to save.
+      process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=[lock.fileno()],
+        start_new_session=True,
+      )
+    self._children[name] = _Child(process, time.monotonic())
+    again = f", attempt {attempt} of {self.max_attempts}" if attempt > 1 else ""
+    logging.info("%s: started%s (%s)", name, again, self._progress())
+    logging.debug("%s", shlex.join(command))
+
+  def _look_after(self, name: str) -> None:
+    """Takes over the result of a run that has ended, or counts its failure."""
+    child, folder = self._children[name], self.state.run_folder(name)
+    status = child.process.poll() if child.process is not None else None
+    if (status is None) if child.process is not None else is_running(folder):
+      return
+    del self._children[name]
+    record = self.state.runs[name]
+    record["seconds"] += time.monotonic() - child.start
+    record["result"] = read_result(folder, record["steps"])
+    if record["result"] is not None:
+      logging.info("%s: loss %.4f (%s)", name, record["result"]["loss"], self._progress())
+    elif status == STOPPED:
+      logging.info("%s: stopped with everything saved; it goes on", name)
+    else:
+      record["attempts"] = self.max_attempts if status == UNUSABLE else record["attempts"] + 1
+      logging.warning("%s: %s", name, failure(record, folder, status, self.max_attempts))
+    self.state.save()
+
+  def _progress(self) -> str:
+    records = self.state.in_grid.values()
+    return f"{sum(one['result'] is not None for one in records)} of {len(records)} runs done"
+
+  def _stop_all(self, stop: StopRequest) -> None:
+    """Lets every run save; what does not leave in time is left running, and found again."""
+    logging.info("%s: %d runs are told to save and leave", stop.signal_name, len(self._children))
+    for name, child in self._children.items():
+      if child.process is None:
+        logging.warning("%s: not started here, so left running", name)
+      elif child.process.poll() is None:
+        os.killpg(child.process.pid, signal.SIGTERM)
+    end = time.monotonic() + _STOP_SECONDS
+    while time.monotonic() < end and any(
+      child.process is not None and child.process.poll() is None
+      for child in self._children.values()
+    ):
+      time.sleep(_POLL_SECONDS)
+    now = time.monotonic()
+    for name, child in self._children.items():
+      record = self.state.runs[name]
+      record["seconds"] += now - child.start
+      record["result"] = read_result(self.state.run_folder(name), record["steps"])
+    self.state.save()
+
+
+def submit(state: State, command: Command, names: Sequence[str], *, max_attempts: int) -> None:
+  """Hands each of these runs to a cluster: `command` returns once it is accepted, and what it
+  prints is kept. A run that is not accepted counts as failed once."""
+  for name in names:
+    record, folder = state.runs[name], state.run_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+      command(name), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    said = (done.stdout + done.stderr).strip()
+    if done.returncode == 0:
+      record["submitted"] = {"time": round(time.time()), "said": said}
+      logging.info("%s: submitted: %s", name, said.splitlines()[-1] if said else "(no answer)")
+    else:
+      record["attempts"] = min(max_attempts, record["attempts"] + 1)
+      logging.warning("%s: not accepted, exit status %d: %s", name, done.returncode, said)
+    state.save()
+
+
+def failure(record: Record, folder: pathlib.Path, status: int | None, max_attempts: int) -> str:
+  """Why a run has no result, and what comes next, in one line."""
+  if status is None:
+    what = "ended before its last step"
+  elif status < 0:
+    what = f"killed by {signal.Signals(-status).name}"
+  elif status == 0:
+    what = f"ended well, without a finite eval/loss of step {record['steps']}"
+  else:
+    what = f"failed with exit status {status}"
+  lines = (folder / OUTPUT).read_bytes().decode(errors="replace").strip().splitlines()
+  last = f": {lines[-1].strip()}" if lines and status != 0 else ""
+  left = max_attempts - record["attempts"]
+  then = f"{left} attempts left" if left > 0 else "given up; --retry_failed tries it again"
+  return f"{what}{last} (all of it: {folder / OUTPUT}). {then}"
+
+
+def expand(template: str, values: Mapping[str, str]) -> list[str]:
+  """The words of a command with {key} replaced; ValueError for a key that is not there."""
+  try:
+    return [word.format_map(values) for word in shlex.split(template)]
+  except (KeyError, IndexError, ValueError) as error:
+    known = ", ".join(f"{{{key}}}" for key in values)
+    raise ValueError(f"command {template!r}: {error}; it may hold {known}") from error
