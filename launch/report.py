@@ -1,8 +1,10 @@
-"""Shows runs: `python -m launch.report RUN [RUN ...] [--output=report.html]`.
+"""Shows runs, or a sweep: `python -m launch.report RUN [RUN ...] [--output=report.html]`.
 
 RUN is a workdir of launch.train, also one that still trains or was killed. Writes one page that
-needs no network and no other file, and a few lines to the console. Exit status: 0, or 2 for a
-command that cannot be run.
+needs no network and no other file, and a few lines to the console. The one workdir of a sweep, or a
+points.json of one, becomes the page of its scaling laws, with loss.svg, isoflop.svg, optimal.svg and
+points.json beside it; without --output in the sweep's folder. Exit status: 0, or 2 for a command
+that cannot be run.
 """
 
 import pathlib
@@ -23,6 +25,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "The page to write; report.html if
 def main(argv: Sequence[str]) -> None:
   if len(argv) < 2:
     _refuse("no run is given; give the workdir of at least one: python -m launch.report runs/smoke")
+  if len(argv) == 2 and _is_sweep(pathlib.Path(argv[1])):
+    _report_sweep(pathlib.Path(argv[1]))
+    return
   try:
     runs = [history.read(folder) for folder in argv[1:]]
   except ValueError as error:
@@ -34,6 +39,21 @@ def main(argv: Sequence[str]) -> None:
   for run, label in zip(runs, report_page.labels(runs)):
     print("\n".join(summary(run, label)))
   print(f"page: {path}")
+
+
+def _is_sweep(path: pathlib.Path) -> bool:
+  return (path / "sweep.json").is_file() or (path.is_file() and path.suffix == ".json")
+
+
+def _report_sweep(path: pathlib.Path) -> None:
+  # Imported where it is asked for: it loads jax, and the page of a run needs none.
+  from train import scaling_report
+
+  output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+  try:
+    print("\n".join(scaling_report.report(path, output)))
+  except ValueError as error:
+    _refuse(str(error))
 
 
 def summary(run: History, label: str) -> list[str]:
