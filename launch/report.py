@@ -1,10 +1,12 @@
 """Shows runs, or a sweep: `python -m launch.report RUN [RUN ...] [--output=report.html]`.
 
 RUN is a workdir of launch.train, also one that still trains or was killed. Writes one page that
-needs no network and no other file, and a few lines to the console. The one workdir of a sweep, or a
-points.json of one, becomes the page of its scaling laws, with loss.svg, isoflop.svg, optimal.svg and
-points.json beside it; without --output in the sweep's folder. Exit status: 0, or 2 for a command
-that cannot be run.
+needs no network and no other file, and a few lines to the console.
+
+The workdir of one sweep, or a points.json of one, becomes the page of its scaling laws, with
+loss.svg, isoflop.svg, optimal.svg and points.json beside it; in its folder if --output is not given.
+
+Exit status: 0, or 2 for a command that cannot be run.
 """
 
 import pathlib

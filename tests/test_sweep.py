@@ -15,7 +15,7 @@ from sharding.topology import chip_named
 from tests import tiny
 from tests.commands import ROOT, Commands
 from train.checkpoint_folder import lock
-from train.metrics import read_jsonl
+from train.jsonl import read_jsonl
 from train.sweep import Point, State, compare, facts, flops_name
 
 WORKER = f"{sys.executable} tests/sweep_worker.py"

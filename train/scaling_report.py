@@ -25,7 +25,7 @@ from train.scaling_law import (
   isoflop,
   surface,
 )
-from train.sweep import STATE, State, read_result
+from train.sweep import State, read_result
 
 PAGE, POINTS = "report.html", "points.json"
 _KEPT = ("name", "family", "budget", "parameters", "embedding", "tokens", "steps", "flops")
@@ -97,11 +97,6 @@ def report(path: pathlib.Path, output: pathlib.Path | None) -> list[str]:
   page_path = output or folder / PAGE
   write(points, laws, page_path)
   return [*summary(points, laws), f"page: {page_path}"]
-
-
-def is_sweep(path: pathlib.Path) -> bool:
-  """Whether `report` can draw it."""
-  return (path / STATE).is_file() or (path.is_file() and path.suffix == ".json")
 
 
 def write(points: Points, laws: Laws, path: pathlib.Path) -> None:

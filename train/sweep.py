@@ -18,7 +18,8 @@ from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run
 from train.footprint import footprint
-from train.metrics import JSONL, read_jsonl
+from train.jsonl import read_jsonl
+from train.metrics import JSONL
 
 STATE = "sweep.json"
 FORMAT = "sweep 1"
