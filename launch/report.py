@@ -4,7 +4,7 @@ RUN is a workdir of launch.train, also one that still trains or was killed. Writ
 needs no network and no other file, and a few lines to the console.
 
 The workdir of one sweep, or a points.json of one, becomes the page of its scaling laws, with
-loss.svg, isoflop.svg, optimal.svg and points.json beside it; in its folder if --output is not given.
+loss.svg, isoflop.svg, optimal.svg and points.json beside it; by default in its own folder.
 
 Exit status: 0, or 2 for a command that cannot be run.
 """
