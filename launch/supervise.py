@@ -1,0 +1,154 @@
+"""Starts a training command again until it is complete: `python -m launch.supervise -- COMMAND`.
+
+COMMAND's exit status decides: 0 complete, 75 everything is saved (again at once), 2 it cannot be
+run, anything else again after a pause that doubles. A failure that comes three times at the same
+step, by WORKDIR/failure.json, will come again: that ends it. So do --max_restarts in a row without
+a newer checkpoint in WORKDIR/checkpoints. SIGTERM and Ctrl-C are passed on, and then it leaves with
+COMMAND's status: 75 if all is saved. Only the standard library: it starts in milliseconds.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+STOPPED, CANNOT_RUN, INTERRUPTED = 75, 2, 128
+SAME_FAILURES = 3
+
+
+@dataclasses.dataclass
+class History:
+  """What has happened so far, and what follows from it."""
+
+  max_restarts: int
+  backoff_seconds: float
+  max_backoff_seconds: float
+  step: int = -1  # of the newest checkpoint
+  restarts: int = 0  # since it was that
+  failures: list[tuple[object, object]] = dataclasses.field(default_factory=list)
+
+  def after(self, status: int, step: int, failure: tuple[object, object] | None) -> str | float:
+    """Seconds until the next start, or the reason to give up."""
+    if step > self.step:
+      self.step, self.restarts = step, 0
+    if status == CANNOT_RUN:
+      return "the command cannot be run"
+    self.failures = [*self.failures[-SAME_FAILURES + 1 :], failure] if failure else []
+    if len(self.failures) == SAME_FAILURES and len(set(self.failures)) == 1:
+      at, error = self.failures[0]
+      return f"the same failure {SAME_FAILURES} times at step {at}: {error}"
+    if self.restarts >= self.max_restarts:
+      return f"{self.restarts} restarts without a newer checkpoint than step {max(self.step, 0)}"
+    self.restarts += 1
+    if status == STOPPED:
+      return 0.0
+    return min(self.max_backoff_seconds, self.backoff_seconds * 2.0 ** (self.restarts - 1))
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(prog="python -m launch.supervise", description=__doc__)
+  parser.add_argument("--workdir", required=True, type=pathlib.Path)
+  parser.add_argument("--max_restarts", type=int, default=20)
+  parser.add_argument("--backoff_seconds", type=float, default=5.0)
+  parser.add_argument("--max_backoff_seconds", type=float, default=300.0)
+  parser.add_argument("command", nargs="+")
+  options = parser.parse_args()
+  history = History(options.max_restarts, options.backoff_seconds, options.max_backoff_seconds)
+  history.step = newest_step(options.workdir)
+  signals = _Signals()
+  while True:
+    (options.workdir / "failure.json").unlink(missing_ok=True)
+    status = signals.run(options.command)
+    if status == 0:
+      return 0
+    if signals.came:
+      _say(f"{signals.came}: the command {_ended(status)}")
+      return status if status > 0 else INTERRUPTED - status
+    next_step = history.after(status, newest_step(options.workdir), read_failure(options.workdir))
+    if isinstance(next_step, str):
+      _say(f"the command {_ended(status)}; giving up: {next_step}")
+      return status if status > 0 else INTERRUPTED - status
+    _say(
+      f"the command {_ended(status)} at step {max(history.step, 0)}; restart {history.restarts} of "
+      f"{history.max_restarts} without progress in {next_step:g} s"
+    )
+    if signals.sleep(next_step):
+      return STOPPED
+
+
+def newest_step(workdir: pathlib.Path) -> int:
+  """The step of the newest checkpoint, -1 if there is none."""
+  folder = workdir / "checkpoints"
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return max((int(name) for name in names if name.isdecimal()), default=-1)
+
+
+def read_failure(workdir: pathlib.Path) -> tuple[object, object] | None:
+  """Step and error of the failure that the command has left, None if it left none."""
+  try:
+    failure = json.loads((workdir / "failure.json").read_text())
+    return failure["step"], failure["error"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+class _Signals:
+  """Passes SIGTERM and SIGINT on to the command, and remembers that they came."""
+
+  def __init__(self):
+    self.came = ""
+    self._process: subprocess.Popen[bytes] | None = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._on_signal)
+
+  def run(self, command: list[str]) -> int:
+    """The command's exit status, minus the signal that ended it."""
+    if self.came:
+      return STOPPED
+    try:
+      self._process = subprocess.Popen(
+        command,
+        start_new_session=True,  # Ctrl-C is ours to pass on
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+      )
+    except OSError as error:
+      _say(f"{command[0]}: {error}")
+      return CANNOT_RUN
+    if self.came:
+      self._process.send_signal(signal.SIGTERM)
+    return self._process.wait()
+
+  def sleep(self, seconds: float) -> bool:
+    """Whether a signal came meanwhile."""
+    end = time.monotonic() + seconds
+    while not self.came and (left := end - time.monotonic()) > 0:
+      time.sleep(min(left, 0.2))
+    return bool(self.came)
+
+  def _on_signal(self, number: int, frame: object) -> None:
+    del frame
+    self.came = signal.Signals(number).name
+    if self._process is not None and self._process.returncode is None:
+      self._process.send_signal(number)
+
+
+def _die_with_parent() -> None:
+  """Linux ends the command when this process dies, however it dies."""
+  ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _ended(status: int) -> str:
+  return f"ended with {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+
+
+def _say(line: str) -> None:
+  print(f"[supervise] {line}", flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
