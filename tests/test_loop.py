@@ -13,6 +13,7 @@ from tests import tiny
 from tests.tolerances import assert_close
 from train import faults, loop
 from train.jsonl import read_jsonl
+from train.peers import Peers
 
 ONE = MeshShape(fsdp=8)
 
@@ -28,12 +29,12 @@ def _stop_after(monkeypatch, step):
 
   def due(self, now):
     if now == step:
-      loop_stop.signal_name = "SIGTERM"
+      peers.ask_to_stop("SIGTERM")
     return original(self, now)
 
-  loop_stop = faults.StopRequest()
+  peers = Peers.alone()
   monkeypatch.setattr(loop.Checkpoints, "due", due)
-  monkeypatch.setattr(loop.faults, "StopRequest", lambda: loop_stop)
+  monkeypatch.setattr(loop.Peers, "alone", lambda: peers)
 
 
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(tmp_path, monkeypatch):

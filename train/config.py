@@ -11,6 +11,7 @@ from train.faults import NonFinitePolicy
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
 from train.statistics import StatisticsConfig
+from train.watchdog import WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Run:
   metrics: MetricsConfig = MetricsConfig()
   statistics: StatisticsConfig = StatisticsConfig()
   non_finite: NonFinitePolicy = NonFinitePolicy()
+  watchdog: WatchdogConfig = WatchdogConfig()
 
   def __post_init__(self):
     for name in ("batch_size", "total_steps", "num_microbatches", "eval_every"):

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import pathlib
 import signal
+import socket
+import threading
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,9 @@ import numpy as np
 from absl import logging
 
 from data.mixture import RowAddress
+from train.peers import Peers
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,11 @@ class NonFinitePolicy:
 
 class NonFiniteError(RuntimeError):
   """The run stopped at a loss or gradient that is not finite; the message says where."""
+
+
+def record_failure(workdir: pathlib.Path, *, step: int, error: str) -> None:
+  """Writes failure.json, by which a supervisor sees whether the same failure comes again."""
+  (workdir / "failure.json").write_text(json.dumps({"step": step, "error": error}) + "\n")
 
 
 def bad_tensors(square_norms: Any, *, limit: int = 8) -> list[str]:
@@ -94,29 +103,47 @@ def advice(policy: NonFinitePolicy, skipped_in_a_row: int) -> str:
 
 
 class StopRequest:
-  """Ctrl-C or SIGTERM: the first asks the loop to save and leave, the second ends at once.
+  """Ctrl-C or SIGTERM: the first asks all processes to save and leave, the second ends this one.
 
-  `with StopRequest() as stop:` and then read `stop.signal_name`, None until a signal came.
+  `with StopRequest(peers) as stop:` and then ask `stop.reached(step)` at every step. A thread
+  listens: the main one may be in a collective that will not end.
   """
 
-  def __init__(self):
-    self.signal_name: str | None = None
+  def __init__(self, peers: Peers):
+    self._peers = peers
     self._previous: dict[int, Any] = {}
 
+  def reached(self, step: int) -> bool:
+    """Whether to save and leave after `step` finished steps; the same on all processes."""
+    return self._peers.reached(step)
+
   def __enter__(self) -> "StopRequest":
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._previous[number] = signal.signal(number, self._on_signal)
+    listening, self._wakeup = socket.socketpair()
+    self._wakeup.setblocking(False)
+    # Python's handlers wait for the main thread; this descriptor gets the signal's number at once.
+    self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno())
+    for number in _STOPPING:
+      self._previous[number] = signal.signal(number, lambda *_: None)
+    threading.Thread(target=self._listen, args=(listening,), name="signals", daemon=True).start()
     return self
 
   def __exit__(self, *_: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+    signal.set_wakeup_fd(self._previous_wakeup)
+    self._wakeup.close()
 
-  def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    self.signal_name = signal.Signals(number).name
-    logging.warning(
-      "%s: saving a checkpoint and leaving; once more ends the process at once", self.signal_name
-    )
-    for other, handler in self._previous.items():
-      signal.signal(other, handler)
+  def _listen(self, listening: socket.socket) -> None:
+    asked = False
+    with listening:
+      while received := listening.recv(1):
+        if received[0] not in _STOPPING:
+          continue
+        name = signal.Signals(received[0]).name
+        if asked:
+          self._peers.leave(f"{name} again: ended at once", status=128 + received[0])
+        asked = True
+        logging.warning(
+          "%s: saving a checkpoint and leaving; once more ends the process at once", name
+        )
+        self._peers.ask_to_stop(name)

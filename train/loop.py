@@ -16,14 +16,15 @@ from data.rows import Batch
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
+from train import agreement, faults
 from train import events as event_log
-from train import faults
 from train import program as programs
 from train.checkpoint import Checkpoints, Kind
 from train.config import Run
 from train.evaluate import evaluate
 from train.events import Events
 from train.metrics import JSONL, Metrics
+from train.peers import Peers
 from train.plot import plot_losses
 from train.program import Program
 from train.record import compare_records, run_record
@@ -31,21 +32,27 @@ from train.state import TrainState
 from train.statistics import by_layer
 from train.step import StepMetrics
 from train.throughput import Throughput, mfu
+from train.watchdog import Watchdog
 
 Outcome = Literal["complete", "stopped"]
 
 
-def fit(run: Run, workdir: pathlib.Path, *, began: float | None = None) -> Outcome:
-  """Trains `run` in `workdir`, from its newest checkpoint if there is one.
+def fit(
+  run: Run, workdir: pathlib.Path, peers: Peers | None = None, *, began: float | None = None
+) -> Outcome:
+  """Trains `run` in `workdir` with all processes of `peers` (None: this one), from its newest
+  checkpoint if there is one.
 
   "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
   The event log counts from `began`, seconds since 1970; None is the moment of this call.
   Raises faults.NonFiniteError, and ValueError for what a user can set right.
   """
   began = event_log.now() if began is None else began
+  peers = peers or Peers.alone()
   run = _within_the_data(run)
   program = programs.build(run)
   record = run_record(run, program.model)
+  agreement.check(peers, record)
   count = count_params(run.model)
   logging.info("%s: %s parameters, of them %s embedding", run.name, *_thousands(count))
   logging.info("mesh %s, ZeRO stage %d", dict(program.mesh.shape), run.zero_stage)
@@ -55,9 +62,11 @@ def fit(run: Run, workdir: pathlib.Path, *, began: float | None = None) -> Outco
       logging.info("changed since the checkpoint: %s", change)
 
   with (
+    Watchdog(workdir, run.watchdog, peers) as watchdog,
     Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
     Events(workdir, began=began, about=_about(program)) as events,
   ):
+    watchdog.begins("restoring")
     with events.span("restore"):
       restored = checkpoints.restore(program.abstract, check=check)
     if restored is None:
@@ -78,8 +87,9 @@ def fit(run: Run, workdir: pathlib.Path, *, began: float | None = None) -> Outco
       start_step=step,
       total_steps=run.total_steps,
     )
-    with metrics, faults.StopRequest() as stop:
-      session = _Session(program, workdir, checkpoints, metrics, events, record)
+    watchdog.begins("compiling")
+    with metrics, faults.StopRequest(peers) as stop:
+      session = _Session(program, workdir, checkpoints, metrics, events, watchdog, record)
       outcome = session.train(state, step, stop)
     events.end(outcome)
   if jax.process_index() == 0:
@@ -106,10 +116,12 @@ class _Session:
     checkpoints: Checkpoints,
     metrics: Metrics,
     events: Events,
+    watchdog: Watchdog,
     record: dict[str, Any],
   ):
     self.run, self.program, self.workdir, self.record = program.run, program, workdir, record
-    self.checkpoints, self.metrics, self.events = checkpoints, metrics, events
+    self.checkpoints, self.metrics = checkpoints, metrics
+    self.events, self.watchdog = events, watchdog
     start = time.monotonic()
     with events.span("compile"):
       self.train_step = programs.compile_step(program, programs.lower_train_step(program))
@@ -134,7 +146,7 @@ class _Session:
     )
     running: _Running | None = None
     with self._train_batches(step) as batches, self.events.span("step"):
-      while step < run.total_steps and stop.signal_name is None:
+      while step < run.total_steps and not stop.reached(step):
         with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
         state, metrics = self.train_step(state, batch)
@@ -167,7 +179,9 @@ class _Session:
   def _finish(self, running: _Running) -> None:
     """Reads what a step on the device has told, once it is over; writes it if it is due."""
     step, metrics, statistics = running
-    if not bool(metrics.is_finite):
+    is_finite = bool(metrics.is_finite)
+    self.watchdog.step(step)
+    if not is_finite:
       self._not_finite(step, metrics)
     else:
       self.skipped_in_a_row = 0

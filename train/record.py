@@ -29,6 +29,7 @@ MAY_CHANGE = (
   "metrics*",
   "statistics*",
   "non_finite*",
+  "watchdog*",
   "model.remat",
   "model.layers",
   "model.*.scan",

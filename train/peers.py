@@ -1,0 +1,241 @@
+"""The processes of a job, as one of them sees the others: who is alive, and when all leave.
+
+Every process tells the coordination service of jax (in process 0) every few moments that it lives,
+and reads what the others have to say, in a thread of its own. Process 0 judges: when one is not
+heard of for too long, or any has failed, all leave with a message that names it. Without that they
+would wait in a collective for ever, or be aborted by jax without a name.
+
+  alive/INDEX    a number that grows
+  stop/INDEX     why this process wants all to save and leave
+  frozen/INDEX   the step it was at when it read that
+  failure/INDEX  how it failed
+  trouble/INDEX  the same, where another may have caused it
+  verdict        why all have to leave now
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+from absl import logging
+
+LOST = 76  # The exit status when another process is to blame: start all again.
+
+_MAX_BEAT_SECONDS = 1.0
+_BEATS_PER_TIMEOUT = 10
+_BEATS_OF_A_ROLL_CALL = 4
+_ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+class Peers:
+  """All processes of this job. Call `failed` or `close` before this one ends."""
+
+  def __init__(
+    self, client: Any, *, index: int, hosts: tuple[str, ...], seconds: float, coordinator: str = ""
+  ):
+    """`client` is jax's of the coordination service (None: this process is all there is), `hosts`
+    by process index; `seconds` is how long a process may not be heard of."""
+    self.index, self.hosts, self.seconds = index, hosts, seconds
+    self.step = 0  # the last that `reached` was told of
+    self._client, self._coordinator = client, coordinator
+    self._beat = min(_MAX_BEAT_SECONDS, seconds / _BEATS_PER_TIMEOUT)
+    self._closed = threading.Event()
+    self._threads: list[threading.Thread] = []
+    self._say: dict[str, str] = {}  # what is to be told at the next beat
+    self._trouble, self._heard = "", threading.Event()
+    self._changed = threading.Condition()
+    self._freezing, self._stop_at, self.stop_reason = False, None, ""
+    now = time.monotonic()
+    self._last_answer, self._trouble_since = now, None
+    self._seen = {index: ("", now) for index in range(len(hosts))}
+    if client is not None:
+      self._on_abort = _ABORT_HANDLER(self._aborted)
+      ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+      for target in (self._talk, self._listen):
+        thread = threading.Thread(target=target, name=f"peers{target.__name__}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+  @classmethod
+  def alone(cls) -> "Peers":
+    """Of a job of one process: no thread, no message."""
+    return cls(None, index=0, hosts=(socket.gethostname(),), seconds=1.0)
+
+  @property
+  def count(self) -> int:
+    return len(self.hosts)
+
+  def name(self, index: int) -> str:
+    """What people know a process by."""
+    return f"process {index} (host {self.hosts[index]})"
+
+  def ask_to_stop(self, reason: str) -> None:
+    """Makes `reached` true at the same step on all processes; may be called in a signal handler."""
+    if self._client is None:
+      self.stop_reason, self._stop_at = reason, 0
+    else:
+      self._say.setdefault(f"stop/{self.index}", f"{reason} on {self.name(self.index)}")
+
+  def reached(self, step: int) -> bool:
+    """Whether to leave after `step` finished steps, the same on all; to be asked at every step."""
+    with self._changed:
+      self.step = step
+      while self._freezing:
+        self._changed.wait(1.0)
+      return self._stop_at is not None and step >= self._stop_at
+
+  def exchange(self, name: str, value: str) -> list[str]:
+    """The value of every process under a name that is used once, when all have given theirs."""
+    if self._client is None:
+      return [value]
+    self._client.key_value_set(f"{name}/{self.index}", value)
+    self._client.wait_at_barrier(name, 24 * 3600 * 1000)  # who does not come is found out
+    told = self._read(name)
+    return [told[str(index)] for index in range(self.count)]
+
+  def leave(self, message: str, *, status: int = LOST) -> NoReturn:
+    """Ends this process, now: at its exit jax would wait for the others for minutes."""
+    logging.error("%s", message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+  def failed(self, problem: str, *, is_echo: bool) -> None:
+    """Tells the others that this process has failed, before it ends with a status of its own.
+
+    With `is_echo` the failure may be that of another, who is gone: then this one leaves with LOST.
+    """
+    if self._client is not None:
+      self._trouble = problem
+      self._say[f"{'trouble' if is_echo else 'failure'}/{self.index}"] = problem
+      self._heard.wait(self._beat * (_BEATS_OF_A_ROLL_CALL + 6) + 3.0)
+
+  def close(self) -> None:
+    """Before this process ends well: it is not missed from now on."""
+    self._closed.set()
+    for thread in self._threads:
+      thread.join(timeout=10.0)
+
+  # In the thread that talks to the service.
+
+  def _talk(self) -> None:
+    beat, judged = 0, 0.0
+    while not self._closed.wait(0.02 if self._freezing else self._beat):
+      beat += 1
+      try:
+        self._tell(f"alive/{self.index}", str(beat))
+        for key, value in list(self._say.items()):
+          self._tell(key, value)
+          del self._say[key]
+        for kind, verdict in self._read("verdict").items():
+          self._hear(kind, verdict)
+        self._agree()
+        if self.index == 0 and time.monotonic() - judged > self._beat / 2:
+          judged = time.monotonic()
+          self._judge()
+        self._last_answer = time.monotonic()
+      except jax.errors.JaxRuntimeError as error:
+        # A process that has said nothing at all is named by _listen or _aborted.
+        logging.log_first_n(logging.WARNING, "the coordination service: %s", 1, error)
+    # Who asks to stop now, waits for nobody: this process has gone as far as it will.
+    for key, value in (("frozen", str(self.step)), ("alive", "done")):
+      self._try_tell(f"{key}/{self.index}", value)
+
+  def _agree(self) -> None:
+    """Once somebody wants to stop: holds the loop until all know the last step of all."""
+    if self._stop_at is not None:
+      return
+    if not self._freezing:
+      reasons = self._read("stop")
+      if not reasons:
+        return
+      with self._changed:
+        self._freezing, self.stop_reason = True, min(reasons.items())[1]
+      logging.warning("%s: all save a checkpoint and leave", self.stop_reason)
+      self._tell(f"frozen/{self.index}", str(self.step))
+    steps = self._read("frozen")
+    if len(steps) == self.count:
+      with self._changed:
+        self._freezing, self._stop_at = False, max(map(int, steps.values())) + 1
+        self._changed.notify_all()
+
+  def _judge(self) -> None:
+    """Process 0 says who is gone, or whose failure it is, and is the last to leave."""
+    now, alive = time.monotonic(), self._read("alive")
+    for index, (value, _) in self._seen.items():
+      if (current := alive.get(str(index), "")) != value:
+        self._seen[index] = (current, now)
+    troubles, patience = self._read("failure"), self.seconds
+    if not troubles and (troubles := self._read("trouble")):
+      self._trouble_since = self._trouble_since or now
+      patience = now - self._trouble_since
+      if patience < self._beat * _BEATS_OF_A_ROLL_CALL + 0.5:
+        return
+    gone = [i for i, (value, at) in self._seen.items() if value != "done" and now - at >= patience]
+    if not gone and not troubles:
+      return
+    told = "; ".join(
+      f"{self.name(int(i))}: {problem}" for i, problem in sorted(troubles.items())[:4]
+    )
+    kind, verdict = "failed", told
+    if gone:
+      who = ", ".join(map(self.name, gone[:8]))
+      silent = now - self._seen[gone[0]][1]
+      kind, verdict = "gone", f"{who}: gone or hanging, not heard of for {silent:.1f} s"
+      verdict += f" ({told})" if told else ""
+    self._tell(f"verdict/{kind}", verdict)
+    time.sleep(2 * self._beat + 0.2)  # with this process the service ends
+    self._hear(kind, verdict)
+
+  def _hear(self, kind: str, verdict: str) -> None:
+    """Leaves, unless it is this process's own failure: `failed` returns to who called it."""
+    if kind == "gone" or not self._trouble:
+      self.leave(f"{verdict}. This process leaves, to be started again with all others")
+    self._heard.set()
+
+  # Where process 0 does not answer.
+
+  def _listen(self) -> None:
+    while not self._closed.wait(self._beat):
+      if (silent := time.monotonic() - self._last_answer) > self.seconds:
+        self.leave(f"{self.name(0)}, the coordinator, has not answered for {silent:.1f} s")
+
+  def _aborted(self, number: int) -> None:
+    """The handler of SIGABRT: jax aborts as soon as the service is gone, and nothing of Python's
+    would run after that; this runs in the thread that aborts."""
+    if not self._is_reachable():
+      self.leave(f"{self.name(0)}, the coordinator, is gone")
+    silent = time.monotonic() - self._last_answer
+    if silent > 4 * self._beat + 1:
+      self.leave(f"{self.name(0)}, the coordinator, has not answered for {silent:.1f} s")
+    # Another reason, which the lines above tell.
+    ctypes.CDLL(None).signal(signal.SIGABRT, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+  def _is_reachable(self) -> bool:
+    host, _, port = self._coordinator.rpartition(":")
+    try:
+      socket.create_connection((host, int(port)), timeout=2.0).close()
+    except OSError:
+      return False
+    return True
+
+  def _read(self, name: str) -> dict[str, str]:
+    """What has been told under NAME/, by process index."""
+    pairs = self._client.key_value_dir_get(f"{name}/")
+    return {key.rpartition("/")[2]: value for key, value in pairs}
+
+  def _tell(self, key: str, value: str) -> None:
+    self._client.key_value_set(key, value, allow_overwrite=True)
+
+  def _try_tell(self, key: str, value: str) -> None:
+    try:
+      self._tell(key, value)
+    except jax.errors.JaxRuntimeError as error:
+      logging.info("%s could not be told: %s", key, error)
