@@ -100,7 +100,9 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], outp
 
 
 def main() -> None:
-  importlib.import_module("launch.train")  # takes seconds: once, before any fork
+  # They take seconds: once, before any fork.
+  for name in ("launch.train", "matplotlib.figure"):
+    importlib.import_module(name)
   listener = socket.socket(socket.AF_UNIX)
   listener.bind(sys.argv[1])
   listener.listen(64)

@@ -66,7 +66,7 @@ def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, 
     assert before < 60, "the run was too fast to be killed"
     pid = commands.start("launch.train", _arguments(folder, "killed"), folder / f"output{kill}")
     if kill % 3 == 2:
-      time.sleep(moments.uniform(0.0, 3.0))  # while it starts, compiles and restores
+      time.sleep(moments.uniform(0.0, 1.0))  # while it starts, compiles and restores
     else:
       # Until it has come further than it was, then a little longer: in a step, or in a save.
       reached = before + 2
