@@ -16,7 +16,7 @@ from tests import tiny
 from tests.commands import ROOT, Commands
 from tests.tolerances import assert_close
 from train.checkpoint_folder import steps
-from train.metrics import read_jsonl
+from train.jsonl import read_jsonl
 
 NUM_KILLS = 20
 SEED = 4

@@ -105,12 +105,14 @@ def advice(policy: NonFinitePolicy, skipped_in_a_row: int) -> str:
 class StopRequest:
   """Ctrl-C or SIGTERM: the first asks all processes to save and leave, the second ends this one.
 
-  `with StopRequest(peers) as stop:` and then ask `stop.reached(step)` at every step. A thread
-  listens: the main one may be in a collective that will not end.
+  `with StopRequest(peers) as stop:` and then ask `stop.reached(step)` at every step; None is only
+  this process. `signal_name` is what came to this process, or None. A thread listens: the main one
+  may be in a collective that will not end.
   """
 
-  def __init__(self, peers: Peers):
-    self._peers = peers
+  def __init__(self, peers: Peers | None = None):
+    self.signal_name: str | None = None
+    self._peers = peers or Peers.alone()
     self._previous: dict[int, Any] = {}
 
   def reached(self, step: int) -> bool:
@@ -142,7 +144,7 @@ class StopRequest:
         name = signal.Signals(received[0]).name
         if asked:
           self._peers.leave(f"{name} again: ended at once", status=128 + received[0])
-        asked = True
+        asked, self.signal_name = True, name
         logging.warning(
           "%s: saving a checkpoint and leaving; once more ends the process at once", name
         )
