@@ -1,5 +1,5 @@
 # make train   a Griffin learns real text on this machine; again: it goes on, or says it is complete
-# make test    everything that must be true          make lint    ruff and pyright
+# make test    everything that must be true          make lint    ruff, pyright and shellcheck
 # make lock    requirements.lock again, from pyproject.toml (needs uv)
 #
 # Each sets up what it needs in .venv by itself: with uv where it is there, with plain pip elsewhere.
@@ -71,6 +71,7 @@ test: $(VENV)/ready-test
 lint: $(VENV)/ready-lint
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/shellcheck --external-sources launch/*.sh .ci/run
 	@$(VENV)/bin/pyright
 
 .PHONY: lock
