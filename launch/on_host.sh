@@ -14,7 +14,6 @@ command=$1 name=$2
 shift 2
 home=$HOME/$name
 code=$home/code job=$home/job
-extra=${EXTRA:-tpu}
 host=$(hostname)
 mkdir -p "$job"
 
@@ -27,50 +26,21 @@ is_running() { ! flock --nonblock "$job/lock" true; }
 
 version_of() { cat "$1/CODE_VERSION" 2>/dev/null || echo none; }
 
-# A Python that the project runs on: the host's own, else one that uv brings.
-find_python() {
-  local python
-  for python in python3.11 python3.12 python3; do
-    if "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      command -v "$python"
-      return
-    fi
-  done
-  python3 -m pip install --quiet --user 'uv==0.13.9' >&2
-  "$HOME/.local/bin/uv" python install --quiet 3.11 >&2
-  "$HOME/.local/bin/uv" python find 3.11
-}
-
 setup() {
-  local sum python
   if is_running; then
     [[ $(version_of "$code") == "$(version_of "$code.new")" ]] ||
       fail "a job of $(version_of "$code") is running: stop it before other code is set up"
     echo "$host: set up already, and its job is running"
     return
   fi
-  ln -sfn ../environment "$code.new/.venv"
   rm -rf "$code"
   mv "$code.new" "$code"
-  mkdir -p "$home/environment"
-  cd "$code"
-  sum=$(cat pyproject.toml requirements.lock | sha256sum)
-  # make compares times; code of another commit needs its content compared.
-  if [[ $(cat .venv/made_of 2>/dev/null) == "$sum" ]]; then
-    find .venv/ -maxdepth 1 -name 'ready-*' -exec touch {} +
-  else
-    rm -f .venv/ready-*
-  fi
-  export PATH=$PATH:$HOME/.local/bin
-  command -v make >/dev/null || { sudo apt-get update -qq && sudo apt-get install -y -qq make; } >&2
-  python=$(find_python)
-  make EXTRA="$extra" PYTHON="$python" ".venv/ready-$extra" >&2
-  printf '%s\n' "$sum" >.venv/made_of
+  bash "$code/launch/environment.sh" "${EXTRA:-tpu}" >&2
   echo "$host: set up $(version_of "$code")"
 }
 
 run() {
-  [[ -e $code/.venv/made_of ]] || fail "not set up: tpu.sh setup first"
+  [[ -e $code/.venv/complete ]] || fail "not set up: tpu.sh setup first"
   exec 9>>"$job/lock"
   if ! flock --nonblock 9; then
     echo "$host: its job is running already"
@@ -102,7 +72,7 @@ status() {
     state=exited:$(<"$job/status")
   elif [[ -e $job/started ]]; then
     state=lost # killed, or the host was restarted
-  elif [[ -e $code/.venv/made_of ]]; then
+  elif [[ -e $code/.venv/complete ]]; then
     state=ready
   else
     state=bare

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.cluster_checkout import ROOT, environment, git, make_checkout
+
 ENV_FILE = """
 # a comment
 NAME=try
@@ -23,16 +24,6 @@ BUCKET=my-bucket
 RETRY_SECONDS=0
 POLL_SECONDS=0.02
 """
-# What stands for programs of the hosts. `make` leaves a python that runs the test's job.
-PROGRAMS = {
-  "hostname": 'echo "$HOST"',
-  "python3.11": "true",
-  "make": """
-    echo "$HOST $*" >>"$CLOUD/made"
-    mkdir -p .venv/bin && printf '#!/bin/bash\\nexec bash "$CLOUD/job.sh" "$@"\\n' >.venv/bin/python
-    chmod +x .venv/bin/python && touch "${@: -1}"
-  """,
-}
 SUCCEEDS = 'echo "$HOST $*" >>"$CLOUD/jobs"; echo "step  7/10 | loss 1"; echo "step 10/10 | loss 1"'
 RUNS_ON = """
   trap 'echo saved; exit 75' TERM
@@ -41,25 +32,9 @@ RUNS_ON = """
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-  """A repository of its own with our launch scripts, committed."""
-  folder = tmp_path_factory.mktemp("checkout")
-  (folder / "launch").mkdir()
-  for path in (ROOT / "launch").glob("*.sh"):
-    (folder / "launch" / path.name).write_bytes(path.read_bytes())
-    (folder / "launch" / path.name).chmod(0o755)
-  for name in ("pyproject.toml", "requirements.lock"):
-    (folder / name).write_bytes((ROOT / name).read_bytes())
-  git(folder, "init", "--quiet")
-  git(folder, "add", "--all")
-  git(folder, "commit", "--quiet", "--message", "a commit")
-  return folder
-
-
-def git(folder: pathlib.Path, *words: str) -> str:
-  who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-  return subprocess.check_output(["git", "-C", folder, *who, *words], text=True).strip()
+  return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 class Cloud:
@@ -67,22 +42,12 @@ class Cloud:
 
   def __init__(self, folder: pathlib.Path, checkout: pathlib.Path):
     self.folder, self.checkout = folder, checkout
-    programs = folder / "bin"
-    programs.mkdir()
-    recorder = ROOT / "tests/recording_gcloud.py"
-    gcloud = f'exec {shlex.quote(sys.executable)} -S -E {shlex.quote(str(recorder))} "$@"'
-    for name, text in {**PROGRAMS, "gcloud": gcloud}.items():
-      (programs / name).write_text(f"#!/bin/bash\n{text}\n")
-      (programs / name).chmod(0o755)
-    (folder / "tmp").mkdir()
-    (folder / "cluster.env").write_text(ENV_FILE)
+    recorder = shlex.join([sys.executable, "-S", "-E", str(ROOT / "tests/recording_gcloud.py")])
     self.environment = {
-      **os.environ,
-      "PATH": f"{programs}:{os.environ['PATH']}",
-      "CLOUD": str(folder),
-      "TMPDIR": str(folder / "tmp"),
+      **environment(folder, {"gcloud": f'exec {recorder} "$@"'}),
       "POLL_SECONDS": "0.02",
     }
+    (folder / "cluster.env").write_text(ENV_FILE)
     self.set(SUCCEEDS)
 
   def set(self, job: str, **scenario) -> None:
@@ -161,7 +126,7 @@ def test_hosts_get_exactly_the_commit(cloud):
   made = cloud.lines("made")
   cloud.run("setup")
   assert cloud.lines("made") == made * 2
-  assert (code / ".venv/made_of").exists()
+  assert (code / ".venv/complete").exists()
 
 
 def test_a_checkout_with_changes_is_refused_or_shipped_as_a_patch(cloud, tmp_path):
