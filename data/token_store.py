@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from data.bucket import is_url
 from data.vocabulary import VocabularyRecord
 
 _FORMAT = "token_store 1"
@@ -75,7 +76,7 @@ def read_manifest(path: str) -> Manifest:
       "(run the same `python -m launch.prepare` again)"
     )
   manifest = _parse(path, bytes(found.value))
-  if not _is_url(path):
+  if not is_url(path):
     for name, size in manifest.files.items():
       file = pathlib.Path(path) / name
       if not file.is_file():
@@ -321,13 +322,13 @@ def _clear(path: str) -> None:
   """Takes away an unfinished store; a finished one is somebody's data."""
   if is_complete(path):
     raise ValueError(f"token store {path}: it exists; remove it first, or choose another path")
-  if not _is_url(path):
+  if not is_url(path):
     for name in ("tokens", "starts"):
       shutil.rmtree(pathlib.Path(path) / name, ignore_errors=True)
 
 
 def _sizes(path: str) -> dict[str, int]:
-  if _is_url(path):
+  if is_url(path):
     return {}
   root = pathlib.Path(path)
   files = sorted(file for name in ("starts", "tokens") for file in (root / name).rglob("*"))
@@ -341,12 +342,8 @@ def _digest(values: np.ndarray) -> str:
   return hashlib.sha256(np.ascontiguousarray(little).data).hexdigest()
 
 
-def _is_url(path: str) -> bool:
-  return "://" in path
-
-
 def _url(path: str, name: str) -> str:
-  root = path if _is_url(path) else pathlib.Path(path).absolute().as_uri()
+  root = path if is_url(path) else pathlib.Path(path).absolute().as_uri()
   return f"{root.rstrip('/')}/{name}/"
 
 

@@ -4,7 +4,6 @@ Reads the newest checkpoint of the run and samples from the prompt. The vocabula
 run's token store: bytes, or the file named by --vocabulary.
 """
 
-import pathlib
 import sys
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ from train.checkpoint import restore
 from train.checkpoint_folder import steps
 from train.config import Run
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of the run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "What the text begins with.")
 _VOCABULARY = flags.DEFINE_string("vocabulary", "byte", "As given to launch.prepare.")
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 300, "Tokens to sample.", lower_bound=1)
@@ -35,8 +34,8 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   words = vocabulary.load(_VOCABULARY.value)
   if words.record != pipeline.vocabulary(run.data):
     _refuse("--vocabulary is not the one that the run's token store was made with")
-  folder = pathlib.Path(_WORKDIR.value) / "checkpoints"
-  complete = steps(folder) if folder.is_dir() else []
+  folder = f"{_WORKDIR.value.rstrip('/')}/checkpoints"
+  complete = steps(folder)
   if not complete:
     _refuse(f"{folder} has no checkpoint; train first")
   step = max(complete)

@@ -26,7 +26,7 @@ follow false logs: go on as lines come
 lines 50 logs: the last so many of each host
 node 0 ssh: of which slice
 worker 0 ssh: which host of it
-max_restarts 20 of the job on a host, by its supervisor
+max_restarts 100 of the job on a host, by its supervisor
 backoff_seconds 10 between these
 max_recreations 100 up: how often TPUs that were taken away are asked for again
 wait_minutes 1440 for capacity; then the request is taken back
@@ -137,11 +137,14 @@ workdir() {
 }
 
 run() {
-  local workdir python=.venv/bin/python
+  local workdir here python=.venv/bin/python
   workdir=$(workdir)
+  # Of a workdir in a bucket the supervisor sees the local side, as train/mirror.py names it.
+  here=$workdir
+  if [[ $workdir == *://* ]]; then here=runs/${workdir#*://}; fi
   on_nodes - ssh "$(on_host run "$python" -m launch.supervise \
     "--max_restarts=${setting[max_restarts]}" "--backoff_seconds=${setting[backoff_seconds]}" \
-    "--workdir=$workdir" -- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")"
+    "--workdir=$here" -- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")"
 }
 
 check_job() {

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from data import bucket
 from launch import distributed
 from launch.console import log_for_people
 from launch.overrides import flatten, refuse, run_app
@@ -23,17 +24,25 @@ from train.config import Run
 from train.events import process_start
 from train.faults import NonFiniteError, record_failure
 from train.loop import fit
+from train.mirror import Mirror, local_side
 from train.peers import LOST, Peers
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of checkpoints, metrics and config; made if missing.", required=True
+  "workdir",
+  None,
+  "Folder of checkpoints, metrics and config, or a URL (gs://bucket/run); made if missing.",
+  required=True,
+)
+_LOCAL_WORKDIR = flags.DEFINE_string(
+  "local_workdir", None, "For a workdir in a bucket: where small files go first; runs/BUCKET/PATH."
 )
 _STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, start me again.
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   log_for_people()
-  workdir = pathlib.Path(_WORKDIR.value)
+  place = _WORKDIR.value
+  workdir = local_side(_LOCAL_WORKDIR.value or place)
   workdir.mkdir(parents=True, exist_ok=True)
   try:
     peers = distributed.join()
@@ -42,13 +51,18 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   except MissingProcessError as error:
     logging.error("%s", error)
     sys.exit(LOST)
-  with _reporting(workdir, peers):
+  is_mirrored = bucket.is_url(place) and peers.index == 0
+  with (
+    _reporting(workdir, peers),
+    Mirror(workdir, place) if is_mirrored else contextlib.nullcontext(),
+  ):
     if peers.index == 0:
       for path, (before, now) in overridden.items():
         logging.info("override %s: %r -> %r", path, before, now)
       settings = json.dumps(flatten(run), indent=1, default=repr)
       (workdir / "config.json").write_text(settings + "\n")
-    outcome = fit(run, workdir, peers, began=process_start())
+    saves_to = f"{place.rstrip('/')}/checkpoints"
+    outcome = fit(run, workdir, peers, saves_to=saves_to, began=process_start())
   if outcome == "stopped":
     sys.exit(_STOPPED)
 

@@ -16,7 +16,7 @@ from train import checkpoint
 from train.checkpoint_folder import steps
 
 
-def _two_processes(directory: pathlib.Path) -> list[str]:
+def two_processes(directory: pathlib.Path | str) -> list[str]:
   """What each of two processes with two devices told, after both ended well."""
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
@@ -53,7 +53,7 @@ def _straight_on(num_steps: int) -> dict:
 
 def test_two_processes_save_as_one_and_one_process_restores_them(tmp_path):
   directory = tmp_path / "checkpoints"
-  first, second = _two_processes(directory)
+  first, second = two_processes(directory)
   # Process 0 is asked for the time every 16 steps; both hear the same.
   assert first == second == "start 0\ntemporary 16\npermanent 20\ntemporary 32\npermanent 40"
   assert steps(directory) == [20, 40]
@@ -69,7 +69,7 @@ def test_two_processes_save_as_one_and_one_process_restores_them(tmp_path):
   job.train(str(directory), num_steps=15)
   assert steps(directory) == [20, 40, 55]
   shutil.rmtree(directory / "00000055" / "record")
-  first, second = _two_processes(directory)
+  first, second = two_processes(directory)
   assert first == second == "start 40\ntemporary 48\npermanent 60\ntemporary 64\npermanent 80"
   assert steps(directory) == [20, 40, 60, 80]
   restored = checkpoint.restore(directory, 80, job.abstract(mesh))

@@ -27,7 +27,7 @@ OWNERS = {
   "grain": ("data/",),
   "seqio": ("data/seqio_tasks.py",),
   "tensorflow": ("data/seqio_tasks.py",),
-  "tensorstore": ("data/token_store.py",),
+  "tensorstore": ("data/token_store.py", "data/bucket.py"),
   "wandb": ("train/metrics.py",),
   "tensorboardX": ("train/metrics.py",),
   "ml_collections": ("launch/",),

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import time
@@ -25,7 +26,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from train import checkpoint_bucket
 from train import checkpoint_folder as files
+from train.checkpoint_bucket import BucketFolder, Writer
 from train.checkpoint_folder import DamagedCheckpointError, UnreadableError, steps
 from train.checksums import checksums, named_leaves
 
@@ -97,14 +100,18 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
-    self.directory = pathlib.Path(os.path.abspath(directory))
+    self.directory = files.place(directory)
     self.config = config
     self._is_first = jax.process_index() == 0
     _quieten_orbax()
-    self.directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(self.directory, pathlib.Path):
+      self.directory.mkdir(parents=True, exist_ok=True)
     self._lock = files.lock(self.directory) if self._is_first else None
     self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
-    if self._is_first:
+    if isinstance(self.directory, BucketFolder):
+      if self._is_first:
+        self.directory.clean_up()
+    elif self._is_first:
       for leftover in _leftovers(self.directory):
         logging.info("removing what an interrupted run left: %s", leftover.name)
         if leftover.name.startswith("deleted-"):
@@ -116,12 +123,7 @@ class Checkpoints:
     self._pending: int | None = None
     self._ours: set[int] = set()  # steps whose checkpoint holds the state this run had there
     self._last_seconds = time.monotonic()
-    self._checkpointer = ocp.AsyncCheckpointer(
-      _handler(),
-      async_options=ocp.AsyncOptions(
-        timeout_secs=_SAVE_TIMEOUT_SECONDS, post_finalization_callback=self._flush
-      ),
-    )
+    self._checkpointer = self._make_checkpointer()
 
   def latest(self) -> int | None:
     """The newest step with a readable checkpoint; None where there is none.
@@ -179,6 +181,7 @@ class Checkpoints:
     named = named_leaves(state)
     content = files.sealed(
       {
+        **self._arrays_at(step),
         "format": files.FORMAT,
         "step": step,
         "position": step,
@@ -189,13 +192,14 @@ class Checkpoints:
     )
     with self._failing(step):
       self._pending = step
-      self._checkpointer.save(
-        folder,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(files.nested(named)),
-          record=ocp.args.JsonSave(content),
-        ),
-      )
+      if isinstance(self._checkpointer, Writer):
+        self._checkpointer.save(folder, named, json.dumps(content).encode())
+      else:
+        state_args = ocp.args.StandardSave(files.nested(named))
+        record_args = ocp.args.JsonSave(content)
+        self._checkpointer.save(
+          folder, args=ocp.args.Composite(state=state_args, record=record_args)
+        )
     self._kinds[step] = kind
     self._ours.add(step)
     self._last_seconds = time.monotonic()
@@ -251,8 +255,31 @@ class Checkpoints:
         raise
       logging.error("%s", error)
 
-  def _folder(self, step: int) -> pathlib.Path:
+  def _last_complete(self) -> str:
+    """For people, so that it raises nothing: the place may be what has failed."""
+    try:
+      complete = steps(self.directory)
+    except (OSError, ValueError) as error:
+      return f"not known ({error})"
+    return f"that of step {max(complete)}" if complete else "none"
+
+  def _folder(self, step: int) -> Any:
     return self.directory / f"{step:08d}"
+
+  def _make_checkpointer(self) -> Writer | ocp.AsyncCheckpointer:
+    if isinstance(self.directory, BucketFolder):
+      return Writer(timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+    options = ocp.AsyncOptions(
+      timeout_secs=_SAVE_TIMEOUT_SECONDS, post_finalization_callback=self._flush
+    )
+    return ocp.AsyncCheckpointer(_handler(), async_options=options)
+
+  def _arrays_at(self, step: int) -> dict[str, str]:
+    """Where in a bucket the arrays of a new checkpoint go; a folder has them beside the record."""
+    if isinstance(self.directory, pathlib.Path):
+      return {}
+    number = _of_first_process(checkpoint_bucket.random_number())
+    return {"arrays_at": checkpoint_bucket.arrays_name(step, number)}
 
   def _content(self, step: int) -> dict[str, Any]:
     return files.read_content(self._folder(step))
@@ -266,21 +293,27 @@ class Checkpoints:
     complete, self._pending = self._pending, None
     logging.info("checkpoint of step %d is complete", complete)
     if self._is_first:
-      files.flush_to_disk(self.directory)
+      if isinstance(self.directory, pathlib.Path):
+        files.flush_to_disk(self.directory)
       for step in superfluous(self._kinds, self.config):
         del self._kinds[step]
         self._remove(self._folder(step))
 
   def _flush(self) -> None:
     """Puts a finished, not yet renamed checkpoint on disk: the rename must not get there first."""
+    assert isinstance(self.directory, pathlib.Path)
     for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
       for path, _, names in os.walk(folder):
         for name in names:
           files.flush_to_disk(pathlib.Path(path, name))
         files.flush_to_disk(pathlib.Path(path))
 
-  def _remove(self, folder: pathlib.Path) -> None:
+  def _remove(self, folder: files.Place) -> None:
     """Renames it, so that what is named like a step is never half there, and removes it later."""
+    if isinstance(folder, BucketFolder):
+      self._remover.submit(folder.parent.remove_arrays, folder.forget())
+      return
+    assert isinstance(self.directory, pathlib.Path)
     doomed = self.directory / f"deleted-{folder.name}-{time.time_ns()}"
     folder.rename(doomed)
     self._remover.submit(files.remove_tree, doomed)
@@ -317,8 +350,7 @@ class Checkpoints:
       if step is not None:
         self._kinds.pop(step, None)
         self._ours.discard(step)
-      complete = steps(self.directory)
-      last = f"that of step {max(complete)}" if complete else "none"
+      last = self._last_complete()
       raise SaveFailedError(
         f"the checkpoint of step {step} could not be written to {self.directory}: {error}. "
         f"The last complete one is {last}"
@@ -334,7 +366,7 @@ def superfluous(kinds: dict[int, Kind], config: CheckpointConfig) -> list[int]:
 
 
 def restore(
-  directory: str | os.PathLike[str],
+  directory: str | os.PathLike[str] | BucketFolder,
   step: int,
   abstract: Any,
   *,
@@ -345,12 +377,12 @@ def restore(
 
   Arguments and errors as of Checkpoints.restore.
   """
-  folder = pathlib.Path(os.path.abspath(directory)) / f"{step:08d}"
+  folder = files.place(directory) / f"{step:08d}"
   content = files.read_content(folder)
   check(content["run"])
   named = {name: _placed(leaf) for name, leaf in named_leaves(abstract).items()}
   files.check_arrays(content["arrays"], named, folder)
-  found = named_leaves(_restore_arrays(folder, files.nested(named)))
+  found = _restore_arrays(folder, named, content)
   if verify:
     wrong = [
       name
@@ -373,12 +405,15 @@ def _handler() -> ocp.CompositeCheckpointHandler:
   )
 
 
-def _restore_arrays(folder: pathlib.Path, abstract: Any) -> Any:
+def _restore_arrays(
+  folder: files.Place, named: dict[str, Any], content: dict[str, Any]
+) -> dict[str, Any]:
   try:
+    if isinstance(folder, BucketFolder):
+      return checkpoint_bucket.restore_arrays(folder, named, content["arrays_at"])
     with ocp.Checkpointer(_handler()) as checkpointer:
-      return checkpointer.restore(
-        folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-      ).state
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(files.nested(named)))
+      return named_leaves(checkpointer.restore(folder, args=args).state)
   except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
     raise  # nothing is wrong with the files
   # Orbax and TensorStore raise all kinds for a broken file, bare Exception too.
@@ -394,7 +429,7 @@ def _leftovers(directory: pathlib.Path) -> list[pathlib.Path]:
   return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
 
-def _kinds(directory: pathlib.Path) -> dict[int, Kind]:
+def _kinds(directory: files.Place) -> dict[int, Kind]:
   """The kind of each readable checkpoint; those that are not are never removed."""
   kinds = {}
   for step in steps(directory):

@@ -14,6 +14,9 @@ from typing import Any, NoReturn, TextIO
 import jax
 from absl import logging
 
+from data import bucket
+from train.checkpoint_bucket import BucketFolder, Lock
+
 FORMAT = "checkpoint 1"
 
 
@@ -25,19 +28,31 @@ class UnreadableError(DamagedCheckpointError):
   """Damage that one process may see and another not."""
 
 
-def steps(directory: str | os.PathLike[str]) -> list[int]:
+Place = pathlib.Path | BucketFolder
+
+
+def place(directory: str | os.PathLike[str] | BucketFolder) -> Place:
+  """Where checkpoints are: an absolute path, or a folder of a bucket if it is a URL."""
+  if isinstance(directory, BucketFolder):
+    return directory
+  name = os.fspath(directory)
+  return BucketFolder(name) if bucket.is_url(name) else pathlib.Path(os.path.abspath(name))
+
+
+def steps(directory: str | os.PathLike[str] | BucketFolder) -> list[int]:
   """The steps with a folder, ascending; a folder that is still being written has another name."""
-  found = pathlib.Path(directory)
+  found = place(directory)
+  if isinstance(found, BucketFolder):
+    return found.steps()
   if not found.is_dir():
     return []
   return sorted(int(path.name) for path in found.iterdir() if path.name.isdecimal())
 
 
-def read_content(folder: pathlib.Path) -> dict[str, Any]:
+def read_content(folder: Place) -> dict[str, Any]:
   """What record.json holds, after checking that it is what was written."""
-  path = folder / "record" / "record.json"
   try:
-    content = json.loads(path.read_bytes())
+    content = json.loads(_read_record(folder))
   except (FileNotFoundError, NotADirectoryError) as error:
     if not folder.exists():
       raise ValueError(
@@ -63,6 +78,15 @@ def read_content(folder: pathlib.Path) -> dict[str, Any]:
   return content
 
 
+def _read_record(folder: Place) -> bytes:
+  if isinstance(folder, pathlib.Path):
+    return (folder / "record" / "record.json").read_bytes()
+  record = folder.read_record()
+  if record is None:
+    raise FileNotFoundError(str(folder))
+  return record
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
   """With the sha256 of all the rest, as JSON gives it back."""
   rest = {key: value for key, value in content.items() if key != "sha256"}
@@ -83,7 +107,7 @@ def describe(named: dict[str, jax.Array], sums: dict[str, str]) -> dict[str, lis
   return {name: [list(x.shape), str(x.dtype), sums[name]] for name, x in named.items()}
 
 
-def check_arrays(saved: dict[str, Any], named: dict[str, Any], folder: pathlib.Path) -> None:
+def check_arrays(saved: dict[str, Any], named: dict[str, Any], folder: Place) -> None:
   """Raises unless the checkpoint has exactly the arrays that the model and optimizer need."""
   now = {name: (list(x.shape), str(x.dtype)) for name, x in named.items()}
   then = {name: (shape, dtype) for name, (shape, dtype, _) in saved.items()}
@@ -124,8 +148,10 @@ def remove_tree(folder: pathlib.Path) -> None:
     logging.error("%s could not be removed: %s", folder, error)
 
 
-def lock(directory: pathlib.Path) -> TextIO:
+def lock(directory: Place) -> TextIO | Lock:
   """Held until it is closed or the process dies, however it dies."""
+  if isinstance(directory, BucketFolder):
+    return Lock(directory)
   file = (directory / "lock").open("a+")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,10 +38,15 @@ Outcome = Literal["complete", "stopped"]
 
 
 def fit(
-  run: Run, workdir: pathlib.Path, peers: Peers | None = None, *, began: float | None = None
+  run: Run,
+  workdir: pathlib.Path,
+  peers: Peers | None = None,
+  *,
+  saves_to: str | None = None,
+  began: float | None = None,
 ) -> Outcome:
   """Trains `run` in `workdir` with all processes of `peers` (None: this one), from its newest
-  checkpoint if there is one.
+  checkpoint if there is one; they are in the folder or URL `saves_to`, else in WORKDIR/checkpoints.
 
   "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
   The event log counts from `began`, seconds since 1970; None is the moment of this call.
@@ -63,7 +68,7 @@ def fit(
 
   with (
     Watchdog(workdir, run.watchdog, peers) as watchdog,
-    Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
+    Checkpoints(saves_to or workdir / "checkpoints", run.checkpoint) as checkpoints,
     Events(workdir, began=began, about=_about(program)) as events,
   ):
     watchdog.begins("restoring")

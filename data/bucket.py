@@ -1,0 +1,89 @@
+"""Objects of a bucket by their URL (gs://bucket/folder/name), through TensorStore.
+
+Each object appears whole or not at all, and what was written is seen by all at once; there are no
+folders and nothing is renamed. Errors of the service are ValueError, as TensorStore raises them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+
+def is_url(path: str) -> bool:
+  return "://" in path
+
+
+def read(url: str) -> bytes | None:
+  """The content of an object; None where there is none."""
+  folder, name = _split(url)
+  found = folder.read(name).result()
+  return bytes(found.value) if found.state == "value" else None
+
+
+def write(url: str, content: bytes) -> None:
+  folder, name = _split(url)
+  folder.write(name, content).result()
+
+
+def generation(url: str) -> bytes:
+  """What changes with each write of an object; there is one of "no object" too."""
+  folder, name = _split(url)
+  return folder.read(name).result().stamp.generation
+
+
+def replace(url: str, content: bytes, *, of: bytes) -> bytes | None:
+  """Writes an object if its generation is still `of`: the new one, or None if it is not."""
+  folder, name = _split(url)
+  return folder.write(name, content, if_equal=of).result().generation or None
+
+
+def delete(url: str) -> None:
+  """Deletes an object, if it is there."""
+  folder, name = _split(url)
+  folder.write(name, None).result()
+
+
+def names(url: str) -> list[str]:
+  """The names of all objects below URL/, without that prefix, sorted."""
+  return sorted(name.decode() for name in _open(url).list().result())
+
+
+def delete_below(url: str) -> None:
+  """Deletes all objects below URL/."""
+  _open(url).delete_range(ts.KvStore.KeyRange()).result()
+
+
+def create_array(url: str, *, shape: Sequence[int], dtype: np.dtype, block: Sequence[int]) -> Any:
+  """An array below URL/ that several processes write, each of its blocks one object (zarr 3)."""
+  codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+  if dtype.itemsize == 1:
+    codecs = [{"name": "bytes"}, {"name": "crc32c"}]
+  metadata = {
+    "shape": list(shape),
+    "data_type": dtype.name,
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(block)}},
+    "codecs": codecs,
+  }
+  spec = {
+    "driver": "zarr3",
+    "kvstore": f"{url.rstrip('/')}/",
+    "metadata": metadata,
+    # Or a block of zeros would be left out, and look like a lost one.
+    "store_data_equal_to_fill_value": True,
+  }
+  return ts.open(spec, create=True, open=True).result()
+
+
+def open_array(url: str) -> Any:
+  return ts.open({"driver": "zarr3", "kvstore": f"{url.rstrip('/')}/"}, read=True).result()
+
+
+def _open(url: str) -> Any:
+  return ts.KvStore.open(f"{url.rstrip('/')}/").result()
+
+
+def _split(url: str) -> tuple[Any, str]:
+  folder, _, name = url.rpartition("/")
+  return _open(folder), name

@@ -1,0 +1,230 @@
+"""A workdir in a bucket: tokens, checkpoints and metrics, with a Cloud Storage on this machine."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from data import token_store
+from tests import checkpoint_process, tiny
+from tests.commands import Commands
+from tests.fake_gcs import Server
+from tests.test_checkpoint_processes import two_processes
+from train import checkpoint_bucket, mirror
+from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, restore
+from train.checkpoint_folder import DamagedCheckpointError, steps
+
+URL = "gs://bucket/run"
+PLACE = f"{URL}/checkpoints"
+CONFIG = """
+import dataclasses
+from tests import tiny_config
+from train.checkpoint import CheckpointConfig
+
+def get_config(source):
+  run = tiny_config.get_config({folder!r})
+  data = dataclasses.replace(run.data, sources=((source, 1.0),))
+  saving = CheckpointConfig(every_steps=5)
+  return dataclasses.replace(run, data=data, total_steps=20, checkpoint=saving)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+  with pytest.MonkeyPatch.context() as patch:
+    server = Server()
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    patch.setattr(checkpoint_bucket, "HEARTBEAT_SECONDS", 0.1)
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def empty(server):
+  server.refuse = None
+  server.objects.clear()
+
+
+def _mesh(a: int, b: int):
+  devices = np.array(jax.devices()[: a * b]).reshape(a, b)
+  return jax.sharding.Mesh(devices, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _state(step: int, mesh):
+  rng = np.random.default_rng(step)
+  arrays = {
+    "step": (np.int32(step), PartitionSpec()),
+    "w_DF": (rng.normal(size=(8, 16)).astype(np.float32), PartitionSpec("a", "b")),
+    "b_F": (jax.numpy.asarray(rng.normal(size=16), jax.numpy.bfloat16), PartitionSpec("b")),
+  }
+  return {name: jax.device_put(x, NamedSharding(mesh, spec)) for name, (x, spec) in arrays.items()}
+
+
+def _abstract(mesh):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(0, mesh)
+  )
+
+
+def _write(*saved: int, **settings) -> None:
+  with Checkpoints(PLACE, CheckpointConfig(**settings)) as checkpoints:
+    for step in saved:
+      checkpoints.save(step, _state(step, _mesh(4, 2)), {"seed": step}, kind="permanent")
+      checkpoints.wait()
+
+
+def test_a_checkpoint_is_the_same_on_any_mesh():
+  _write(3, 7)
+  assert steps(PLACE) == [3, 7]
+  for mesh in (_mesh(4, 2), _mesh(2, 1), _mesh(1, 4)):
+    restored = restore(PLACE, 7, _abstract(mesh))
+    assert restored.record == {"seed": 7}
+    for name, x in _state(7, mesh).items():
+      assert restored.state[name].sharding == x.sharding
+      np.testing.assert_array_equal(np.asarray(restored.state[name]), np.asarray(x))
+
+
+def test_what_is_superfluous_goes_with_its_arrays(server):
+  _write(1, 2, 3, keep_permanent=1)
+  assert steps(PLACE) == [3]
+  (kept,) = {name.split("/")[2] for name in server.names("run/checkpoints_arrays/")}
+  assert kept.startswith("00000003-")
+  assert server.names("run/checkpoints/") == ["run/checkpoints/00000003.json"]
+
+
+def test_an_interrupted_save_is_no_checkpoint_and_leaves_nothing(server):
+  _write(1)
+  before = server.names()
+  server.refuse = "checkpoints/00000002.json"  # all arrays are there, the record is not
+  with pytest.raises(SaveFailedError, match="The last complete one is that of step 1"):
+    _write(2)
+  assert steps(PLACE) == [1]
+  assert len(server.names()) > len(before)
+  server.refuse = None
+  with Checkpoints(PLACE, CheckpointConfig()) as checkpoints:
+    assert checkpoints.latest() == 1
+    assert set(server.names()) == {*before, "run/checkpoints/lock"}
+    checkpoints.save(2, _state(2, _mesh(4, 2)), {}, kind="permanent")
+  assert steps(PLACE) == [1, 2]
+
+
+def test_an_interrupted_removal_is_finished_by_the_next_start(server):
+  _write(1, 2)
+  arrays = checkpoint_bucket.BucketFolder(PLACE) / "00000001"
+  arrays.forget()  # and killed before remove_arrays
+  _write(3)
+  assert steps(PLACE) == [2, 3]
+  assert not [name for name in server.names() if "/00000001" in name]
+
+
+def test_damage_is_found_and_set_aside(server):
+  _write(1, 2)
+  name = next(name for name in server.names("run/checkpoints_arrays/00000002") if "w_DF/c/" in name)
+  content, generation = server.objects["bucket", name]
+  server.objects["bucket", name] = (content[:-5] + b"\0" + content[-4:], generation + 1)
+  mesh = _mesh(4, 2)
+  with (
+    Checkpoints(PLACE, CheckpointConfig()) as checkpoints,
+    pytest.raises(DamagedCheckpointError, match="arrays cannot be read"),
+  ):
+    checkpoints.restore(_abstract(mesh))
+  with Checkpoints(PLACE, CheckpointConfig(on_damage="previous")) as checkpoints:
+    assert checkpoints.restore(_abstract(mesh)).step == 1
+  assert steps(PLACE) == [1]
+  assert [name for name in server.names("run/checkpoints/damaged-00000002")]
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not_waited_for_long(server):
+  refused = r"in use by a run \(process \d+ on .*another workdir"
+  with Checkpoints(PLACE, CheckpointConfig()), pytest.raises(ValueError, match=refused):
+    _write(1)
+  server.objects["bucket", "run/checkpoints/lock"] = (b"process 1 on elsewhere", 5)
+  _write(1)  # nobody renews it
+  assert "run/checkpoints/lock" not in server.names()
+
+
+def test_two_processes_save_as_one_and_one_process_restores_them():
+  told = two_processes(PLACE)
+  assert told[0] == told[1] == "start 0\ntemporary 16\npermanent 20\ntemporary 32\npermanent 40"
+  assert steps(PLACE) == [20, 40]
+  restored = restore(PLACE, 40, checkpoint_process.abstract(checkpoint_process.make_mesh()))
+  expected = checkpoint_process.init()
+  for _ in range(40):
+    expected = jax.jit(checkpoint_process.update)(expected)
+  assert int(restored.state["step"]) == 40
+  np.testing.assert_array_equal(restored.state["w_DF"], expected["w_DF"])
+
+
+def test_small_files_follow_and_come_back(server, tmp_path):
+  here, there = tmp_path / "here", tmp_path / "there"
+  (here / "tensorboard").mkdir(parents=True)
+  with mirror.Mirror(here, URL):
+    (here / "metrics.jsonl").write_text("1\n")
+    (here / "tensorboard/events").write_text("x")
+  assert server.names() == ["run/files/metrics.jsonl", "run/files/tensorboard/events"]
+  there.mkdir()
+  with mirror.Mirror(there, URL):
+    assert (there / "metrics.jsonl").read_text() == "1\n"
+    with (there / "metrics.jsonl").open("a") as file:
+      file.write("2\n")
+  with (here / "metrics.jsonl").open("a") as file:
+    file.write("other\n")
+  with mirror.Mirror(here, URL):
+    assert (here / "metrics.jsonl").read_text() == "1\n2\n"
+  (here / "metrics.jsonl").write_text("1\n2\n3\n")  # not copied when it was killed
+  with mirror.Mirror(here, URL):
+    assert (here / "metrics.jsonl").read_text() == "1\n2\n3\n"
+
+
+def test_a_run_in_a_bucket_ends_like_one_in_a_folder(server, tmp_path):
+  """Its tokens there too; killed, and gone on with by a machine that has none of its files."""
+  tiny.run(tmp_path)
+  store = token_store.TokenStore(str(tmp_path / "train"))
+  tokens = store.read(np.array([0]), store.manifest.num_tokens)[0]
+  documents = np.split(tokens, store.starts[1:])
+  token_store.write(
+    "gs://bucket/train",
+    documents,
+    store.manifest.vocabulary,
+    text_bytes=store.manifest.text_bytes,
+  )
+  (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path)))
+  config = f"--config={tmp_path / 'config.py'}"
+  commands = Commands()
+  try:
+    status, output = commands.run(
+      "launch.train",
+      [f"{config}:{tmp_path / 'train'}", f"--workdir={tmp_path / 'plain'}"],
+      tmp_path / "plain.txt",
+    )
+    assert status == 0, output
+    ours = [f"{config}:gs://bucket/train", f"--workdir={URL}"]
+    pid = commands.start(
+      "launch.train", [*ours, f"--local_workdir={tmp_path / 'first'}"], tmp_path / "first.txt"
+    )
+    deadline = time.monotonic() + 60
+    while not steps(PLACE):
+      assert time.monotonic() < deadline, (tmp_path / "first.txt").read_text()
+      time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    commands.wait()
+    status, output = commands.run(
+      "launch.train", [*ours, f"--local_workdir={tmp_path / 'second'}"], tmp_path / "second.txt"
+    )
+    assert status == 0, output
+  finally:
+    commands.close()
+  assert "restored" in output
+  metrics = server.objects["bucket", "run/files/metrics.jsonl"][0].decode().splitlines()
+  plain = (tmp_path / "plain/metrics.jsonl").read_text().splitlines()
+  losses = {r["step"]: r["train/loss"] for r in map(json.loads, metrics) if "train/loss" in r}
+  expected = {r["step"]: r["train/loss"] for r in map(json.loads, plain) if "train/loss" in r}
+  assert losses.items() <= expected.items()
+  assert max(losses) == max(expected)
+  assert {"run/files/config.json", "run/files/loss.png"} <= set(server.names())
