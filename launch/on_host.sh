@@ -35,6 +35,9 @@ setup() {
   fi
   rm -rf "$code"
   mv "$code.new" "$code"
+  # What runs leave outlives the code that left it.
+  mkdir -p "$home/runs"
+  ln -sfn ../runs "$code/runs"
   bash "$code/launch/environment.sh" "${EXTRA:-tpu}" >&2
   echo "$host: set up $(version_of "$code")"
 }
@@ -62,7 +65,9 @@ run() {
 }
 
 # The newest "step N/M" of the log, if there is one.
-last_step() { tail -n 500 "$job/log" 2>/dev/null | grep -oE 'step +[0-9]+/[0-9]+' | tail -n 1 | tr -s ' ' || true; }
+last_step() {
+  tail -n 500 "$job/log" 2>/dev/null | grep -oE 'step +[0-9]+/[0-9]+' | tail -n 1 | tr -s ' ' || true
+}
 
 status() {
   local state

@@ -70,12 +70,19 @@ read_settings() {
   done
 }
 
+# need_job: what stands after -- is what launch.train gets.
+need_job() {
+  ((${#job[@]})) ||
+    misuse "nothing to run: put the arguments of launch.train after --, such as" \
+      "-- --config=configs/griffin.py:1b"
+}
+
 # need NAME...: one line for each of them that has no value, then the end.
 need() {
   local name missing=0
   for name in "$@"; do
     if [[ ! ${setting[$name]} ]]; then
-      printf '%s: --%s is missing (or %s= in %s)\n' "${0##*/}" "$name" "${name^^}" "${setting[env_file]}" >&2
+      echo "${0##*/}: --$name is missing (or ${name^^}= in ${setting[env_file]})" >&2
       missing=1
     fi
   done
@@ -100,6 +107,9 @@ quoted() {
   done
   printf '%s\n' "${line# }"
 }
+
+# local_side WORKDIR: the folder that a supervisor looks into; of a URL as train/mirror.py names it.
+local_side() { if [[ $1 == *://* ]]; then echo "runs/${1#*://}"; else echo "$1"; fi; }
 
 _is_switch() { [[ $'\n'$SETTINGS =~ $'\n'"$1"\ +(true|false)\  ]]; }
 

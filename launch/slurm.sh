@@ -57,7 +57,7 @@ job_ids() { squeue --noheader --me --name="${setting[name]}" --format=%i; }
 
 submit() {
   local version folder=${setting[folder]} code package workdir python=.venv/bin/python line ids
-  need_job
+  check_job
   if ! is_on dry_run; then
     ids=$(job_ids)
     if [[ $ids ]]; then
@@ -84,7 +84,8 @@ submit() {
   else
     python=python3
   fi
-  line=(sbatch --parsable "--job-name=${setting[name]}" "--nodes=${setting[nodes]}" --ntasks-per-node=1)
+  line=(sbatch --parsable "--job-name=${setting[name]}" "--nodes=${setting[nodes]}")
+  line+=(--ntasks-per-node=1)
   if ((setting[gpus_per_node])); then line+=("--gpus-per-node=${setting[gpus_per_node]}"); fi
   if ((setting[cpus_per_task])); then line+=("--cpus-per-task=${setting[cpus_per_task]}"); fi
   local name more=()
@@ -92,10 +93,11 @@ submit() {
     if [[ ${setting[$name]} ]]; then line+=("--$name=${setting[$name]}"); fi
   done
   read -ra more <<<"${setting[sbatch_flags]}"
-  line+=(--requeue "--signal=B:TERM@${setting[stop_seconds]}" --open-mode=append "--output=$folder/logs/batch.out")
+  line+=(--requeue "--signal=B:TERM@${setting[stop_seconds]}")
+  line+=(--open-mode=append "--output=$folder/logs/batch.out")
   line+=("--export=$(exported)" "${more[@]}" "$code/launch/slurm_job.sh" "$folder" "$code")
   line+=("$python" -m launch.supervise "--max_restarts=${setting[max_restarts]}")
-  line+=("--backoff_seconds=${setting[backoff_seconds]}" "--workdir=$workdir")
+  line+=("--backoff_seconds=${setting[backoff_seconds]}" "--workdir=$(local_side "$workdir")")
   line+=(-- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")
   if is_on dry_run; then
     quoted "${line[@]}"
@@ -110,14 +112,16 @@ exported() {
   echo "$values,STOP_SECONDS=${setting[stop_seconds]},MAX_REQUEUES=${setting[max_requeues]}"
 }
 
-need_job() {
-  ((${#job[@]})) || misuse "nothing to run: put the arguments of launch.train after --, such as -- --config=configs/griffin.py:1b"
+check_job() {
+  need_job
   case ${setting[container]} in
-    none) [[ ! ${setting[image]} ]] || misuse "--image needs --container=pyxis or --container=apptainer" ;;
+    none) [[ ! ${setting[image]} ]] || misuse "--image needs --container=pyxis or apptainer" ;;
     pyxis | apptainer) need image ;;
     *) misuse "--container=${setting[container]} is none of none, pyxis, apptainer" ;;
   esac
   [[ ${setting[folder]} == /* ]] || misuse "--folder=${setting[folder]} is not an absolute path"
+  [[ ${setting[workdir]:-/} == /* || ${setting[workdir]} == *://* ]] ||
+    misuse "--workdir=${setting[workdir]} is neither an absolute path nor a URL"
   [[ ${setting[image]} != *,* ]] || misuse "--image=${setting[image]} has a comma in it"
 }
 
@@ -126,7 +130,8 @@ status() {
   call squeue --me "--name=${setting[name]}" "--format=%.12i %.12T %.20S %.6D %R"
   for file in "${setting[folder]}"/logs/*.log; do
     [[ -e $file ]] || continue
-    echo "$(basename "$file" .log) $(tail -n 500 "$file" | grep -oE 'step +[0-9]+/[0-9]+' | tail -n 1 | tr -s ' ')"
+    echo "$(basename "$file" .log)" \
+      "$(tail -n 500 "$file" | grep -oE 'step +[0-9]+/[0-9]+' | tail -n 1 | tr -s ' ')"
   done
 }
 
@@ -162,7 +167,8 @@ stop() {
     fi
   done
   while [[ $(job_ids) ]]; do
-    ((SECONDS < end)) || die "job $(job_ids) still runs ${setting[stop_seconds]} s after SIGTERM; scancel ends it"
+    ((SECONDS < end)) ||
+      die "job $(job_ids) still runs ${setting[stop_seconds]} s after SIGTERM; scancel ends it"
     sleep "${setting[poll_seconds]}"
   done
   say "${setting[name]} is not in the queue"

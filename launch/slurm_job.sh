@@ -24,7 +24,8 @@ if [[ ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]]; then
 fi
 
 cd "$code"
-echo "== $(date -u +%FT%TZ) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $*"
+restarts=${SLURM_RESTART_COUNT:-0}
+echo "== $(date -u +%FT%TZ) job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST: $*"
 "${step[@]}" "$@" &
 running=$!
 trap 'echo "SIGTERM: the job saves"; scancel --signal=TERM "$SLURM_JOB_ID.0" || true' TERM
@@ -36,7 +37,7 @@ while true; do
   kill -0 "$running" 2>/dev/null || break
 done
 echo "the job ended with status $status"
-if [[ $status == 75 && ! -e $folder/stop ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
+if [[ $status == 75 && ! -e $folder/stop ]] && ((restarts < ${MAX_REQUEUES:-100})); then
   # Where it was cancelled, or Slurm has queued it again already, it is not RUNNING any more.
   if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
     echo "queued again"

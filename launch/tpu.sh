@@ -18,7 +18,7 @@ mode queued queued: a queued resource, waits for capacity; vm: a TPU VM, at once
 slices 1 more than 1: a multislice job of a queued resource
 spot false cheap, and may be taken away at any time
 bucket - for the workdir: gs://BUCKET/NAME
-workdir - where checkpoints and metrics go, if not there
+workdir - where checkpoints and metrics go, if not there; several hosts have to share it
 keep false up: leave the TPUs there at the end
 allow_dirty false ship a checkout with changes, as commit and patch
 dry_run false print every command and run none
@@ -54,6 +54,7 @@ launch/tpu.sh COMMAND [--SETTING=VALUE ...] [-- arguments of launch.train]
   stop      SIGTERM to the job, which saves and leaves
   delete    gives the TPUs back, and looks that nothing is left
 
+It needs gcloud, logged in; for several hosts its key in an agent: ssh-add ~/.ssh/google_compute_engine.
 Settings (in an env file: NAME=value, see launch/cluster.env.example):
 $(settings_help)
 TEXT
@@ -127,30 +128,32 @@ pack() {
 ship() {
   local name=${setting[name]} unpack
   say "setting up ${version:0:12} on every host of $(nodes | on_one_line)"
-  unpack="set -e; rm -rf $name/code.new; mkdir -p $name/code.new; tar -xzf $name.tar.gz -C $name/code.new;"
-  unpack+=" bash $name/code.new/launch/on_host.sh setup $name"
+  unpack="set -e; rm -rf $name/code.new; mkdir -p $name/code.new;"
+  unpack+=" tar -xzf $name.tar.gz -C $name/code.new; bash $name/code.new/launch/on_host.sh setup $name"
   on_nodes - scp "$package/code.tar.gz" && on_nodes - ssh "$unpack"
 }
 
 workdir() {
-  if [[ ${setting[workdir]} ]]; then echo "${setting[workdir]}"; else echo "gs://${setting[bucket]#gs://}/${setting[name]}"; fi
+  local bucket=${setting[bucket]#gs://}
+  echo "${setting[workdir]:-gs://$bucket/${setting[name]}}"
 }
 
 run() {
-  local workdir here python=.venv/bin/python
+  local workdir python=.venv/bin/python
   workdir=$(workdir)
-  # Of a workdir in a bucket the supervisor sees the local side, as train/mirror.py names it.
-  here=$workdir
-  if [[ $workdir == *://* ]]; then here=runs/${workdir#*://}; fi
   on_nodes - ssh "$(on_host run "$python" -m launch.supervise \
     "--max_restarts=${setting[max_restarts]}" "--backoff_seconds=${setting[backoff_seconds]}" \
-    "--workdir=$here" -- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")"
+    "--workdir=$(local_side "$workdir")" -- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")"
 }
 
 check_job() {
   [[ ${setting[workdir]} || ${setting[bucket]} ]] ||
     misuse "say where checkpoints go: --bucket=BUCKET, or --workdir=..."
-  ((${#job[@]})) || misuse "nothing to run: put the arguments of launch.train after --, such as -- --config=configs/griffin.py:1b"
+  case $(workdir) in
+    *://* | /* | runs/*) ;;
+    *) misuse "--workdir=${setting[workdir]} is neither a URL nor an absolute path nor in runs/" ;;
+  esac
+  need_job
 }
 
 status() {
@@ -161,11 +164,12 @@ status() {
 }
 
 logs() {
-  local node follow=() each=()
+  local node line follow=() each=()
   if is_on follow; then follow=(follow); fi
   set -m # each with a process group, which Ctrl-C does not reach: gcloud starts ssh
   for node in $(nodes); do
-    tpus tpu-vm ssh "$node" --worker=all "--command=$(on_host logs "$node" "${setting[lines]}" "${follow[@]}")" &
+    line=$(on_host logs "$node" "${setting[lines]}" "${follow[@]}")
+    tpus tpu-vm ssh "$node" --worker=all "--command=$line" &
     each+=("$!")
   done
   # shellcheck disable=SC2064
@@ -268,9 +272,9 @@ up() {
         ;;
       gone)
         recreations=$((recreations + 1))
-        ((recreations <= setting[max_recreations])) || die "the TPUs were taken away $recreations times; gave up"
+        ((recreations <= setting[max_recreations])) ||
+          die "the TPUs were taken away $recreations times; gave up"
         say "the TPUs were taken away ($(resource_state)); asking for new ones ($recreations)"
-        delete
         ;;
       *) die "the hosts cannot be reached; the job may be running" ;;
     esac
@@ -312,16 +316,20 @@ main() {
   exec 3>&1
   read_settings "$@"
   ((${#words[@]} == 1)) || misuse "one command is needed, this is: ${words[*]:-none}"
-  need_count slices max_restarts max_recreations wait_minutes capacity_attempts ssh_attempts stop_seconds lines node worker
-  [[ ${setting[mode]} == queued || ${setting[mode]} == vm ]] || misuse "--mode=${setting[mode]} is neither queued nor vm"
-  [[ ${setting[mode]} == queued || ${setting[slices]} == 1 ]] || misuse "several slices need --mode=queued"
+  need_count slices max_restarts max_recreations wait_minutes capacity_attempts ssh_attempts
+  need_count stop_seconds lines node worker
+  [[ ${setting[mode]} == queued || ${setting[mode]} == vm ]] ||
+    misuse "--mode=${setting[mode]} is neither queued nor vm"
+  [[ ${setting[mode]} == queued || ${setting[slices]} == 1 ]] ||
+    misuse "several slices need --mode=queued"
   ((setting[slices] >= 1)) || misuse "--slices=${setting[slices]} is below 1"
   case ${words[0]} in
     create | up) need name zone project accelerator_type runtime_version ;;
     setup | run | status | logs | ssh | stop | delete) need name zone project ;;
     *) misuse "there is no command ${words[0]}" ;;
   esac
-  [[ ${setting[name]} =~ ^[a-z][a-z0-9-]*$ ]] || misuse "--name=${setting[name]}: small letters, digits and - only"
+  [[ ${setting[name]} =~ ^[a-z][a-z0-9-]*$ ]] ||
+    misuse "--name=${setting[name]}: small letters, digits and - only"
   case ${words[0]} in
     ssh) ssh_in ;;
     run) check_job && run ;;

@@ -25,7 +25,8 @@ pause_for() { is_on dry_run || sleep "$1"; }
 
 # pause TRY: longer with each try, at most ten minutes.
 pause() {
-  pause_for "$(awk -v s="${setting[retry_seconds]}" -v t="$1" 'BEGIN { s *= 2 ^ (t - 1); print s < 600 ? s : 600 }')"
+  local double='BEGIN { s *= 2 ^ (t - 1); print s < 600 ? s : 600 }'
+  pause_for "$(awk -v s="${setting[retry_seconds]}" -v t="$1" "$double")"
 }
 
 # resource_state prints one of
@@ -58,7 +59,10 @@ resource_state() {
       ;;
     READY) echo ready ;;
     absent | unknown:*) echo "$state" ;;
-    FAILED*) echo "failed:${state#FAILED}" ;;
+    FAILED*)
+      state=${state#FAILED }
+      echo "failed:${state//$'\n'/ }"
+      ;;
     SUSPENDING* | SUSPENDED* | PREEMPTED | TERMINATED | DELETING*) echo "gone:${state%% *}" ;;
     *) echo "waiting:${state%% *}" ;;
   esac
@@ -99,7 +103,9 @@ create() {
     state=$(wait_for_hosts "$error")
     case $state in
       ready) break ;;
-      quota:*) _give_up "quota, not capacity: ${state#quota:}. Ask for more quota, or use another zone or type" ;;
+      quota:*)
+        _give_up "no quota: ${state#quota:}. Ask for more quota, or use another zone or type"
+        ;;
       refused:*) _give_up "refused: ${state#refused:}" ;;
       late) _give_up "no TPUs within ${setting[wait_minutes]} minutes" ;;
       unknown:*)
@@ -122,7 +128,8 @@ _request() {
   if [[ ${setting[mode]} == vm ]]; then
     words=(tpu-vm create "${setting[name]}" "${words[@]}" "--version=${setting[runtime_version]}")
   else
-    words=(queued-resources create "${setting[name]}" "${words[@]}" "--runtime-version=${setting[runtime_version]}")
+    words=(queued-resources create "${setting[name]}" "${words[@]}")
+    words+=("--runtime-version=${setting[runtime_version]}")
     if ((setting[slices] == 1)); then
       words+=("--node-id=${setting[name]}")
     else
@@ -164,13 +171,14 @@ wait_for_hosts() {
 }
 
 # classify REASON: quota and capacity are both RESOURCE_EXHAUSTED; waiting helps only the second. A
-# quota of requests per minute is soon over.
+# quota of requests per minute is soon over, and who gives no reason had no capacity in time.
 classify() {
   local text=${1,,}
   case $text in
-    *"per minute"* | *"rate limit"*) echo "capacity:$1" ;;
+    "" | " " | *"per minute"* | *"rate limit"*) echo "capacity:$1" ;;
     *quota* | *"request more"*) echo "quota:$1" ;;
-    *capacity* | *resource_exhausted* | *"resource exhausted"* | *stockout* | *unavailable* | *"try again"* | *internal*)
+    *capacity* | *resource_exhausted* | *"resource exhausted"* | *stockout* | *unavailable* | \
+      *"try again"* | *internal*)
       echo "capacity:$1"
       ;;
     *) echo "refused:$1" ;;

@@ -17,7 +17,7 @@ import sys
 
 CLOUD = pathlib.Path(os.environ["CLOUD"])
 FLAGS = pathlib.Path(__file__).parent / "golden" / "gcloud_flags.txt"
-CAPACITY = 'There is no more capacity in the zone "us-east5-b"; you can try in another zone'
+CAPACITY = 'There is no more capacity in the zone "us-east5-b";\nyou can try in another zone'
 QUOTA = (
   "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 16 in zone us-east5-b"
 )
@@ -69,7 +69,9 @@ class Cloud:
     found = self.resources.get(f"{kind}/{name}")
     if found is None:
       fail(f"gcloud.compute.tpus.{kind}.describe", "NOT_FOUND: Requested entity was not found")
-    print(f"{found['state']} {found.get('message', '')}".strip())
+    # With the trailing blank of the real one, where there is no message.
+    asks_why = "failedData" in flags["--format"]
+    print(f"{found['state']} {found.get('message', '')}" if asks_why else found["state"])
     if found["state"] == "WAITING_FOR_RESOURCES":  # there the next time
       found["state"] = "ACTIVE"
       self._start(found["nodes"])

@@ -279,6 +279,7 @@ def test_status_and_logs_name_the_host(slurm):
   ("words", "message"),
   [
     (("submit", "--folder=relative", *JOB), "not an absolute path"),
+    (("submit", "--workdir=runs/x", *JOB), "neither an absolute path nor a URL"),
     (("submit", "--container=docker", *JOB), "none of none, pyxis, apptainer"),
     (("submit", "--image=x", *JOB), "--image needs --container"),
     (("submit",), "put the arguments of launch.train after --"),

@@ -124,7 +124,9 @@ def test_hosts_get_exactly_the_commit(cloud):
     assert (code / name).read_bytes() == (cloud.checkout / name).read_bytes()
   assert not (code / "uncommitted.patch").exists()
   made = cloud.lines("made")
+  (code / "runs/some").mkdir()
   cloud.run("setup")
+  assert (code / "runs/some").is_dir()
   assert cloud.lines("made") == made * 2
   assert (code / ".venv/complete").exists()
 
@@ -375,6 +377,7 @@ def test_ssh_runs_on_one_host_or_on_all(cloud):
     (("up", "--name=Big_One"), "small letters"),
     (("up",), "put the arguments of launch.train after --"),
     (("up", "--bucket=", *JOB), "say where checkpoints go"),
+    (("up", "--workdir=here", *JOB), "neither a URL"),
     (("launch",), "no command launch"),
   ],
 )
