@@ -87,7 +87,7 @@ def test_another_seed_gives_another_order_of_the_same_rows(config):
 
 def test_the_rows_of_a_step_can_be_read_again(config):
   batch = _take(config, 1, batch_size=8, start_step=23)[0]
-  addresses = pipeline.batch_addresses(config, step=23, batch_size=8)
+  addresses = pipeline.batch_addresses(config, position=23, batch_size=8)
   assert {address.source for address in addresses} == {0, 1}
   _assert_equal(pipeline.read_rows(config, addresses), batch)
   _assert_equal(pipeline.read_rows(config, [addresses[6]]), Batch(*(array[6:7] for array in batch)))
@@ -96,7 +96,7 @@ def test_the_rows_of_a_step_can_be_read_again(config):
 def test_repeat_goes_on_after_the_last_row(config):
   num_rows = sum(len(Rows(TokenStore(path), T)) for path, _ in config.sources)
   assert pipeline.num_steps_available(config, batch_size=8) is None
-  addresses = pipeline.batch_addresses(config, step=3 * num_rows // 8, batch_size=8)
+  addresses = pipeline.batch_addresses(config, position=3 * num_rows // 8, batch_size=8)
   assert min(address.epoch for address in addresses) >= 1
   _take(config, 1, batch_size=8, start_step=10**12)
 
@@ -112,7 +112,7 @@ def test_stop_ends_at_the_same_step_on_every_process(config, num_epochs):
     ) as batches:
       assert sum(1 for _ in batches) == num_steps
   addresses = [
-    a for s in range(num_steps) for a in pipeline.batch_addresses(config, step=s, batch_size=4)
+    a for s in range(num_steps) for a in pipeline.batch_addresses(config, position=s, batch_size=4)
   ]
   # No row more than num_epochs times, and one source as good as used up.
   assert max(addresses.count(address) for address in set(addresses)) == 1
