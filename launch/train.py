@@ -15,9 +15,9 @@ from absl import flags, logging
 
 from launch.console import log_for_people
 from launch.overrides import flatten, run_app
+from train.bad_steps import BadStepError
 from train.config import Run
 from train.events import process_start
-from train.faults import NonFiniteError
 from train.loop import fit
 
 _WORKDIR = flags.DEFINE_string(
@@ -35,7 +35,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   (workdir / "config.json").write_text(json.dumps(flatten(run), indent=1, default=repr) + "\n")
   try:
     outcome = fit(run, workdir, began=process_start())
-  except (ValueError, NonFiniteError) as error:
+  except (ValueError, BadStepError) as error:
     # What a user can set right is one line; where it came from is kept beside the run.
     (workdir / "error.txt").write_text(traceback.format_exc())
     logging.error("%s (where: %s)", error, workdir / "error.txt")

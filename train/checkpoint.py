@@ -124,12 +124,13 @@ class Checkpoints:
     )
 
   def latest(self) -> int | None:
-    """The newest step with a readable checkpoint; None where there is none.
+    """The newest step with a readable checkpoint, when nothing is being written any more; None
+    where there is none.
 
     A newer folder without a readable record raises DamagedCheckpointError, or is set aside if
     on_damage is "previous".
     """
-    self._settle()
+    self.wait()
     while (step := _of_first_process(max(steps(self.directory), default=-1))) >= 0:
       try:
         self._content(step)
@@ -181,7 +182,6 @@ class Checkpoints:
       {
         "format": files.FORMAT,
         "step": step,
-        "position": step,
         "kind": kind,
         "arrays": files.describe(named, checksums(named)),
         "run": record,
@@ -305,6 +305,7 @@ class Checkpoints:
       logging.error("%s. It is now %s; going on from %s", error, aside.name, instead)
     _of_first_process(0)
     self._kinds.pop(step, None)
+    self._ours.discard(step)
 
   @contextlib.contextmanager
   def _failing(self, step: int | None):

@@ -6,8 +6,8 @@ from typing import Literal
 from data.pipeline import DataConfig
 from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape
+from train.bad_steps import BadStepPolicy
 from train.checkpoint import CheckpointConfig
-from train.faults import NonFinitePolicy
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
 from train.statistics import StatisticsConfig
@@ -36,7 +36,7 @@ class Run:
   checkpoint: CheckpointConfig = CheckpointConfig()
   metrics: MetricsConfig = MetricsConfig()
   statistics: StatisticsConfig = StatisticsConfig()
-  non_finite: NonFinitePolicy = NonFinitePolicy()
+  bad_steps: BadStepPolicy = BadStepPolicy()
 
   def __post_init__(self):
     for name in ("batch_size", "total_steps", "num_microbatches", "eval_every"):
