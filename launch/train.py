@@ -5,7 +5,7 @@ signal with everything saved (start me again), 1 stopped by an error, 2 a comman
 run.
 """
 
-import json
+import os
 import pathlib
 import sys
 import traceback
@@ -14,8 +14,11 @@ from typing import Any
 from absl import flags, logging
 
 from launch.console import log_for_people
-from launch.overrides import flatten, run_app
+from launch.overrides import run_app
+from train import faults
 from train.bad_steps import BadStepError
+from train.checkpoint import SaveFailedError
+from train.checkpoint_folder import InUseError
 from train.config import Run
 from train.events import process_start
 from train.loop import fit
@@ -29,19 +32,39 @@ _STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, start me again.
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   log_for_people()
   workdir = pathlib.Path(_WORKDIR.value)
-  workdir.mkdir(parents=True, exist_ok=True)
   for path, (before, now) in overridden.items():
     logging.info("override %s: %r -> %r", path, before, now)
-  (workdir / "config.json").write_text(json.dumps(flatten(run), indent=1, default=repr) + "\n")
   try:
+    workdir.mkdir(parents=True, exist_ok=True)
     outcome = fit(run, workdir, began=process_start())
+  # What a user can set right is one line; where it came from is kept beside the run.
+  except InUseError as error:
+    logging.error("%s", error)
+    sys.exit(1)
   except (ValueError, BadStepError) as error:
-    # What a user can set right is one line; where it came from is kept beside the run.
-    (workdir / "error.txt").write_text(traceback.format_exc())
-    logging.error("%s (where: %s)", error, workdir / "error.txt")
+    logging.error("%s%s", error, _where(workdir))
+    sys.exit(1)
+  except SaveFailedError as error:
+    logging.error("%s%s", error, _where(workdir))
+    # At once: threads of a save that failed wait for the rest of it, for as long as one may take,
+    # and would keep the process. Everything else is closed.
+    logging.flush()
+    os._exit(1)
+  except OSError as error:
+    logging.error("%s%s", faults.storage_advice(error, workdir), _where(workdir))
     sys.exit(1)
   if outcome == "stopped":
     sys.exit(_STOPPED)
+
+
+def _where(workdir: pathlib.Path) -> str:
+  """Where the traceback of what is on its way out was written; nothing if it cannot be."""
+  path = workdir / "error.txt"
+  try:
+    path.write_text(traceback.format_exc())
+  except OSError as error:
+    return f" ({path}: {error.strerror})"
+  return f" (where: {path})"
 
 
 if __name__ == "__main__":

@@ -72,12 +72,15 @@ def _become(module: str, arguments: list[str], output: str) -> None:
   sys.argv = [module, *arguments]
   # What the modules here define by being imported, the command's own module defines again.
   del sys.modules["launch.train"]
-  delattr(flags.FLAGS, "workdir")
+  for flag in list(flags.FLAGS.flags_by_module_dict()["launch.train"]):
+    delattr(flags.FLAGS, flag.name)
   runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
-  importlib.import_module("launch.train")  # takes seconds: once, before any fork
+  # Take seconds: once, before any fork.
+  importlib.import_module("launch.train")
+  importlib.import_module("matplotlib.figure")
   for line in sys.stdin:
     pid = os.fork()
     if pid == 0:

@@ -102,7 +102,7 @@ class Checkpoints:
     self._is_first = jax.process_index() == 0
     _quieten_orbax()
     self.directory.mkdir(parents=True, exist_ok=True)
-    self._lock = files.lock(self.directory) if self._is_first else None
+    self._lock = files.Lock(self.directory) if self._is_first else None
     self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
     if self._is_first:
       for leftover in _leftovers(self.directory):
@@ -171,6 +171,8 @@ class Checkpoints:
     if step in self._ours:
       logging.info("the checkpoint of step %d is there already", step)
       return
+    if self._lock is not None:
+      self._lock.check()
     folder = self._folder(step)
     if folder.exists():
       raise ValueError(
@@ -266,7 +268,8 @@ class Checkpoints:
     complete, self._pending = self._pending, None
     logging.info("checkpoint of step %d is complete", complete)
     if self._is_first:
-      files.flush_to_disk(self.directory)
+      with self._failing(complete):
+        files.flush_to_disk(self.directory)
       for step in superfluous(self._kinds, self.config):
         del self._kinds[step]
         self._remove(self._folder(step))
@@ -321,8 +324,9 @@ class Checkpoints:
       complete = steps(self.directory)
       last = f"that of step {max(complete)}" if complete else "none"
       raise SaveFailedError(
-        f"the checkpoint of step {step} could not be written to {self.directory}: {error}. "
-        f"The last complete one is {last}"
+        f"the checkpoint of step {step} could not be written to {self.directory}: "
+        f"{_first_line(error)}. The last complete one is {last}: free space, or mend what is "
+        "named, and start the run again; it goes on from there"
       ) from error
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint's folder holds besides its arrays, and how to tell whether it is broken."""
 
-import contextlib
+import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import os
 import pathlib
 import shutil
 import socket
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 import jax
 from absl import logging
@@ -23,6 +24,10 @@ class DamagedCheckpointError(ValueError):
 
 class UnreadableError(DamagedCheckpointError):
   """Damage that one process may see and another not."""
+
+
+class InUseError(ValueError):
+  """Another run writes in this folder; the message names it."""
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -107,11 +112,14 @@ def first_few(names: list[str], separator: str = ", ", limit: int = 5) -> str:
 
 
 def flush_to_disk(path: pathlib.Path) -> None:
+  """Returns when the content is on the disk; OSError if the disk has failed."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
+    os.fsync(descriptor)
+  except OSError as error:
     # Some network file systems cannot flush folders; they keep renames in order themselves.
-    with contextlib.suppress(OSError):
-      os.fsync(descriptor)
+    if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+      raise
   finally:
     os.close(descriptor)
 
@@ -124,25 +132,59 @@ def remove_tree(folder: pathlib.Path) -> None:
     logging.error("%s could not be removed: %s", folder, error)
 
 
-def lock(directory: pathlib.Path) -> TextIO:
-  """Held until it is closed or the process dies, however it dies."""
-  file = (directory / "lock").open("a+")
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    holder = file.read().strip()
-    file.close()
-    _refuse_second_writer(directory, holder)
-  except OSError as error:
-    logging.warning("%s: no lock on this file system (%s)", directory, error)
-  file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-  file.flush()
-  return file
+class Lock:
+  """This process is the one that writes in `directory`, until `close` or its death of any kind.
 
+  Raises InUseError where another holds it. Where the file system locks for one machine only, or
+  not at all (which is said), the newer of two runs takes the folder, and the older one stops in
+  `check`, before its next checkpoint.
+  """
 
-def _refuse_second_writer(directory: pathlib.Path, holder: str) -> NoReturn:
-  raise ValueError(
-    f"{directory} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
-  )
+  def __init__(self, directory: pathlib.Path):
+    self.path = directory / "lock"
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    self._holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
+    self._file = self.path.open("a+")
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      holder = self._read()
+      self._file.close()
+      raise InUseError(
+        f"{directory} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
+      ) from error
+    except OSError as error:
+      logging.warning(
+        "%s: this file system has no locks (%s): see to it that one job at a time uses it",
+        directory,
+        error,
+      )
+    self._file.truncate(0)
+    self._file.write(self._holder + "\n")
+    self._file.flush()
+
+  def check(self) -> None:
+    """Raises InUseError if another run has taken the folder all the same."""
+    holder = self._read()
+    if holder != self._holder:
+      raise InUseError(
+        f"{self.path.parent} was taken by another run ({holder or 'its lock is empty'}) while this "
+        f"one ({self._holder}) was writing there: this one stops. Stop the other before you start "
+        "it again, or give it another workdir"
+      )
+
+  def close(self) -> None:
+    self._file.close()
+
+  def __enter__(self) -> "Lock":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _read(self) -> str:
+    """Opened anew: a file system over the network shows what others wrote only then."""
+    try:
+      return self.path.read_text().strip()
+    except FileNotFoundError:
+      return ""

@@ -1,5 +1,7 @@
-"""What a run does when it is told to stop."""
+"""What a run does when it is told to stop, and what people can do about a disk."""
 
+import errno
+import pathlib
 import signal
 from types import FrameType
 from typing import Any
@@ -34,3 +36,18 @@ class StopRequest:
     )
     for other, handler in self._previous.items():
       signal.signal(other, handler)
+
+
+def storage_advice(error: OSError, workdir: pathlib.Path) -> str:
+  """One line: what is wrong with which path, and what to do."""
+  what = f"{error.filename or workdir}: {error.strerror or error}"
+  match error.errno:
+    case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+      do = "free space there"
+    case errno.EROFS | errno.EACCES | errno.EPERM:
+      do = "let this user write there, or use another --workdir"
+    case errno.ENOTDIR | errno.EEXIST:
+      do = "a file is where a folder has to be: move it, or use another --workdir"
+    case _:
+      do = "see that the file system is well"
+  return f"{what}. To go on from the last complete checkpoint: {do}, then start the run again"

@@ -4,6 +4,7 @@ Each step is dispatched before the one before it is read, so the host never make
 """
 
 import dataclasses
+import json
 import pathlib
 import time
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from train import faults
 from train import program as programs
 from train.bad_steps import BadSteps, RollBack
 from train.checkpoint import Checkpoints, Kind
-from train.config import Run
+from train.config import Run, flatten
 from train.evaluate import evaluate
 from train.events import Events
 from train.metrics import JSONL, Metrics
@@ -74,6 +75,10 @@ def fit(run: Run, workdir: pathlib.Path, *, began: float | None = None) -> Outco
         bad_steps.begin(step, restored.record)
         logging.info("restored step %d from %s", step, checkpoints.directory)
       del restored
+      if jax.process_index() == 0:
+        # Not before: this run may have been refused.
+        settings = json.dumps(flatten(run), indent=1, default=repr)
+        (workdir / "config.json").write_text(settings + "\n")
       if step >= (last := _last_step(run, bad_steps)):
         logging.info("the run is complete: step %d of %d", step, last)
         events.end("complete")
