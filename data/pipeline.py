@@ -9,7 +9,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -171,6 +171,23 @@ def read_rows(config: DataConfig, addresses: Sequence[RowAddress]) -> Batch:
   """These rows again, as they were in the batch: to look at what broke a step."""
   rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
   return _gather(rows, addresses)
+
+
+class RowContent(NamedTuple):
+  """What is in a row: numbers of the documents in their store, and the row's tokens."""
+
+  documents: range
+  tokens: np.ndarray
+
+
+def row_contents(config: DataConfig, addresses: Sequence[RowAddress]) -> list[RowContent]:
+  """What lies at these addresses, for people."""
+  rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
+  tokens_BT = _gather(rows, addresses).tokens_BT
+  return [
+    RowContent(rows[address.source].documents(address.row), tokens_T)
+    for address, tokens_T in zip(addresses, tokens_BT)
+  ]
 
 
 def eval_batches(

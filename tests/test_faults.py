@@ -140,6 +140,55 @@ def test_skipped_steps_are_skipped_again_after_a_restart(bad):
   assert read_jsonl(workdir / "metrics.jsonl")[-1]["train/skipped_steps"] == 3
 
 
+def test_it_stops_at_a_bad_step_that_can_be_looked_at_as_it_was(bad):
+  runs, _ = bad
+  status, output = runs.run("stop")
+  assert status == 1
+  assert "step 4: loss nan and gradient norm nan are not finite. Rows: " in _last_line(output)
+  assert "Look at it with --replay_step=4" in _last_line(output)
+  record = runs.json("stop/bad_steps/00000004-00000003.json")
+  shown = _replayed(runs, "stop", "--replay_step=4")
+  assert "step 4, batch 3, run again from the beginning" in shown
+  assert "loss       nan, bit for bit what the run told" in shown
+  # The row with the mark is the worst, and the text shows it.
+  worst = shown.splitlines()[shown.splitlines().index("rows, the worst 8 of 8") + 2]
+  assert worst.split()[0] == "nan"
+  assert f"{record['rows'][_marked_row(runs, 3)]['row']} " in worst
+  assert "nan         embedding/table_VD" in shown
+
+
+def _marked_row(runs: Runs, batch: int) -> int:
+  data = faulty_config.get_config(str(runs.folder)).data
+  rows = pipeline.batch_addresses(data, position=batch, batch_size=8)
+  return int((pipeline.read_rows(data, rows).targets_BT == NAN).any(axis=1).argmax())
+
+
+def test_a_step_that_was_rolled_back_is_replayed_with_its_own_batch(bad, rolled_back):
+  runs, _ = bad
+  shown = _replayed(runs, "back", *BACK, "--replay_step=15")
+  assert "step 15, batch 15, run again from the checkpoint of step 10" in shown
+  assert ", bit for bit what the run told" in shown
+  assert "limits     loss" in shown
+  assert "the step changed nothing" in shown
+  assert "as recorded in" in shown
+  # A good one, after all of them: of the batches that are left.
+  shown = _replayed(runs, "back", *BACK, "--replay_step=52")
+  assert "step 52, batch 54, run again from the checkpoint of step 50" in shown
+  assert ", bit for bit what the run told" in shown
+  assert "the step changed nothing" not in shown
+
+
+def _replayed(runs: Runs, name: str, *settings: str) -> str:
+  """What a replay prints, after making sure that it changed nothing."""
+  workdir = runs.folder / name
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  arguments = runs.arguments(name, *settings)
+  status, output = runs.commands.run("launch.train", arguments, runs.folder / "replay.txt")
+  assert status == 0, output
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+  return output
+
+
 @pytest.fixture(scope="module")
 def good(commands, tmp_path_factory):
   """Runs on data without a bad step; one of them is undisturbed."""

@@ -93,6 +93,38 @@ def test_the_rows_of_a_step_can_be_read_again(config):
   _assert_equal(pipeline.read_rows(config, [addresses[6]]), Batch(*(array[6:7] for array in batch)))
 
 
+@pytest.mark.parametrize("passed_over", [(0,), (2, 3), (11, 4, 2), (40,)])
+def test_batches_that_are_passed_over_are_the_only_ones_missing(config, passed_over):
+  every = _take(config, 15, batch_size=8, start_step=0)
+  kept = [batch for index, batch in enumerate(every) if index not in passed_over]
+  for start in (0, 1, 4):
+    found = _take(config, 5, batch_size=8, start_step=start, passed_over=passed_over)
+    for batch, expected in zip(found, kept[start:]):
+      _assert_equal(batch, expected)
+  ends = dataclasses.replace(config, at_end="stop")
+  available = pipeline.num_steps_available(ends, batch_size=8)
+  missing = sum(batch < available for batch in passed_over)
+  left = pipeline.num_steps_available(ends, batch_size=8, passed_over=passed_over)
+  assert left == available - missing
+
+
+def test_a_row_names_the_documents_that_it_holds_tokens_of(config):
+  addresses = pipeline.batch_addresses(config, position=7, batch_size=8)
+  batch = pipeline.read_rows(config, addresses)
+  for row, content in enumerate(pipeline.row_contents(config, addresses)):
+    np.testing.assert_array_equal(content.tokens, batch.tokens_BT[row])
+    store = TokenStore(config.sources[addresses[row].source][0])
+    first = addresses[row].row * T
+    ends = [*store.starts[1:].tolist(), store.manifest.num_tokens]
+    held = [
+      number
+      for number, (start, end) in enumerate(zip(store.starts.tolist(), ends))
+      if start < first + T and end > first
+    ]
+    assert list(content.documents) == held
+    assert len(held) == batch.segments_BT[row].max()
+
+
 def test_repeat_goes_on_after_the_last_row(config):
   num_rows = sum(len(Rows(TokenStore(path), T)) for path, _ in config.sources)
   assert pipeline.num_steps_available(config, batch_size=8) is None

@@ -114,15 +114,21 @@ class BadSteps:
     self.skipped = self._skipped_in_a_row = 0
     self._good: list[_Good] = []
 
-  def begin(self, step: int, record: dict[str, Any] | None) -> None:
+  def begin(
+    self, step: int, record: dict[str, Any] | None, *, passed_over: Sequence[int] | None = None
+  ) -> None:
     """Goes on after `step`, from what the checkpoint of it holds (None: a new start).
 
-    Raises ValueError if passed_over.json does not fit the checkpoint.
+    `passed_over` is for looking back: these batches instead of those of now. Raises ValueError if
+    passed_over.json does not fit the checkpoint.
     """
     saved = {"passed_over": [], "skipped": 0, "skipped_in_a_row": 0, "good": []}
     saved = saved if record is None else record["bad_steps"]
     self.skipped, self._skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
     self._good = [_Good(*values) for values in saved["good"]]
+    if passed_over is not None:
+      self.passed_over = tuple(passed_over)
+      return
     later = [batch for rollback in self._rollbacks() for batch in rollback["batches"]]
     self.passed_over = tuple(sorted({*saved["passed_over"], *later}))
     newest = position(step - 1, saved["passed_over"]) if step else -1
@@ -181,12 +187,7 @@ class BadSteps:
   def judge(self, step: int, metrics: StepMetrics) -> None:
     """Remembers a finished step. A bad one is recorded, and skipped, or raises BadStepError or
     RollBack, as the policy says."""
-    if bool(metrics.is_applied):
-      self._skipped_in_a_row = 0
-      if self.policy.spike != "ignore":
-        good = _Good(step, float(metrics.loss), float(metrics.grad_norm))
-        # One more than the window: the newest may be too new to count.
-        self._good = [*self._good, good][-self.policy.spike_window - 1 :]
+    if self.remember(step, metrics):
       return
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     limits = self.limits(step)
@@ -200,7 +201,11 @@ class BadSteps:
       else f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite"
     )
     tensors = [] if is_spike else bad_tensors(metrics.square_norms)
-    path = self._write(step, why=why, action=action, rows=rows, tensors=tensors)
+    numbers = {"loss": loss, "grad_norm": grad_norm}
+    numbers |= {"loss_limit": float(limits.loss), "grad_norm_limit": float(limits.grad_norm)}
+    # JSON has no NaN: as strings, which float() reads.
+    numbers = {name: repr(value) for name, value in numbers.items()}
+    path = self._write(step, why=why, action=action, **numbers, rows=rows, tensors=tensors)
     where = f". Not finite: {', '.join(tensors) or 'no gradient, only the loss'}"
     line = f"{why}. Rows: {_shown(rows)}{'' if is_spike else where}. Written to {path}"
     if action == "rollback":
@@ -210,6 +215,17 @@ class BadSteps:
     if action == "stop" or self._skipped_in_a_row > self.policy.max_skipped:
       raise BadStepError(f"{line}. {self._advice(step, is_spike)}")
     logging.warning("%s. Skipped: parameters and moments are as before", line)
+
+  def remember(self, step: int, metrics: StepMetrics) -> bool:
+    """Whether a finished step was good; those after it are judged by it if it was."""
+    if not bool(metrics.is_applied):
+      return False
+    self._skipped_in_a_row = 0
+    if self.policy.spike != "ignore":
+      good = _Good(step, float(metrics.loss), float(metrics.grad_norm))
+      # One more than the window: the newest may be too new to count.
+      self._good = [*self._good, good][-self.policy.spike_window - 1 :]
+    return True
 
   def pass_over(self, rollback: RollBack, *, checkpoint: int) -> None:
     """Notes on disk that the run goes back to the checkpoint of a step (0: to its beginning), and
@@ -232,10 +248,11 @@ class BadSteps:
       _write_whole(self.workdir / PASSED_OVER, content)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("passed_over")
+    where = f"checkpoint of step {checkpoint}" if checkpoint else "beginning"
     logging.warning(
-      "%s. Going back to the checkpoint of step %d and passing over batches %s from now on",
+      "%s. Going back to the %s and passing over batches %s from now on",
       rollback.why,
-      checkpoint,
+      where,
       batches,
     )
 
@@ -279,14 +296,19 @@ class BadSteps:
 
 
 def bad_tensors(square_norms: Any, *, limit: int = 8) -> list[str]:
-  """Paths of the first parameters whose gradient is not finite, with the layers in brackets."""
-  names = []
-  for path, norm in jax.tree_util.tree_leaves_with_path(square_norms):
-    bad = ~np.isfinite(np.asarray(norm))
-    if bad.any():
-      layers = "".join(f"{list(map(int, index))}" for index in np.argwhere(bad)[:3] if index.size)
-      names.append("/".join(str(key.key) for key in path) + layers)
-  return names[:limit]
+  """The first parameters and layers whose gradient is not finite, as named_norms names them."""
+  bad = [name for name, square in named_norms(square_norms) if not np.isfinite(square)]
+  return bad[:limit]
+
+
+def named_norms(square_norms: Any) -> list[tuple[str, float]]:
+  """The square norm of each parameter by its path, of each layer with its number in brackets."""
+  named = []
+  for path, squares in jax.tree_util.tree_leaves_with_path(square_norms):
+    name = "/".join(str(key.key) for key in path)
+    for index, square in np.ndenumerate(np.asarray(squares)):
+      named.append((name + "".join(f"[{i}]" for i in index), float(square)))
+  return named
 
 
 def _shown(rows: Sequence[RowAddress]) -> str:

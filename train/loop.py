@@ -45,7 +45,7 @@ def fit(run: Run, workdir: pathlib.Path, *, began: float | None = None) -> Outco
   Raises BadStepError, and ValueError for what a user can set right.
   """
   began = event_log.now() if began is None else began
-  run = _within_the_data(run)
+  run = within_the_data(run)
   program = programs.build(run)
   record = run_record(run, program.model)
   count = count_params(run.model)
@@ -266,7 +266,7 @@ class _Session:
     return {"process_index": share.index, "process_count": share.count}
 
 
-def _within_the_data(run: Run) -> Run:
+def within_the_data(run: Run) -> Run:
   """The run, ended where its data ends, after checking that its data is for its model."""
   vocabulary = pipeline.vocabulary(run.data)
   if vocabulary.size > run.model.vocab_size:

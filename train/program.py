@@ -19,6 +19,7 @@ from sharding import rules as tables
 from sharding.logical import Rules
 from sharding.mesh import RowShare, make_mesh, row_share
 from train.config import Run
+from train.loss import row_losses
 from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.statistics import statistics_step
@@ -144,6 +145,19 @@ def lower_statistics_step(program: Program) -> jax.stages.Lowered:
   with _placed(program):
     jitted = jax.jit(step, out_shardings=replicated)
     return jitted.lower(program.abstract, _abstract_batch(program), square_norms, weight)
+
+
+def lower_row_losses(program: Program) -> jax.stages.Lowered:
+  """`(params, batch) -> losses_B`, all rows' on every process: train/loss.py: row_losses."""
+  model = program.model
+
+  def losses(params: Any, batch: Batch):
+    x_BTD, unembed_VD = model.apply(params, batch.tokens_BT, batch.segments_BT)
+    return row_losses(x_BTD, unembed_VD, batch, logit_cap=model.config.logit_cap)
+
+  with _placed(program):
+    jitted = jax.jit(losses, out_shardings=_replicated(program.mesh))
+    return jitted.lower(program.abstract.params, _abstract_batch(program))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
