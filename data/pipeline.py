@@ -1,15 +1,15 @@
 """Batches for training and evaluation: mixture, shuffle, per-process shard, read-ahead (Grain).
 
-The global batch of a step is a pure function of (config, step): any number of processes reads the
-same one, each its slice, and the only position is the step. The end of the data, too, is computed
-from the config, so every host stops, or starts over, at the same step.
+The global batch of a step is a pure function of (config, step, the batches passed over): any number
+of processes reads the same one, each its slice, and the only position is the step. The end of the
+data, too, is computed from the config, so every host stops, or starts over, at the same step.
 """
 
 import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -103,17 +103,18 @@ def train_batches(
   *,
   batch_size: int,
   start_step: int,
+  passed_over: Sequence[int] = (),
   process_index: int = 0,
   process_count: int = 1,
 ) -> Batches:
   """Batches of steps start_step, start_step + 1, ...: this process's rows of each.
 
-  Process p of n gets rows p * batch_size / n and on of the global batch of `batch_size` rows, whose
-  row r of step s is row s * batch_size + r of the mixture. Processes that hold different times of
-  the same rows are one p: each reads them whole (sharding/mesh.py: row_share). Opens and checks the
-  stores at once.
+  Process p of n gets rows p * batch_size / n and on of the global batch of `batch_size` rows. Row r
+  of batch i is row i * batch_size + r of the mixture, and step s (from 0) reads batch
+  `position(s, passed_over)`. Processes that hold different times of the same rows are one p: each
+  reads them whole (sharding/mesh.py: row_share). Opens and checks the stores at once.
   """
-  num_steps = num_steps_available(config, batch_size=batch_size)
+  num_steps = num_steps_available(config, batch_size=batch_size, passed_over=passed_over)
   mine = _slice_of(batch_size, process_index, process_count)
   if start_step < 0 or (num_steps is not None and start_step > num_steps):
     raise ValueError(f"train_batches: start_step {start_step} is not in 0 .. {num_steps}")
@@ -121,13 +122,22 @@ def train_batches(
   rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
 
   def read(step: int) -> Batch:
-    first = step * batch_size
+    first = position(step, passed_over) * batch_size
     return _gather(rows, [mixture.address(first + row) for row in mine])
 
   return Batches(_Read(num_steps or sys.maxsize, read), start=start_step, config=config)
 
 
-def num_steps_available(config: DataConfig, *, batch_size: int) -> int | None:
+def position(step: int, passed_over: Sequence[int]) -> int:
+  """Which batch step `step` (from 0) reads: the `step`-th of those that are not passed over."""
+  for batch in sorted(set(passed_over)):
+    step += batch <= step
+  return step
+
+
+def num_steps_available(
+  config: DataConfig, *, batch_size: int, passed_over: Sequence[int] = ()
+) -> int | None:
   """Steps until the data ends, the same on all hosts; None if it starts over for ever."""
   if batch_size < 1:
     raise ValueError(f"batch_size {batch_size} must be at least 1")
@@ -147,19 +157,37 @@ def num_steps_available(config: DataConfig, *, batch_size: int) -> int | None:
       f"{sources}: in these proportions the data ends after {available} rows, fewer than a batch "
       f"of {batch_size}; give other weights, more num_epochs or a smaller batch_size"
     )
-  return available // batch_size
+  num_batches = available // batch_size
+  return num_batches - sum(batch < num_batches for batch in set(passed_over))
 
 
-def batch_addresses(config: DataConfig, *, step: int, batch_size: int) -> list[RowAddress]:
-  """The rows of the global batch of `step`, in order; reads manifests only."""
+def batch_addresses(config: DataConfig, *, position: int, batch_size: int) -> list[RowAddress]:
+  """The rows of the global batch at `position`, in order; reads manifests only."""
   mixture = _mixture(config)
-  return [mixture.address(step * batch_size + row) for row in range(batch_size)]
+  return [mixture.address(position * batch_size + row) for row in range(batch_size)]
 
 
 def read_rows(config: DataConfig, addresses: Sequence[RowAddress]) -> Batch:
   """These rows again, as they were in the batch: to look at what broke a step."""
   rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
   return _gather(rows, addresses)
+
+
+class RowContent(NamedTuple):
+  """What is in a row: numbers of the documents in their store, and the row's tokens."""
+
+  documents: range
+  tokens: np.ndarray
+
+
+def row_contents(config: DataConfig, addresses: Sequence[RowAddress]) -> list[RowContent]:
+  """What lies at these addresses, for people."""
+  rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
+  tokens_BT = _gather(rows, addresses).tokens_BT
+  return [
+    RowContent(rows[address.source].documents(address.row), tokens_T)
+    for address, tokens_T in zip(addresses, tokens_BT)
+  ]
 
 
 def eval_batches(

@@ -64,6 +64,13 @@ class Rows:
       weights_BT=(has_target_BT & ~is_start_BT1[:, 1:]).astype(np.float32),
     )
 
+  def documents(self, index: int) -> range:
+    """The numbers of the documents in the store that row `index` holds tokens of."""
+    first = index * self.row_length
+    last = min(first + self.row_length, self.store.manifest.num_tokens) - 1
+    low, high = np.searchsorted(self.store.starts, (first, last), side="right")
+    return range(int(low) - 1, int(high))
+
   def _is_start(self, first_B: np.ndarray) -> np.ndarray:
     """[B, T + 1]: whether a document starts at that position of the window."""
     width = self.row_length + 1

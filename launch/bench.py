@@ -38,6 +38,7 @@ from train import program as programs
 from train.config import Run
 from train.program import Program
 from train.state import TrainState
+from train.step import NO_LIMITS
 from train.throughput import mfu
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
@@ -58,7 +59,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   seconds = []
   for _ in range(_WARMUP.value + _STEPS.value):
     start = time.perf_counter()
-    state, metrics = compiled(state, batch)
+    state, metrics = compiled(state, batch, NO_LIMITS)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - start)
   step_seconds = statistics.median(seconds[_WARMUP.value :])

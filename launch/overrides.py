@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
-from train.config import Run
+from train.config import Run, flatten
 
 _FLAG = "--config"
 # What absl and ml_collections raise for a flag, a path or a value that is not one.
@@ -111,20 +111,6 @@ def rebuild(original: Any, changed: Any) -> Any:
     for field in dataclasses.fields(original)
   }
   return type(original)(**values)
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-  """Path of each field, as it is written in an override, to its value."""
-  if dataclasses.is_dataclass(value):
-    items = [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
-  elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
-    items = [(f"[{index}]", item) for index, item in enumerate(value)]
-  else:
-    return {prefix.removeprefix("."): value}
-  flat = {}
-  for name, item in items:
-    flat.update(flatten(item, prefix + name))
-  return flat
 
 
 def difference(preset: Run, run: Run) -> dict[str, tuple[Any, Any]]:

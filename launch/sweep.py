@@ -28,14 +28,15 @@ import jax
 from absl import app, flags, logging
 
 from launch.console import log_for_people
-from launch.overrides import flatten, load_module, refuse
+from launch.overrides import load_module, refuse
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
 from train import plan as plans
 from train import sweep_runner
-from train.checkpoint_folder import lock
+from train.config import flatten
 from train.faults import StopRequest
+from train.lock import Lock
 from train.sweep import STATE, Point, State, compare, measured_speed, new_record
 from train.sweep_runner import Runner
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
       print("\n".join([*lines, *_plan(state, points)]))
     else:
       folder.mkdir(parents=True, exist_ok=True)
-      with lock(folder):
+      with Lock(folder):
         sys.exit(_sweep(folder, arguments))
   except ValueError as error:
     refuse(error)

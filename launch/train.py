@@ -6,7 +6,7 @@ again), 1 stopped by an error, 2 a command that cannot be run.
 """
 
 import contextlib
-import json
+import os
 import pathlib
 import sys
 import traceback
@@ -15,14 +15,17 @@ from typing import Any
 
 from absl import flags, logging
 
-from data import bucket
+from data import bucket, pipeline, vocabulary
 from launch import distributed
 from launch.console import log_for_people
-from launch.overrides import flatten, refuse, run_app
+from launch.overrides import refuse, run_app
 from launch.rendezvous import MissingProcessError
+from train import faults, replay
+from train.bad_steps import BadStepError
+from train.checkpoint import SaveFailedError
 from train.config import Run
 from train.events import process_start
-from train.faults import NonFiniteError, record_failure
+from train.lock import InUseError
 from train.loop import fit
 from train.mirror import Mirror, local_side
 from train.peers import LOST, Peers
@@ -36,6 +39,12 @@ _WORKDIR = flags.DEFINE_string(
 _LOCAL_WORKDIR = flags.DEFINE_string(
   "local_workdir", None, "For a workdir in a bucket: where small files go first; runs/BUCKET/PATH."
 )
+_REPLAY_STEP = flags.DEFINE_integer(
+  "replay_step", None, "Show this step of the run again and leave; changes nothing.", lower_bound=1
+)
+_VOCABULARY = flags.DEFINE_string(
+  "vocabulary", "byte", "As given to launch.prepare; --replay_step shows the rows as text with it."
+)
 _STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, start me again.
 
 
@@ -43,7 +52,6 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   log_for_people()
   place = _WORKDIR.value
   workdir = local_side(_LOCAL_WORKDIR.value or place)
-  workdir.mkdir(parents=True, exist_ok=True)
   try:
     peers = distributed.join()
   except ValueError as error:
@@ -51,18 +59,18 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   except MissingProcessError as error:
     logging.error("%s", error)
     sys.exit(LOST)
-  is_mirrored = bucket.is_url(place) and peers.index == 0
-  with (
-    _reporting(workdir, peers),
-    Mirror(workdir, place) if is_mirrored else contextlib.nullcontext(),
-  ):
-    if peers.index == 0:
-      for path, (before, now) in overridden.items():
-        logging.info("override %s: %r -> %r", path, before, now)
-      settings = json.dumps(flatten(run), indent=1, default=repr)
-      (workdir / "config.json").write_text(settings + "\n")
-    saves_to = f"{place.rstrip('/')}/checkpoints"
-    outcome = fit(run, workdir, peers, saves_to=saves_to, began=process_start())
+  if peers.index == 0:
+    for path, (before, now) in overridden.items():
+      logging.info("override %s: %r -> %r", path, before, now)
+  saves_to = f"{place.rstrip('/')}/checkpoints"
+  with _reporting(workdir, peers):
+    if _REPLAY_STEP.value is not None:
+      _show(run, workdir, saves_to, _REPLAY_STEP.value)
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
+    is_mirrored = bucket.is_url(place) and peers.index == 0
+    with Mirror(workdir, place) if is_mirrored else contextlib.nullcontext():
+      outcome = fit(run, workdir, peers, saves_to=saves_to, began=process_start())
   if outcome == "stopped":
     sys.exit(_STOPPED)
 
@@ -78,21 +86,58 @@ def _reporting(workdir: pathlib.Path, peers: Peers) -> Iterator[None]:
   # Whatever it is, it is told and goes on its way.
   except Exception as error:
     line = f"{type(error).__name__}: {error}".splitlines()[0]
-    is_for_the_user = isinstance(error, ValueError | NonFiniteError)
-    peers.failed(line, is_echo=not is_for_the_user)
-    record_failure(workdir, step=peers.step, error=line)
-    if is_for_the_user:
-      (workdir / "error.txt").write_text(traceback.format_exc())
-      line = f"{error} (where: {workdir / 'error.txt'})"
-    elif peers.count == 1:
+    peers.failed(line, is_echo=not isinstance(error, ValueError | BadStepError))
+    told = _for_people(error, workdir)
+    # A workdir that another run has, or that is only looked at, is left as it is.
+    if not isinstance(error, InUseError) and _REPLAY_STEP.value is None:
+      with contextlib.suppress(OSError):
+        faults.record_failure(workdir, step=peers.step, error=line)
+      told = told and told + _where(workdir)
+    if peers.count > 1:
+      if told is None:
+        traceback.print_exc()
+      peers.leave(told or line, status=1)
+    if told is None:
       raise
-    else:
-      traceback.print_exc()
-    if peers.count == 1:
-      logging.error("%s", line)
-      sys.exit(1)
-    peers.leave(line, status=1)
+    logging.error("%s", told)
+    if isinstance(error, SaveFailedError):
+      # At once: threads of a save that failed wait for the rest of it, for as long as one may take,
+      # and would keep the process. Everything else is closed.
+      logging.flush()
+      os._exit(1)
+    sys.exit(1)
   peers.close()
+
+
+def _for_people(error: Exception, workdir: pathlib.Path) -> str | None:
+  """What a user can set right in one line; None for a fault of ours."""
+  match error:
+    case ValueError() | BadStepError() | SaveFailedError():
+      return str(error)
+    case OSError():
+      return faults.storage_advice(error, workdir)
+    case _:
+      return None
+
+
+def _where(workdir: pathlib.Path) -> str:
+  """Where the traceback of what is on its way out was written."""
+  path = workdir / "error.txt"
+  try:
+    path.write_text(traceback.format_exc())
+  except OSError as error:
+    return f" ({path}: {error.strerror})"
+  return f" (where: {path})"
+
+
+def _show(run: Run, workdir: pathlib.Path, saves_to: str, step: int) -> None:
+  """What --replay_step prints."""
+  words = vocabulary.load(_VOCABULARY.value)
+  if words.record != pipeline.vocabulary(run.data):
+    logging.info("the rows are of another vocabulary than %s: shown as ids", _VOCABULARY.value)
+    words = None
+  replayed = replay.replay(run, workdir, step, saves_to=saves_to)
+  sys.stdout.write("\n".join(replay.lines(replayed, run, words)) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], outp
   sys.argv = [module, *arguments]
   # What the modules here define by being imported, the command's own module defines again.
   del sys.modules["launch.train"]
-  for name in ("workdir", "local_workdir"):
-    delattr(flags.FLAGS, name)
+  for flag in list(flags.FLAGS.flags_by_module_dict()["launch.train"]):
+    delattr(flags.FLAGS, flag.name)
   runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -450,9 +450,8 @@ def test_the_policy_keeps_the_newest_and_all_permanent_ones_asked_for():
 def test_the_record_says_what_was_saved(directory):
   _write(directory, 3)
   content = json.loads((directory / "00000003" / "record" / "record.json").read_text())
-  assert {key: content[key] for key in ("step", "position", "kind", "run")} == {
+  assert {key: content[key] for key in ("step", "kind", "run")} == {
     "step": 3,
-    "position": 3,
     "kind": "permanent",
     "run": {"seed": 3},
   }

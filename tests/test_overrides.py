@@ -8,6 +8,7 @@ from launch import overrides
 from sharding.mesh import MeshShape
 from tests import tiny
 from tests.commands import Commands
+from train.config import flatten
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_changed_fields_are_found_and_named_as_they_are_set(tmp_path):
 
 def test_every_field_of_a_run_can_be_named():
   run = overrides.load("configs/griffin.py:1b")
-  flat = overrides.flatten(run)
+  flat = flatten(run)
   assert flat["model.pattern[2].mixer.window"] == 1024
   assert flat["optimizer.schedule.final_fraction"] == 0.1
   assert flat["mesh.fsdp"] == -1

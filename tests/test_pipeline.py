@@ -87,16 +87,48 @@ def test_another_seed_gives_another_order_of_the_same_rows(config):
 
 def test_the_rows_of_a_step_can_be_read_again(config):
   batch = _take(config, 1, batch_size=8, start_step=23)[0]
-  addresses = pipeline.batch_addresses(config, step=23, batch_size=8)
+  addresses = pipeline.batch_addresses(config, position=23, batch_size=8)
   assert {address.source for address in addresses} == {0, 1}
   _assert_equal(pipeline.read_rows(config, addresses), batch)
   _assert_equal(pipeline.read_rows(config, [addresses[6]]), Batch(*(array[6:7] for array in batch)))
 
 
+@pytest.mark.parametrize("passed_over", [(0,), (2, 3), (11, 4, 2), (40,)])
+def test_batches_that_are_passed_over_are_the_only_ones_missing(config, passed_over):
+  every = _take(config, 15, batch_size=8, start_step=0)
+  kept = [batch for index, batch in enumerate(every) if index not in passed_over]
+  for start in (0, 1, 4):
+    found = _take(config, 5, batch_size=8, start_step=start, passed_over=passed_over)
+    for batch, expected in zip(found, kept[start:]):
+      _assert_equal(batch, expected)
+  ends = dataclasses.replace(config, at_end="stop")
+  available = pipeline.num_steps_available(ends, batch_size=8)
+  missing = sum(batch < available for batch in passed_over)
+  left = pipeline.num_steps_available(ends, batch_size=8, passed_over=passed_over)
+  assert left == available - missing
+
+
+def test_a_row_names_the_documents_that_it_holds_tokens_of(config):
+  addresses = pipeline.batch_addresses(config, position=7, batch_size=8)
+  batch = pipeline.read_rows(config, addresses)
+  for row, content in enumerate(pipeline.row_contents(config, addresses)):
+    np.testing.assert_array_equal(content.tokens, batch.tokens_BT[row])
+    store = TokenStore(config.sources[addresses[row].source][0])
+    first = addresses[row].row * T
+    ends = [*store.starts[1:].tolist(), store.manifest.num_tokens]
+    held = [
+      number
+      for number, (start, end) in enumerate(zip(store.starts.tolist(), ends))
+      if start < first + T and end > first
+    ]
+    assert list(content.documents) == held
+    assert len(held) == batch.segments_BT[row].max()
+
+
 def test_repeat_goes_on_after_the_last_row(config):
   num_rows = sum(len(Rows(TokenStore(path), T)) for path, _ in config.sources)
   assert pipeline.num_steps_available(config, batch_size=8) is None
-  addresses = pipeline.batch_addresses(config, step=3 * num_rows // 8, batch_size=8)
+  addresses = pipeline.batch_addresses(config, position=3 * num_rows // 8, batch_size=8)
   assert min(address.epoch for address in addresses) >= 1
   _take(config, 1, batch_size=8, start_step=10**12)
 
@@ -112,7 +144,7 @@ def test_stop_ends_at_the_same_step_on_every_process(config, num_epochs):
     ) as batches:
       assert sum(1 for _ in batches) == num_steps
   addresses = [
-    a for s in range(num_steps) for a in pipeline.batch_addresses(config, step=s, batch_size=4)
+    a for s in range(num_steps) for a in pipeline.batch_addresses(config, position=s, batch_size=4)
   ]
   # No row more than num_epochs times, and one source as good as used up.
   assert max(addresses.count(address) for address in set(addresses)) == 1

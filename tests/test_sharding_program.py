@@ -22,7 +22,7 @@ from sharding import collectives, logical, rules
 from sharding.mesh import MeshShape, make_mesh
 from train.optimizer import AdamW, Constant, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
-from train.step import train_step
+from train.step import NO_LIMITS, train_step
 
 # One worker for all of them: they share the compiled programs.
 pytestmark = pytest.mark.xdist_group("sharding_program")
@@ -101,7 +101,7 @@ class _Program:
     state = abstract_state(self.model, tx)
     if not case.stage:
       self.init = jax.jit(init).lower(jax.random.key(0)).compile()
-      self.step = jax.jit(step).lower(state, _batch()).compile()
+      self.step = jax.jit(step).lower(state, _batch(), NO_LIMITS).compile()
       self.batch = _batch()
       return
     self.mesh, tables = make_mesh(case.mesh), _RULES[case.stage]
@@ -114,7 +114,7 @@ class _Program:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
       )
       jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-      self.step = jitted.lower(state, self.batch).compile()
+      self.step = jitted.lower(state, self.batch, NO_LIMITS).compile()
     self.collectives = collectives.read(self.step.as_text(), self.mesh)
 
   @functools.cached_property
@@ -122,10 +122,10 @@ class _Program:
     """(first state's host copy, losses, gradients of the first step, their square norms)."""
     state: TrainState = self.init(jax.random.key(0))
     params = jax.device_get(state.params)
-    state, metrics = self.step(state, self.batch)
+    state, metrics = self.step(state, self.batch, NO_LIMITS)
     # The first moment starts at zero: after one step it is the gradient times 1 - b1.
     gradients = jax.tree.map(lambda mu: np.asarray(mu) / 0.1, state.opt_state.mu)
-    state, metrics_2 = self.step(state, self.batch)
+    state, metrics_2 = self.step(state, self.batch, NO_LIMITS)
     return params, (metrics.loss, metrics_2.loss), gradients, metrics.square_norms
 
 

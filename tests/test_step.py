@@ -1,6 +1,7 @@
 """The training step: microbatches, meshes, and what a step that is not finite leaves alone."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -12,8 +13,9 @@ from data.rows import Batch
 from sharding.mesh import MeshShape, make_mesh, row_share
 from tests import tiny
 from tests.tolerances import assert_close
-from train import faults
+from train import bad_steps
 from train import program as programs
+from train.step import NO_LIMITS, Limits
 
 
 def _batch(run, seed=0):
@@ -26,20 +28,34 @@ def _batch(run, seed=0):
   return Batch(tokens[:, :-1], tokens[:, 1:], segments, weights)
 
 
-def _after(run, *, num_devices, num_steps=1, change=lambda state: state, batch=None):
-  """State and metrics after some steps of `run` on the first devices, as numpy."""
+@functools.cache
+def _compiled(run, num_devices):
+  """The run's program on the first devices, its training step, and its first state as numpy."""
   program = programs.build(run, devices=jax.devices()[:num_devices])
-  step = programs.lower_train_step(program).compile()
-  state = change(programs.initialize(program))
+  state = jax.tree.map(np.asarray, programs.initialize(program))
+  return program, programs.lower_train_step(program).compile(), state
+
+
+def _after(
+  run, *, num_devices, num_steps=1, change=lambda state: state, batch=None, limits=NO_LIMITS
+):
+  """State and metrics after some steps of `run` on the first devices, as numpy."""
+  program, step, start = _compiled(run, num_devices)
+  # Put there as a copy: the step is given its state for good.
+  state = jax.device_put(jax.tree.map(np.copy, change(start)), program.shardings)
   for seed in range(num_steps):
     rows = programs.to_devices(_batch(run, seed) if batch is None else batch, program.mesh)
-    state, metrics = step(state, rows)
+    state, metrics = step(state, rows, limits)
   return jax.tree.map(np.asarray, (state, metrics))
 
 
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory):
-  run = tiny.run(tmp_path_factory.mktemp("one"))
+  # Without decay, so that a batch without targets changes nothing.
+  run = tiny.run(
+    tmp_path_factory.mktemp("one"),
+    optimizer=tiny.AdamW(peak_lr=1e-2, warmup_steps=2, weight_decay=0.0),
+  )
   return run, *_after(run, num_devices=1)
 
 
@@ -80,33 +96,49 @@ def test_a_sharded_step_is_that_of_one_device(on_one_device, mesh, zero_stage, n
   _assert_same_step(many, many_metrics, one, one_metrics)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path):
-  run = tiny.run(tmp_path)
-
-  def poison(state):
-    run_params = state.params["groups"]["0"]["mlp"]
-    run_params["w_up_D2F"] = run_params["w_up_D2F"].at[0, 1, 3].set(jnp.inf)
-    return state
-
-  program = programs.build(run, devices=jax.devices()[:1])
-  before = jax.tree.map(np.asarray, poison(programs.initialize(program)))
-  after, metrics = _after(run, num_devices=1, change=poison)
-  assert not metrics.is_finite
-  assert after.step == 1
+def _assert_unchanged(after, before):
+  assert after.step == before.step + 1
   jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
   jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
-  assert any("groups/0/mlp" in name for name in faults.bad_tensors(metrics.square_norms, limit=99))
 
 
-def test_a_batch_of_padding_teaches_nothing(tmp_path):
-  run = tiny.run(tmp_path, optimizer=tiny.AdamW(peak_lr=1e-2, warmup_steps=2, weight_decay=0.0))
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(on_one_device):
+  run, _, _ = on_one_device
+
+  def poison(state):
+    poisoned = jax.tree.map(np.copy, state)
+    poisoned.params["groups"]["0"]["mlp"]["w_up_D2F"][0, 1, 3] = np.inf
+    return poisoned
+
+  after, metrics = _after(run, num_devices=1, change=poison)
+  assert not metrics.is_applied
+  _assert_unchanged(after, poison(_compiled(run, 1)[2]))
+  named = bad_steps.bad_tensors(metrics.square_norms, limit=99)
+  assert any("groups/0/mlp" in name for name in named)
+
+
+@pytest.mark.parametrize("limited", Limits._fields)
+def test_a_step_above_a_limit_changes_nothing_and_one_at_it_everything(on_one_device, limited):
+  run, whole, metrics = on_one_device
+  value = getattr(metrics, limited)
+  at = NO_LIMITS._replace(**{limited: value})
+  below = NO_LIMITS._replace(**{limited: np.nextafter(value, np.float32(0))})
+  state, told = _after(run, num_devices=1, limits=at)
+  assert told.is_applied
+  jax.tree.map(np.testing.assert_array_equal, state, whole)
+  state, told = _after(run, num_devices=1, limits=below)
+  assert not told.is_applied
+  assert getattr(told, limited) == value
+  _assert_unchanged(state, _compiled(run, 1)[2])
+
+
+def test_a_batch_of_padding_teaches_nothing(on_one_device):
+  run, _, _ = on_one_device
   empty = jax.tree.map(np.zeros_like, _batch(run))
   state, metrics = _after(run, num_devices=1, batch=empty)
-  program = programs.build(run, devices=jax.devices()[:1])
-  before = jax.tree.map(np.asarray, programs.initialize(program))
-  assert metrics.is_finite
+  assert metrics.is_applied
   assert metrics.loss == metrics.weight == metrics.grad_norm == 0
-  jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+  jax.tree.map(np.testing.assert_array_equal, state.params, _compiled(run, 1)[2].params)
 
 
 def test_bfloat16_parameters_and_moments_stay_so(tmp_path):
@@ -118,7 +150,7 @@ def test_bfloat16_parameters_and_moments_stay_so(tmp_path):
     run, model=dataclasses.replace(run.model, dtype="bfloat16", param_dtype="bfloat16")
   )
   state, metrics = _after(run, num_devices=1, num_steps=2)
-  assert metrics.is_finite
+  assert metrics.is_applied
   block = state.params["groups"]["0"]
   assert block["mlp"]["w_up_D2F"].dtype == jnp.bfloat16
   assert block["mixer"]["decay_R"].dtype == jnp.float32

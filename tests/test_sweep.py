@@ -14,8 +14,8 @@ from models.flops import count_params, flops_per_token
 from sharding.topology import chip_named
 from tests import tiny
 from tests.commands import ROOT, Commands
-from train.checkpoint_folder import lock
 from train.jsonl import read_jsonl
+from train.lock import Lock
 from train.sweep import Point, State, compare, facts, flops_name
 
 WORKER = f"{sys.executable} tests/sweep_worker.py"
@@ -168,7 +168,7 @@ def test_told_to_stop_it_lets_its_runs_save_and_goes_on_later(sweep):
 def test_a_second_sweep_on_the_same_folder_is_refused(sweep):
   sweep.grid(["hawk", 4, 1e-2])
   sweep.workdir.mkdir()
-  with lock(sweep.workdir):
+  with Lock(sweep.workdir):
     status, output = sweep.run()
   assert status == 2
   assert "is in use by a run" in output

@@ -28,9 +28,10 @@ from jax.experimental import multihost_utils
 
 from train import checkpoint_bucket
 from train import checkpoint_folder as files
-from train.checkpoint_bucket import BucketFolder, Writer
+from train.checkpoint_bucket import BucketFolder, BucketLock, Writer
 from train.checkpoint_folder import DamagedCheckpointError, UnreadableError, steps
 from train.checksums import checksums, named_leaves
+from train.lock import Lock
 
 Kind = Literal["permanent", "temporary"]
 
@@ -84,6 +85,10 @@ def _no_check(record: dict[str, Any]) -> None:
   del record
 
 
+def _lock(directory: files.Place) -> Lock | BucketLock:
+  return BucketLock(directory) if isinstance(directory, BucketFolder) else Lock(directory)
+
+
 class Restored(NamedTuple):
   """A state in the layout asked for, with the record of the run that saved it."""
 
@@ -106,7 +111,7 @@ class Checkpoints:
     _quieten_orbax()
     if isinstance(self.directory, pathlib.Path):
       self.directory.mkdir(parents=True, exist_ok=True)
-    self._lock = files.lock(self.directory) if self._is_first else None
+    self._lock = _lock(self.directory) if self._is_first else None
     self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
     if isinstance(self.directory, BucketFolder):
       if self._is_first:
@@ -126,12 +131,13 @@ class Checkpoints:
     self._checkpointer = self._make_checkpointer()
 
   def latest(self) -> int | None:
-    """The newest step with a readable checkpoint; None where there is none.
+    """The newest step with a readable checkpoint, when nothing is being written any more; None
+    where there is none.
 
     A newer folder without a readable record raises DamagedCheckpointError, or is set aside if
     on_damage is "previous".
     """
-    self._settle()
+    self.wait()
     while (step := _of_first_process(max(steps(self.directory), default=-1))) >= 0:
       try:
         self._content(step)
@@ -172,6 +178,8 @@ class Checkpoints:
     if step in self._ours:
       logging.info("the checkpoint of step %d is there already", step)
       return
+    if self._lock is not None:
+      self._lock.check()
     folder = self._folder(step)
     if folder.exists():
       raise ValueError(
@@ -184,7 +192,6 @@ class Checkpoints:
         **self._arrays_at(step),
         "format": files.FORMAT,
         "step": step,
-        "position": step,
         "kind": kind,
         "arrays": files.describe(named, checksums(named)),
         "run": record,
@@ -293,8 +300,9 @@ class Checkpoints:
     complete, self._pending = self._pending, None
     logging.info("checkpoint of step %d is complete", complete)
     if self._is_first:
-      if isinstance(self.directory, pathlib.Path):
-        files.flush_to_disk(self.directory)
+      with self._failing(complete):
+        if isinstance(self.directory, pathlib.Path):
+          files.flush_to_disk(self.directory)
       for step in superfluous(self._kinds, self.config):
         del self._kinds[step]
         self._remove(self._folder(step))
@@ -338,6 +346,7 @@ class Checkpoints:
       logging.error("%s. It is now %s; going on from %s", error, aside.name, instead)
     _of_first_process(0)
     self._kinds.pop(step, None)
+    self._ours.discard(step)
 
   @contextlib.contextmanager
   def _failing(self, step: int | None):
@@ -352,8 +361,9 @@ class Checkpoints:
         self._ours.discard(step)
       last = self._last_complete()
       raise SaveFailedError(
-        f"the checkpoint of step {step} could not be written to {self.directory}: {error}. "
-        f"The last complete one is {last}"
+        f"the checkpoint of step {step} could not be written to {self.directory}: "
+        f"{_first_line(error)}. The last complete one is {last}: free space, or mend what is "
+        "named, and start the run again; it goes on from there"
       ) from error
 
 

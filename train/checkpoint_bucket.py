@@ -25,6 +25,7 @@ from absl import logging
 from jax._src import distributed
 
 from data import bucket
+from train.lock import InUseError
 
 # A lock that was not renewed for two of these is of a dead process.
 HEARTBEAT_SECONDS = 10.0
@@ -186,8 +187,8 @@ def restore_arrays(
     return dict(zip(named, threads.map(read, named)))
 
 
-class Lock:
-  """Held until it is closed; if the process dies, until it was not renewed for a while."""
+class BucketLock:
+  """As train/lock.py: Lock; if the process dies, held until it was not renewed for a while."""
 
   def __init__(self, directory: BucketFolder):
     self._url = f"{directory}/lock"
@@ -196,6 +197,9 @@ class Lock:
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._renew, name="renew_lock", daemon=True)
     self._thread.start()
+
+  def check(self) -> None:
+    """Nothing: who finds at a renewal that another run has the lock ends at once."""
 
   def close(self) -> None:
     self._closed.set()
@@ -211,7 +215,7 @@ class Lock:
     taken = bucket.replace(self._url, self._holder.encode(), of=seen)
     if taken is None:
       now = (bucket.read(self._url) or b"one that has just ended").decode()
-      raise ValueError(
+      raise InUseError(
         f"{self._url.removesuffix('/lock')} is in use by a run ({now}): wait for it, stop it, or "
         "use another workdir"
       )

@@ -1,21 +1,19 @@
 """What a checkpoint's folder holds besides its arrays, and how to tell whether it is broken."""
 
-import contextlib
-import fcntl
+import errno
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-import socket
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 import jax
 from absl import logging
 
 from data import bucket
-from train.checkpoint_bucket import BucketFolder, Lock
+from train.checkpoint_bucket import BucketFolder
 
 FORMAT = "checkpoint 1"
 
@@ -131,11 +129,14 @@ def first_few(names: list[str], separator: str = ", ", limit: int = 5) -> str:
 
 
 def flush_to_disk(path: pathlib.Path) -> None:
+  """Returns when the content is on the disk; OSError if the disk has failed."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
+    os.fsync(descriptor)
+  except OSError as error:
     # Some network file systems cannot flush folders; they keep renames in order themselves.
-    with contextlib.suppress(OSError):
-      os.fsync(descriptor)
+    if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+      raise
   finally:
     os.close(descriptor)
 
@@ -146,29 +147,3 @@ def remove_tree(folder: pathlib.Path) -> None:
   except OSError as error:
     # It has another name than a step, so nothing depends on it but space.
     logging.error("%s could not be removed: %s", folder, error)
-
-
-def lock(directory: Place) -> TextIO | Lock:
-  """Held until it is closed or the process dies, however it dies."""
-  if isinstance(directory, BucketFolder):
-    return Lock(directory)
-  file = (directory / "lock").open("a+")
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    holder = file.read().strip()
-    file.close()
-    _refuse_second_writer(directory, holder)
-  except OSError as error:
-    logging.warning("%s: no lock on this file system (%s)", directory, error)
-  file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-  file.flush()
-  return file
-
-
-def _refuse_second_writer(directory: pathlib.Path, holder: str) -> NoReturn:
-  raise ValueError(
-    f"{directory} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
-  )

@@ -1,13 +1,13 @@
 """A whole run as one value, and the checks that need more than one part of it."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from data.pipeline import DataConfig
 from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape
+from train.bad_steps import BadStepPolicy
 from train.checkpoint import CheckpointConfig
-from train.faults import NonFinitePolicy
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
 from train.statistics import StatisticsConfig
@@ -37,7 +37,7 @@ class Run:
   checkpoint: CheckpointConfig = CheckpointConfig()
   metrics: MetricsConfig = MetricsConfig()
   statistics: StatisticsConfig = StatisticsConfig()
-  non_finite: NonFinitePolicy = NonFinitePolicy()
+  bad_steps: BadStepPolicy = BadStepPolicy()
   watchdog: WatchdogConfig = WatchdogConfig()
 
   def __post_init__(self):
@@ -53,3 +53,17 @@ class Run:
         f"Run: batch_size {self.batch_size} is not divisible by num_microbatches "
         f"{self.num_microbatches}"
       )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+  """Path of each field, as it is written in an override, to its value."""
+  if dataclasses.is_dataclass(value):
+    items = [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+  elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+    items = [(f"[{index}]", item) for index, item in enumerate(value)]
+  else:
+    return {prefix.removeprefix("."): value}
+  flat = {}
+  for name, item in items:
+    flat.update(flatten(item, prefix + name))
+  return flat

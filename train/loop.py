@@ -4,6 +4,7 @@ Each step is dispatched before the one before it is read, so the host never make
 """
 
 import dataclasses
+import json
 import pathlib
 import time
 from typing import Any, Literal, NamedTuple
@@ -19,8 +20,9 @@ from sharding.mesh import row_share
 from train import agreement, faults
 from train import events as event_log
 from train import program as programs
+from train.bad_steps import BadSteps, RollBack
 from train.checkpoint import Checkpoints, Kind
-from train.config import Run
+from train.config import Run, flatten
 from train.evaluate import evaluate
 from train.events import Events
 from train.metrics import JSONL, Metrics
@@ -50,11 +52,11 @@ def fit(
 
   "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
   The event log counts from `began`, seconds since 1970; None is the moment of this call.
-  Raises faults.NonFiniteError, and ValueError for what a user can set right.
+  Raises BadStepError, and ValueError for what a user can set right.
   """
   began = event_log.now() if began is None else began
   peers = peers or Peers.alone()
-  run = _within_the_data(run)
+  run = within_the_data(run)
   program = programs.build(run)
   record = run_record(run, program.model)
   agreement.check(peers, record)
@@ -71,31 +73,46 @@ def fit(
     Checkpoints(saves_to or workdir / "checkpoints", run.checkpoint) as checkpoints,
     Events(workdir, began=began, about=_about(program)) as events,
   ):
-    watchdog.begins("restoring")
-    with events.span("restore"):
-      restored = checkpoints.restore(program.abstract, check=check)
-    if restored is None:
-      state, step = programs.initialize(program), 0
-    else:
-      state, step = restored.state, restored.step
-      logging.info("restored step %d from %s", step, checkpoints.directory)
-    if step >= run.total_steps:
-      logging.info("the run is complete: step %d of %d", step, run.total_steps)
-      events.end("complete")
-      return "complete"
-    events.resume(step)
-    metrics = Metrics(
-      workdir,
-      run.metrics,
-      name=run.name,
-      settings=record["identity"],
-      start_step=step,
-      total_steps=run.total_steps,
-    )
-    watchdog.begins("compiling")
-    with metrics, faults.StopRequest(peers) as stop:
-      session = _Session(program, workdir, checkpoints, metrics, events, watchdog, record)
-      outcome = session.train(state, step, stop)
+    bad_steps = BadSteps(run.bad_steps, workdir, data=run.data, batch_size=run.batch_size)
+    session: _Session | None = None
+    outcome: Outcome | None = None
+    # More than once only if a bad step sends the run back to its last checkpoint.
+    while outcome is None:
+      watchdog.begins("restoring")
+      with events.span("restore"):
+        restored = checkpoints.restore(program.abstract, check=check)
+      if restored is None:
+        state, step = programs.initialize(program), 0
+        bad_steps.begin(step, None)
+      else:
+        state, step = restored.state, restored.step
+        bad_steps.begin(step, restored.record)
+        logging.info("restored step %d from %s", step, checkpoints.directory)
+      del restored
+      if jax.process_index() == 0:
+        # Not before: this run may have been refused.
+        settings = json.dumps(flatten(run), indent=1, default=repr)
+        (workdir / "config.json").write_text(settings + "\n")
+      if step >= (last := _last_step(run, bad_steps)):
+        logging.info("the run is complete: step %d of %d", step, last)
+        events.end("complete")
+        return "complete"
+      events.resume(step)
+      metrics = Metrics(
+        workdir,
+        run.metrics,
+        name=run.name,
+        settings=record["identity"],
+        start_step=step,
+        total_steps=last,
+      )
+      watchdog.begins("compiling")
+      with metrics, faults.StopRequest(peers) as stop:
+        session = session or _Session(program, checkpoints, events, watchdog, bad_steps, record)
+        try:
+          outcome = session.train(state, step, last, metrics, stop)
+        except RollBack as back:
+          bad_steps.pass_over(back, checkpoint=checkpoints.latest() or 0)
     events.end(outcome)
   if jax.process_index() == 0:
     plot_losses(workdir / JSONL, workdir / "loss.png")
@@ -117,16 +134,15 @@ class _Session:
   def __init__(
     self,
     program: Program,
-    workdir: pathlib.Path,
     checkpoints: Checkpoints,
-    metrics: Metrics,
     events: Events,
     watchdog: Watchdog,
+    bad_steps: BadSteps,
     record: dict[str, Any],
   ):
-    self.run, self.program, self.workdir, self.record = program.run, program, workdir, record
-    self.checkpoints, self.metrics = checkpoints, metrics
-    self.events, self.watchdog = events, watchdog
+    self.run, self.program, self.record = program.run, program, record
+    self.checkpoints, self.events = checkpoints, events
+    self.watchdog, self.bad_steps = watchdog, bad_steps
     start = time.monotonic()
     with events.span("compile"):
       self.train_step = programs.compile_step(program, programs.lower_train_step(program))
@@ -139,28 +155,29 @@ class _Session:
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)
     self.peak_flops = None if chip is None else chip.peak_flops * program.mesh.size
-    self.skipped = self.skipped_in_a_row = 0
 
-  def train(self, state: TrainState, step: int, stop: faults.StopRequest) -> Outcome:
-    """Steps `step` + 1 to the last; all of them have been looked at when it returns."""
-    run = self.run
+  def train(
+    self, state: TrainState, step: int, last: int, metrics: Metrics, stop: faults.StopRequest
+  ) -> Outcome:
+    """Steps `step` + 1 to `last`; all of them have been looked at when it returns."""
+    run, self.metrics = self.run, metrics
     self.throughput = Throughput(
       tokens_per_step=run.batch_size * run.data.row_length,
       start_step=step,
-      total_steps=run.total_steps,
+      total_steps=last,
     )
     running: _Running | None = None
     with self._train_batches(step) as batches, self.events.span("step"):
-      while step < run.total_steps and not stop.reached(step):
+      while step < last and not stop.reached(step):
         with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
-        state, metrics = self.train_step(state, batch)
         step += 1
+        state, told = self.train_step(state, batch, self.bad_steps.limits(step))
         if running is not None:
           self._finish(running)
-        running = _Running(step, metrics, self._statistics(step, state, batch, metrics))
+        running = _Running(step, told, self._statistics(step, state, batch, told))
 
-        is_last = step == run.total_steps
+        is_last = step == last
         kind = self.checkpoints.due(step) or ("permanent" if is_last else None)
         evaluates = self.eval_step is not None and (is_last or step % run.eval_every == 0)
         if kind or evaluates:
@@ -179,20 +196,17 @@ class _Session:
         self._save(step, state, "temporary")
     with self.events.span("checkpoint"):
       self.checkpoints.wait()
-    return "complete" if step == run.total_steps else "stopped"
+    return "complete" if step == last else "stopped"
 
   def _finish(self, running: _Running) -> None:
     """Reads what a step on the device has told, once it is over; writes it if it is due."""
     step, metrics, statistics = running
-    is_finite = bool(metrics.is_finite)
+    jax.block_until_ready(metrics.loss)
     self.watchdog.step(step)
-    if not is_finite:
-      self._not_finite(step, metrics)
-    else:
-      self.skipped_in_a_row = 0
+    self.bad_steps.judge(step, metrics)
     self.throughput.count_step()
     self.events.finished(step)
-    if statistics is not None and bool(metrics.is_finite):
+    if statistics is not None and bool(metrics.is_applied):
       self.metrics.write_layers(step, by_layer(self.run.model, jax.device_get(statistics)))
     if not self.metrics.due(step):
       return
@@ -217,8 +231,10 @@ class _Session:
         tokens_per_second=rates.tokens_per_second,
         peak_flops=self.peak_flops,
       )
-    if self.skipped:
-      values["train/skipped_steps"] = self.skipped
+    if self.bad_steps.skipped:
+      values["train/skipped_steps"] = self.bad_steps.skipped
+    if self.bad_steps.passed_over:
+      values["train/passed_over"] = len(self.bad_steps.passed_over)
     self.metrics.write(step, values)
 
   def _statistics(
@@ -227,24 +243,6 @@ class _Session:
     if self.statistics_step is None or not self.run.statistics.due(step):
       return None
     return self.statistics_step(state, batch, metrics.square_norms, metrics.weight)
-
-  def _not_finite(self, step: int, metrics: StepMetrics) -> None:
-    """Records a step whose loss or gradient is not finite, and stops the run if it has to."""
-    rows = pipeline.batch_addresses(self.run.data, step=step - 1, batch_size=self.run.batch_size)
-    line = faults.record_bad_step(
-      self.workdir,
-      step=step,
-      loss=float(metrics.loss),
-      grad_norm=float(metrics.grad_norm),
-      rows=rows,
-      tensors=faults.bad_tensors(metrics.square_norms),
-    )
-    self.skipped += 1
-    self.skipped_in_a_row += 1
-    policy = self.run.non_finite
-    if policy.action == "stop" or self.skipped_in_a_row > policy.max_skipped:
-      raise faults.NonFiniteError(f"{line}. {faults.advice(policy, self.skipped_in_a_row)}")
-    logging.warning("%s. Skipped: parameters and moments are as before", line)
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     assert self.eval_step is not None
@@ -266,12 +264,17 @@ class _Session:
     self.metrics.write(step, values)
 
   def _save(self, step: int, state: TrainState, kind: Kind) -> None:
+    record = {**self.record, **self.bad_steps.record(step)}
     with self.events.span("checkpoint"):
-      self.checkpoints.save(step, state, self.record, kind=kind)
+      self.checkpoints.save(step, state, record, kind=kind)
 
   def _train_batches(self, step: int) -> pipeline.Batches:
     return pipeline.train_batches(
-      self.run.data, batch_size=self.run.batch_size, start_step=step, **self._share()
+      self.run.data,
+      batch_size=self.run.batch_size,
+      start_step=step,
+      passed_over=self.bad_steps.passed_over,
+      **self._share(),
     )
 
   def _share(self) -> dict[str, int]:
@@ -280,7 +283,7 @@ class _Session:
     return {"process_index": share.index, "process_count": share.count}
 
 
-def _within_the_data(run: Run) -> Run:
+def within_the_data(run: Run) -> Run:
   """The run, ended where its data ends, after checking that its data is for its model."""
   vocabulary = pipeline.vocabulary(run.data)
   if vocabulary.size > run.model.vocab_size:
@@ -307,6 +310,14 @@ def _about(program: Program) -> dict[str, Any]:
     "flops_per_token": flops_per_token(run.model, run.data.row_length).train,
     "devices": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}",
   }
+
+
+def _last_step(run: Run, bad_steps: BadSteps) -> int:
+  """Where the run ends: batches that are passed over may be missing at the end of the data."""
+  available = pipeline.num_steps_available(
+    run.data, batch_size=run.batch_size, passed_over=bad_steps.passed_over
+  )
+  return run.total_steps if available is None else min(run.total_steps, available)
 
 
 def _thousands(count: Any) -> tuple[str, str]:

@@ -80,7 +80,13 @@ FIELDS = (
     "train/skipped_steps",
     "skipped",
     "{:.0f}".format,
-    "steps so far that changed nothing, because loss or gradient was not finite",
+    "steps so far that changed nothing: not finite, or a spike",
+  ),
+  Field(
+    "train/passed_over",
+    "passed over",
+    "{:.0f}".format,
+    "batches that are never read again, because of a bad step",
   ),
   Field(
     "train/goodput",

@@ -19,10 +19,11 @@ from sharding import rules as tables
 from sharding.logical import Rules
 from sharding.mesh import RowShare, make_mesh, row_share
 from train.config import Run
+from train.loss import row_losses
 from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.statistics import statistics_step
-from train.step import eval_step, train_step
+from train.step import Limits, eval_step, train_step
 
 # A CPU step is matrix products, which are a library's: at level 1 LLVM compiles the rest in three
 # quarters of the time, and the step takes as long as at level 3 (docs/benchmarks.md).
@@ -81,13 +82,14 @@ def initialize(program: Program) -> TrainState:
 
 
 def lower_train_step(program: Program) -> jax.stages.Lowered:
-  """The training step `(state, batch) -> (state, StepMetrics)`, the state donated."""
+  """The training step `(state, batch, limits) -> (state, StepMetrics)`, the state donated."""
   run = program.run
 
-  def step(state: TrainState, batch: Batch):
+  def step(state: TrainState, batch: Batch, limits: Limits):
     return train_step(
       state,
       batch,
+      limits,
       model=program.model,
       tx=program.tx,
       num_microbatches=run.num_microbatches,
@@ -95,10 +97,11 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
       clip_norm=run.optimizer.clip_norm,
     )
 
-  shardings = (program.shardings, _replicated(program.mesh))
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+  everywhere = _replicated(program.mesh)
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(program.shardings, everywhere))
+  limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
   with _placed(program):
-    return jitted.lower(program.abstract, _abstract_batch(program))
+    return jitted.lower(program.abstract, _abstract_batch(program), Limits(limit, limit))
 
 
 def compile_step(program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -142,6 +145,19 @@ def lower_statistics_step(program: Program) -> jax.stages.Lowered:
   with _placed(program):
     jitted = jax.jit(step, out_shardings=replicated)
     return jitted.lower(program.abstract, _abstract_batch(program), square_norms, weight)
+
+
+def lower_row_losses(program: Program) -> jax.stages.Lowered:
+  """`(params, batch) -> losses_B`, all rows' on every process: train/loss.py: row_losses."""
+  model = program.model
+
+  def losses(params: Any, batch: Batch):
+    x_BTD, unembed_VD = model.apply(params, batch.tokens_BT, batch.segments_BT)
+    return row_losses(x_BTD, unembed_VD, batch, logit_cap=model.config.logit_cap)
+
+  with _placed(program):
+    jitted = jax.jit(losses, out_shardings=_replicated(program.mesh))
+    return jitted.lower(program.abstract.params, _abstract_batch(program))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -28,7 +28,7 @@ MAY_CHANGE = (
   "checkpoint*",
   "metrics*",
   "statistics*",
-  "non_finite*",
+  "bad_steps*",
   "watchdog*",
   "model.remat",
   "model.layers",

@@ -12,7 +12,8 @@ from train.optimizer import AdamWState, GradientTransformation
 
 
 class TrainState(NamedTuple):
-  """`step` counts finished optimizer steps, so it is also the data position: batches consumed."""
+  """`step` counts finished optimizer steps, so it is also the data position: batches consumed,
+  not counting those that are passed over."""
 
   step: jax.Array
   params: Any

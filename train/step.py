@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from data.rows import Batch
 from models.decoder import Model
@@ -13,6 +14,16 @@ from train.optimizer import GradientTransformation, apply_updates, clip_factor, 
 from train.state import TrainState
 
 
+class Limits(NamedTuple):
+  """Float32 scalars: a step with a loss or a gradient norm above its limit changes nothing."""
+
+  loss: Any
+  grad_norm: Any
+
+
+NO_LIMITS = Limits(np.float32(np.inf), np.float32(np.inf))
+
+
 class StepMetrics(NamedTuple):
   """What a step tells: float32 scalars on the device, and a norm per parameter for diagnosis."""
 
@@ -20,13 +31,14 @@ class StepMetrics(NamedTuple):
   z_loss: jax.Array  # mean of log_z^2, before its coefficient
   weight: jax.Array  # targets in the global batch
   grad_norm: jax.Array  # before clipping
-  is_finite: jax.Array  # bool; if False the step changed nothing but the step count
+  is_applied: jax.Array  # bool; if False the step changed nothing but the step count
   square_norms: Any  # of each gradient's sum over targets: the parameters' tree, one per layer
 
 
 def train_step(
   state: TrainState,
   batch: Batch,
+  limits: Limits,
   *,
   model: Model,
   tx: GradientTransformation,
@@ -38,7 +50,7 @@ def train_step(
 
   Losses and gradients of `num_microbatches` equal parts are summed and divided once by the number
   of targets in the whole batch, so the result is that of one large batch. A loss or gradient that
-  is not finite leaves parameters and moments as they were.
+  is not finite, or above `limits`, leaves parameters and moments as they were.
   """
 
   def objective(params: Any, part: Batch) -> tuple[jax.Array, LossSums]:
@@ -73,14 +85,16 @@ def train_step(
   # own: a product is fused into all that reads it, a quotient is not.
   square_norms = jax.tree.map(square_norm, grads, model.axes)
   grad_norm = global_norm(square_norms) / weight
+  loss = sums.loss / weight
   is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+  is_applied = is_finite & (loss <= limits.loss) & (grad_norm <= limits.grad_norm)
   factor = clip_factor(grad_norm, clip_norm) / weight
   grads = jax.tree.map(lambda g: g * factor, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = apply_updates(state.params, updates)
 
   def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(is_finite, new, old)
+    return jnp.where(is_applied, new, old)
 
   new_state = TrainState(
     state.step + 1,
@@ -88,7 +102,7 @@ def train_step(
     jax.tree.map(keep, opt_state, state.opt_state),
   )
   metrics = StepMetrics(
-    sums.loss / weight, sums.log_z_squared / weight, sums.weight, grad_norm, is_finite, square_norms
+    loss, sums.log_z_squared / weight, sums.weight, grad_norm, is_applied, square_norms
   )
   return new_state, metrics
 

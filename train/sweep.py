@@ -31,7 +31,7 @@ NO_EFFECT = (
   "num_microbatches",
   "checkpoint*",
   "metrics*",
-  "non_finite*",
+  "bad_steps*",
   "model.remat",
   "model.layers",
   "data.read_threads",

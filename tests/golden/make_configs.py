@@ -7,8 +7,9 @@ A change of a preset, or of a default that it rests on, is then seen in review a
 
 import pathlib
 
-from launch.overrides import flatten, load
+from launch.overrides import load
 from models.sizes import SIZES
+from train.config import flatten
 
 FILE = pathlib.Path(__file__).parent / "configs.txt"
 SPECS = (
