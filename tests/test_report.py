@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from launch import report, report_page, svg, time_charts
+from launch import report_page, svg, time_charts
 from launch.line_chart import Axis, Line, Mark, chart, ticks, without_first_steps
+from launch.report_text import summary_lines
 from train import history
 from train.goodput import KINDS
 
@@ -177,7 +178,7 @@ def test_the_state_of_a_run_in_words(tmp_path):
 
 def test_the_summary_adds_up(tmp_path):
   run = history.read(_run(tmp_path / "run"))
-  lines = report.summary(run, "one")
+  lines = summary_lines(run, "one")
   assert lines[0].endswith("complete, step 40 of 40, 1 restart")
   shares = [float(share) for share in re.findall(r" ([\d.]+)%", lines[2].partition(": ")[2])]
   assert sum(shares) == pytest.approx(100, abs=0.5)
