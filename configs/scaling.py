@@ -39,8 +39,7 @@ from sharding.mesh import MeshShape
 from train.checkpoint import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
-from train.optimizer import AdamW, Cosine
-from train.recipes import VOCAB_SIZE
+from train.recipes import VOCAB_SIZE, adamw
 from train.sweep import Point, flops_name
 
 FAMILIES = ("griffin", "hawk", "transformer")
@@ -293,14 +292,9 @@ def _run(
     name=name,
     model=model,
     data=data,
-    optimizer=AdamW(
-      peak_lr=float(f"{0.3118 * flops**-0.1250:.3g}"),
+    optimizer=adamw(
+      float(f"{0.3118 * flops**-0.1250:.3g}"),
       warmup_steps=min(round(count_params(model).total / batch_tokens), total_steps // 10),
-      schedule=Cosine(final_fraction=0.1),
-      b1=0.9,
-      b2=0.95,
-      weight_decay=0.1,
-      clip_norm=1.0,
     ),
     batch_size=batch_size,
     total_steps=total_steps,

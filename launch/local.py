@@ -7,7 +7,6 @@ saved, 1 or 2 if a process says so, else 76. Only the standard library: it start
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -16,7 +15,9 @@ import sys
 import threading
 import time
 
-STOPPED, LOST = 75, 76
+from launch.supervise import ended, tell_at_parents_death
+from train.exit_status import LOST, STOPPED
+
 _POLL_SECONDS = 0.02
 
 
@@ -65,13 +66,12 @@ def _start(command: list[str], port: int, count: int, index: int) -> subprocess.
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     start_new_session=True,  # Ctrl-C is ours to pass on
-    preexec_fn=die_with_parent if sys.platform == "linux" else None,
+    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
   )
 
 
-def die_with_parent() -> None:
-  """Linux kills this process when the one that started it dies, however it dies."""
-  ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def _die_with_parent() -> None:
+  tell_at_parents_death(signal.SIGKILL)
 
 
 def _pass_signals_on(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -103,7 +103,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], grace_seconds: float) -> lis
         continue
       told.add(index)
       if status not in (0, STOPPED):
-        _say(f"process {index} {_ended(status)}")
+        _say(f"process {index} {ended(status)}")
         kill_at = kill_at or time.monotonic() + grace_seconds
     if kill_at is not None and time.monotonic() > kill_at:
       kill_at = None
@@ -112,10 +112,6 @@ def _wait(processes: list[subprocess.Popen[bytes]], grace_seconds: float) -> lis
         _say(f"process {index} has not left in {grace_seconds:g} s: killed")
         processes[index].kill()
   return [process.wait() for process in processes]
-
-
-def _ended(status: int) -> str:
-  return f"ended with {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
 
 
 def _say(line: str) -> None:

@@ -23,9 +23,9 @@ from absl import app, flags
 from launch import line_chart, svg
 from launch.overrides import load, refuse
 from models.flops import count_params
-from models.layers import attention, rg_lru
 from sharding import machine as machines
 from sharding.machine import Machine
+from train.activations import Kernels
 from train.config import Run
 from train.search import SAFE_MARGIN, search
 
@@ -68,10 +68,7 @@ def result(run: Run, machine: Machine, *, row_length: int, tokens_per_chip: int)
     "mfu_ceiling": best.roofline.mfu_ceiling,
     "bound": best.roofline.bound,
     "memory_margin": best.margin,
-    "mesh": dataclasses.asdict(best.layout.mesh),
-    "zero_stage": best.layout.zero_stage,
-    "remat": best.layout.remat,
-    "num_microbatches": best.layout.num_microbatches,
+    **dataclasses.asdict(best.layout),
   }
 
 
@@ -79,17 +76,7 @@ def with_fused_kernels(run: Run, platform: str) -> Run:
   """`run` with the kernels that are the default on a TPU, and by name only on a GPU."""
   if platform != "gpu":
     return run
-  pattern = []
-  for block in run.model.pattern:
-    match block.mixer:
-      case rg_lru.Config() as mixer:
-        mixer = dataclasses.replace(mixer, scan="pallas_gpu")
-      case attention.Config() as mixer:
-        mixer = dataclasses.replace(mixer, implementation="pallas_gpu")
-      case mixer:
-        raise TypeError(f"row_lengths: no kernel is known for {type(mixer).__qualname__}")
-    pattern.append(dataclasses.replace(block, mixer=mixer))
-  return dataclasses.replace(run, model=dataclasses.replace(run.model, pattern=tuple(pattern)))
+  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu").of(run.model))
 
 
 def picture(results: list[dict[str, Any]], title: str) -> str:
@@ -134,13 +121,16 @@ def _compare(name: str) -> None:
     raise ValueError(f"row_lengths: machine {name!r} is not CHIP:HOW_MANY, such as v5p:16")
   machine = machines.of_chips(chip, int(count))
   command = "python -m launch.row_lengths " + " ".join(map(shlex.quote, sys.argv[1:]))
+  runs = [
+    with_fused_kernels(load(f"configs/{family}.py:{_SIZE.value}"), machine.chip.platform)
+    for family in FAMILIES
+  ]
   results = []
   print(f"{machine}, {_SIZE.value}: tokens/s on all chips by the model, and over the transformer's")
   for row_length in map(int, _ROWS.value):
-    each = []
-    for family in FAMILIES:
-      run = with_fused_kernels(load(f"configs/{family}.py:{_SIZE.value}"), machine.chip.platform)
-      each.append(result(run, machine, row_length=row_length, tokens_per_chip=_TOKENS.value))
+    each = [
+      result(run, machine, row_length=row_length, tokens_per_chip=_TOKENS.value) for run in runs
+    ]
     base = each[0]["tokens_per_second"]
     cells = [
       f"{family} {one['tokens_per_second']:,.0f} ({one['tokens_per_second'] / base:.2f})"

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 
-STOPPED, CANNOT_RUN, INTERRUPTED = 75, 2, 128
+from train.exit_status import CANNOT_RUN, STOPPED
+
+INTERRUPTED = 128
 SAME_FAILURES = 3
 
 
@@ -67,14 +69,14 @@ def main() -> int:
     if status == 0:
       return 0
     if signals.came:
-      _say(f"{signals.came}: the command {_ended(status)}")
+      _say(f"{signals.came}: the command {ended(status)}")
       return status if status > 0 else INTERRUPTED - status
     next_step = history.after(status, newest_step(options.workdir), read_failure(options.workdir))
     if isinstance(next_step, str):
-      _say(f"the command {_ended(status)}; giving up: {next_step}")
+      _say(f"the command {ended(status)}; giving up: {next_step}")
       return status if status > 0 else INTERRUPTED - status
     _say(
-      f"the command {_ended(status)} at step {max(history.step, 0)}; restart {history.restarts} of "
+      f"the command {ended(status)} at step {max(history.step, 0)}; restart {history.restarts} of "
       f"{history.max_restarts} without progress in {next_step:g} s"
     )
     if signals.sleep(next_step):
@@ -138,11 +140,16 @@ class _Signals:
 
 
 def _die_with_parent() -> None:
-  """Linux ends the command when this process dies, however it dies."""
-  ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+  tell_at_parents_death(signal.SIGTERM)
 
 
-def _ended(status: int) -> str:
+def tell_at_parents_death(number: int) -> None:
+  """Linux sends this process the signal when the one that started it dies, however it dies."""
+  ctypes.CDLL(None).prctl(1, number)
+
+
+def ended(status: int) -> str:
+  """How a command ended, from its exit status (minus the signal that ended it), for people."""
   return f"ended with {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
 
 

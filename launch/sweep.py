@@ -35,6 +35,7 @@ from sharding.machine import Machine
 from train import plan as plans
 from train import sweep_runner
 from train.config import flatten
+from train.exit_status import STOPPED
 from train.faults import StopRequest
 from train.lock import Lock
 from train.sweep import STATE, Point, State, compare, measured_speed, new_record
@@ -128,7 +129,7 @@ def _end(state: State, stopped: bool) -> int:
   failed = [name for name in left if state.runs[name]["submitted"] is None]
   if stopped:
     logging.info("stopped; the same command goes on: %d runs are left", len(left))
-    return sweep_runner.STOPPED
+    return STOPPED
   if failed:
     logging.error("%d runs failed: %s", len(failed), ", ".join(failed))
     return 1

@@ -25,10 +25,11 @@ from train.bad_steps import BadStepError
 from train.checkpoint import SaveFailedError
 from train.config import Run
 from train.events import process_start
+from train.exit_status import LOST, STOPPED
 from train.lock import InUseError
 from train.loop import fit
 from train.mirror import Mirror, local_side
-from train.peers import LOST, Peers
+from train.peers import Peers
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -45,7 +46,6 @@ _REPLAY_STEP = flags.DEFINE_integer(
 _VOCABULARY = flags.DEFINE_string(
   "vocabulary", "byte", "As given to launch.prepare; --replay_step shows the rows as text with it."
 )
-_STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, start me again.
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
@@ -72,7 +72,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     with Mirror(workdir, place) if is_mirrored else contextlib.nullcontext():
       outcome = fit(run, workdir, peers, saves_to=saves_to, began=process_start())
   if outcome == "stopped":
-    sys.exit(_STOPPED)
+    sys.exit(STOPPED)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,9 @@
 import os
 import sys
 
+import pytest
+
+from tests.commands import Commands
 from tests.compiler_flags import FAST_TO_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,3 +18,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 
 assert "jax" not in sys.modules, "jax was imported before the simulated devices were set"
+
+
+@pytest.fixture(scope="module")
+def commands():
+  """Runs our commands, with what is slow to import and to compile done once for a test file."""
+  commands = Commands()
+  yield commands
+  commands.close()

@@ -65,8 +65,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self._is_refused(name):
       return
     with self.server.lock:
-      now = self.server.objects.get((bucket, name), (b"", 0))[1]
-      if query.get("ifGenerationMatch", str(now)) != str(now):
+      if not self._is_of_generation(bucket, name, query):
         self._answer(412)
         return
       generation = time.time_ns()
@@ -80,12 +79,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self._is_refused(name):
       return
     with self.server.lock:
-      now = self.server.objects.get((bucket, name), (b"", 0))[1]
-      if query.get("ifGenerationMatch", str(now)) != str(now):
+      if not self._is_of_generation(bucket, name, query):
         self._answer(412)
         return
       was_there = self.server.objects.pop((bucket, name), None) is not None
     self._answer(204 if was_there else 404)
+
+  def _is_of_generation(self, bucket: str, name: str, query: dict[str, str]) -> bool:
+    """Whether the object is still the one that the request is for, if it says so."""
+    now = str(self.server.objects.get((bucket, name), (b"", 0))[1])
+    return query.get("ifGenerationMatch", now) == now
 
   def _list(self, bucket: str, query: dict[str, str]) -> None:
     with self.server.lock:

@@ -17,13 +17,6 @@ from train.checkpoint_folder import steps
 from train.jsonl import read_jsonl
 
 
-@pytest.fixture(scope="module")
-def commands():
-  commands = Commands()
-  yield commands
-  commands.close()
-
-
 class Runs:
   """Runs of tests/faulty_config.py in one folder, as commands."""
 

@@ -7,15 +7,7 @@ import pytest
 from launch import overrides
 from sharding.mesh import MeshShape
 from tests import tiny
-from tests.commands import Commands
 from train.config import flatten
-
-
-@pytest.fixture(scope="module")
-def commands():
-  commands = Commands()
-  yield commands
-  commands.close()
 
 
 def _refused(commands, tmp_path, *arguments: str) -> str:

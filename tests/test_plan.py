@@ -19,6 +19,7 @@ from sharding import machine as machines
 from sharding.mesh import MeshShape
 from sharding.topology import chip_named
 from train import plan as plans
+from train.activations import Kernels
 from train.layouts import RECOMMENDED, Layout, recommended
 from train.roofline import transfer
 from train.search import SAFE_MARGIN, advice, evaluate, layouts, search
@@ -145,14 +146,7 @@ def _as_recorded(record):
     remat=record["remat"],
     num_microbatches=record["num_microbatches"],
   )
-  pattern = []
-  for block in run.model.pattern:
-    name, kernel = (
-      ("scan", "rg_lru") if hasattr(block.mixer, "scan") else ("implementation", "local_attention")
-    )
-    mixer = dataclasses.replace(block.mixer, **{name: record["kernels"][kernel]})
-    pattern.append(dataclasses.replace(block, mixer=mixer))
-  model = dataclasses.replace(run.model, pattern=tuple(pattern))
+  model = Kernels(**record["kernels"]).of(run.model)
   return layout.of(dataclasses.replace(run, model=model))
 
 

@@ -13,19 +13,12 @@ from launch.overrides import load, load_module
 from models.flops import count_params, flops_per_token
 from sharding.topology import chip_named
 from tests import tiny
-from tests.commands import ROOT, Commands
+from tests.commands import ROOT
 from train.jsonl import read_jsonl
 from train.lock import Lock
 from train.sweep import Point, State, compare, facts, flops_name
 
 WORKER = f"{sys.executable} tests/sweep_worker.py"
-
-
-@pytest.fixture(scope="module")
-def commands():
-  commands = Commands()
-  yield commands
-  commands.close()
 
 
 class Sweep:

@@ -10,19 +10,11 @@ import pytest
 
 from launch import report_page
 from tests import tiny
-from tests.commands import Commands
 from train import goodput, history
 from train.checkpoint_folder import steps
 from train.jsonl import read_jsonl
 
 NUM_KILLS = 6
-
-
-@pytest.fixture(scope="module")
-def commands():
-  commands = Commands()
-  yield commands
-  commands.close()
 
 
 def _arguments(folder, name):

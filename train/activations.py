@@ -11,6 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 from models.block import BlockConfig
+from models.decoder import DecoderConfig
 from models.layers import attention, rg_lru
 
 _FLOAT32 = 4
@@ -33,6 +34,20 @@ class Kernels(NamedTuple):
 
   rg_lru: str
   local_attention: str
+
+  def of(self, model: DecoderConfig) -> DecoderConfig:
+    """`model` with these named in its blocks."""
+    pattern = []
+    for block in model.pattern:
+      match block.mixer:
+        case rg_lru.Config() as mixer:
+          mixer = dataclasses.replace(mixer, scan=self.rg_lru)
+        case attention.Config() as mixer:
+          mixer = dataclasses.replace(mixer, implementation=self.local_attention)
+        case mixer:
+          raise TypeError(f"Kernels: no kernel is known for {type(mixer).__qualname__}")
+      pattern.append(dataclasses.replace(block, mixer=mixer))
+    return dataclasses.replace(model, pattern=tuple(pattern))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ and which checkpoints keep: a restart, or another number of hosts, decides the s
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 import zlib
@@ -25,6 +24,7 @@ from data import pipeline
 from data.mixture import RowAddress
 from data.pipeline import DataConfig, position
 from train.step import NO_LIMITS, Limits, StepMetrics
+from train.whole_file import write_whole
 
 Action = Literal["stop", "skip", "rollback"]
 
@@ -245,7 +245,7 @@ class BadSteps:
     note |= {"time": round(time.time(), 3), "why": rollback.why}
     if jax.process_index() == 0:
       content = json.dumps({"rollbacks": [*rollbacks, note]}, indent=1) + "\n"
-      _write_whole(self.workdir / PASSED_OVER, content)
+      write_whole(self.workdir / PASSED_OVER, content)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("passed_over")
     where = f"checkpoint of step {checkpoint}" if checkpoint else "beginning"
@@ -277,7 +277,7 @@ class BadSteps:
       content["rows"] = [row._asdict() for row in content["rows"]]
       record = {"step": step, "batch": batch, "passed_over": list(self.passed_over), **content}
       path.parent.mkdir(parents=True, exist_ok=True)
-      _write_whole(path, json.dumps(record) + "\n")
+      write_whole(path, json.dumps(record) + "\n")
     return path
 
   def _advice(self, step: int, is_spike: bool) -> str:
@@ -314,13 +314,3 @@ def named_norms(square_norms: Any) -> list[tuple[str, float]]:
 def _shown(rows: Sequence[RowAddress]) -> str:
   shown = ", ".join(f"{row.row} of source {row.source}" for row in rows[:8])
   return shown + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-
-
-def _write_whole(path: pathlib.Path, content: str) -> None:
-  """All or nothing, whenever the process is killed."""
-  whole = path.with_name(path.name + ".tmp")
-  with whole.open("w") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  whole.replace(path)

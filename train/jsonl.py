@@ -9,6 +9,8 @@ from typing import Any
 
 from absl import logging
 
+from train.whole_file import write_whole
+
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The objects of a file in its order, none if it is missing; lines that are not whole are left
@@ -36,12 +38,7 @@ def truncate(path: pathlib.Path, step: int) -> None:
   if after == before:
     return
   logging.info("%s: removing what was written after step %d", path, step)
-  whole = path.with_name(path.name + ".tmp")
-  with whole.open("wb") as file:
-    file.write(after)
-    file.flush()
-    os.fsync(file.fileno())
-  whole.replace(path)
+  write_whole(path, after)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

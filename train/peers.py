@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import jax
 from absl import logging
 
-LOST = 76  # The exit status when another process is to blame: start all again.
+from train.exit_status import LOST
 
 _MAX_BEAT_SECONDS = 1.0
 _BEATS_PER_TIMEOUT = 10

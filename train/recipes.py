@@ -22,6 +22,19 @@ _ROWS = {768: 128, 1024: 128, 1536: 256, 2048: 512, 3072: 512, 4096: 1024, 5120:
 VOCAB_SIZE = 32_000
 
 
+def adamw(peak_lr: float, *, warmup_steps: int) -> AdamW:
+  """The optimizer of all runs in configs/ that pretrain, but for its learning rate and warm-up."""
+  return AdamW(
+    peak_lr=peak_lr,
+    warmup_steps=warmup_steps,
+    schedule=Cosine(final_fraction=0.1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.1,
+    clip_norm=1.0,
+  )
+
+
 def pretraining(name: str, model: DecoderConfig, size: Size) -> Run:
   """The run of one published size on the token store `runs/data/train`."""
   row_length = 2048
@@ -33,15 +46,7 @@ def pretraining(name: str, model: DecoderConfig, size: Size) -> Run:
     data=DataConfig(
       sources=(("runs/data/train", 1.0),), eval_source="runs/data/eval", row_length=row_length
     ),
-    optimizer=AdamW(
-      peak_lr=_PEAK_LR[size.width],
-      warmup_steps=min(1000, total_steps // 10),
-      schedule=Cosine(final_fraction=0.1),
-      b1=0.9,
-      b2=0.95,
-      weight_decay=0.1,
-      clip_norm=1.0,
-    ),
+    optimizer=adamw(_PEAK_LR[size.width], warmup_steps=min(1000, total_steps // 10)),
     batch_size=batch_size,
     total_steps=total_steps,
     z_loss=1e-4,

@@ -49,12 +49,7 @@ def loss_chart(
       own = runs[family]
       axes.scatter(own.budgets, own.losses, s=14, color=color, alpha=0.22, linewidths=0)
       if law.loss is not None:
-        x = _span([one.budget for one in law.minima])
-        low, high = law.loss.band(x)
-        axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
-        axes.plot(x, law.loss.at(x), color=color, linewidth=1.8)
-        label = f"{family.capitalize()}  {_power_words(law.loss, 'C')}"
-        ends.append((float(law.loss.at(x[-1:])[0]), label, color))
+        ends.append(_law(axes, family, law, law.loss, color))
       _minima(axes, law, "loss", color, marker)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -140,12 +135,7 @@ def optimal_chart(
     for index, (family, law) in enumerate(laws.items()):
       color, marker = _look(index)
       if law.parameters is not None:
-        x = _span([one.budget for one in law.minima])
-        low, high = law.parameters.band(x)
-        axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
-        axes.plot(x, law.parameters.at(x), color=color, linewidth=1.8)
-        label = f"{family.capitalize()}  {_power_words(law.parameters, 'C')}"
-        ends.append((float(law.parameters.at(x[-1:])[0]), label, color))
+        ends.append(_law(axes, family, law, law.parameters, color))
       _minima(axes, law, "parameters", color, marker)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -203,6 +193,16 @@ def _shade(place: int, count: int) -> Any:
 
 def _span(budgets: Sequence[float]) -> np.ndarray:
   return np.geomspace(min(budgets), max(budgets), 60)
+
+
+def _law(axes: Any, family: str, law: Isoflop, power: Power, color: str) -> tuple[float, str, str]:
+  """A power law over the budgets, with its band; what `_label_ends` writes at its end."""
+  x = _span([one.budget for one in law.minima])
+  low, high = power.band(x)
+  axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+  axes.plot(x, power.at(x), color=color, linewidth=1.8)
+  label = f"{family.capitalize()}  {_power_words(power, 'C')}"
+  return float(power.at(x[-1:])[0]), label, color
 
 
 def _minima(axes: Any, law: Isoflop, name: str, color: str, marker: str) -> None:

@@ -26,6 +26,7 @@ from train.scaling_law import (
   surface,
 )
 from train.sweep import State, read_result
+from train.whole_file import write_whole
 
 PAGE, POINTS = "report.html", "points.json"
 _KEPT = ("name", "family", "budget", "parameters", "embedding", "tokens", "steps", "flops")
@@ -108,10 +109,10 @@ def write(points: Points, laws: Laws, path: pathlib.Path) -> None:
   }
   path.parent.mkdir(parents=True, exist_ok=True)
   for name, picture in pictures.items():
-    _write(path.with_name(f"{name}.svg"), picture)
+    write_whole(path.with_name(f"{name}.svg"), picture)
   content = {**points._asdict(), "laws": _as_json(laws)}
-  _write(path.with_name(POINTS), (_dump(content) + "\n").encode())
-  _write(path, page(points, laws, pictures).encode())
+  write_whole(path.with_name(POINTS), (_dump(content) + "\n").encode())
+  write_whole(path, page(points, laws, pictures).encode())
 
 
 def summary(points: Points, laws: Laws) -> list[str]:
@@ -333,9 +334,3 @@ def _dump(content: Mapping[str, Any]) -> str:
   runs = ",\n  ".join(json.dumps(run) for run in content["runs"])
   rest = {key: value for key, value in content.items() if key != "runs"}
   return json.dumps(rest, indent=1)[:-2] + f',\n "runs": [\n  {runs}\n ]\n}}'
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  whole = path.with_name(path.name + ".tmp")
-  whole.write_bytes(content)
-  whole.replace(path)

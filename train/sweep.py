@@ -8,7 +8,6 @@ import dataclasses
 import fnmatch
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ from train.config import Run
 from train.footprint import footprint
 from train.jsonl import read_jsonl
 from train.metrics import JSONL
+from train.whole_file import write_whole
 
 STATE = "sweep.json"
 FORMAT = "sweep 1"
@@ -133,13 +133,7 @@ class State:
       "arguments": self.arguments,
       "runs": self.runs,
     }
-    path = self.folder / STATE
-    whole = path.with_name(path.name + ".tmp")
-    with whole.open("w") as file:
-      json.dump(content, file, indent=1)
-      file.flush()
-      os.fsync(file.fileno())
-    whole.replace(path)
+    write_whole(self.folder / STATE, json.dumps(content, indent=1))
 
   @classmethod
   def load(cls, folder: pathlib.Path) -> "State":

@@ -17,12 +17,11 @@ from typing import NamedTuple
 
 from absl import logging
 
+from train.exit_status import CANNOT_RUN, STOPPED
 from train.faults import StopRequest
 from train.sweep import Record, State, read_result
 
 OUTPUT = "output.log"
-STOPPED = 75  # the exit status of a run that was told to stop and has saved everything
-UNUSABLE = 2  # that of a command that cannot be run: trying again is of no use
 _POLL_SECONDS = 0.1
 # A run that is told to stop saves a checkpoint first.
 _STOP_SECONDS = 120.0
@@ -128,7 +127,7 @@ class Runner:
     elif status == STOPPED:
       logging.info("%s: stopped with everything saved; it goes on", name)
     else:
-      record["attempts"] = self.max_attempts if status == UNUSABLE else record["attempts"] + 1
+      record["attempts"] = self.max_attempts if status == CANNOT_RUN else record["attempts"] + 1
       logging.warning("%s: %s", name, failure(record, folder, status, self.max_attempts))
     self.state.save()
 

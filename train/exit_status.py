@@ -1,0 +1,5 @@
+"""What the exit status of a training process says to whoever started it; without any import."""
+
+STOPPED = 75  # EX_TEMPFAIL: it was told to stop and everything is saved, start it again
+LOST = 76  # another process of the job is to blame: start all of them again
+CANNOT_RUN = 2  # a command that cannot be run: trying again is of no use
