@@ -1,6 +1,8 @@
-"""Eight simulated CPU devices for the whole session, set before jax is first imported."""
+"""Eight simulated CPU devices for the whole session, set before jax is first imported; signals as a
+terminal gives them; what test files share."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -16,6 +18,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     FAST_TO_COMPILE,
   ]
 ).strip()
+
+# Where the suite runs in the background of a script, Ctrl-C is ignored, and would be by all that it
+# starts: a shell cannot undo that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 assert "jax" not in sys.modules, "jax was imported before the simulated devices were set"
 

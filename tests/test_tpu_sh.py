@@ -206,13 +206,16 @@ def test_logs_follow_every_host_until_interrupted(cloud):
     text=True,
     start_new_session=True,
   ) as process:
-    seen = set()
-    while len(seen) < 2:
-      line = process.stdout.readline()
-      if "step 3/10" in line:
-        seen.add(line.split(" | ")[0])
-    os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=10)
+    try:
+      seen = set()
+      while len(seen) < 2:
+        line = process.stdout.readline()
+        if "step 3/10" in line:
+          seen.add(line.split(" | ")[0])
+      os.killpg(process.pid, signal.SIGINT)
+      process.wait(timeout=10)
+    finally:
+      process.kill()
   assert seen == {"try try-w0", "try try-w1"}
   cloud.run("delete")
 
