@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers.projection import project
+from models.layers.projection import branches
 from models.param import normal, param, zeros
 
 
@@ -46,8 +46,8 @@ class GatedMLP(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = x_BTD.dtype
     with jax.named_scope("mlp"):
-      up_BT2F = project(x_BTD, self.w_up_D2F[...].astype(dtype))
-      up_BT2F += self.b_up_2F[...].astype(dtype)
-      gated_BTF = jax.nn.gelu(up_BT2F[:, :, 0], approximate=True) * up_BT2F[:, :, 1]
+      w_up_D2F, b_up_2F = self.w_up_D2F[...].astype(dtype), self.b_up_2F[...].astype(dtype)
+      gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, b_up_2F)
+      gated_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
       y_BTD = jnp.einsum("BTF,FD->BTD", gated_BTF, self.w_down_FD[...].astype(dtype))
       return y_BTD + self.b_down_D[...].astype(dtype)

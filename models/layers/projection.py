@@ -15,6 +15,19 @@ def project(x_BTD: jax.Array, w_DKF: jax.Array) -> jax.Array:
   return checkpoint_name(_product(x_BTD, w_DKF), "projection")
 
 
+def branches(x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array) -> tuple[jax.Array, ...]:
+  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; "projection" to a remat policy.
+
+  As many products as branches, each with its bias: of one product a TPU writes the result with and
+  without bias, cuts the branches out of it, and joins their gradients again for every product of
+  the backward pass (docs/benchmarks.md).
+  """
+  return tuple(
+    checkpoint_name(_product(x_BTD, w_DKF[:, k : k + 1])[:, :, 0] + b_F, "projection")
+    for k, b_F in enumerate(b_KF)
+  )
+
+
 @jax.custom_vjp
 def _product(x_BTD: jax.Array, w_DKF: jax.Array) -> jax.Array:
   return jnp.einsum("BTD,DKF->BTKF", x_BTD, w_DKF)

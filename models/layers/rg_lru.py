@@ -27,7 +27,7 @@ from flax import nnx
 from kernels import halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
-from models.layers.projection import project
+from models.layers.projection import branches
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
@@ -127,17 +127,17 @@ class RecurrentBlock(nnx.Module):
     if state is None:
       state = self.initial_state(x_BTD.shape[0], 0, dtype)
     with jax.named_scope("recurrent"):
-      in_BT2R = project(x_BTD, self.w_in_D2R[...].astype(dtype))
-      in_BT2R += self.b_in_2R[...].astype(dtype)
-      gelu_BTR = jax.nn.gelu(in_BT2R[:, :, 0], approximate=True)
-      conv_BTR = self._conv(in_BT2R[:, :, 1], segments, state)
+      w_in_D2R, b_in_2R = self.w_in_D2R[...].astype(dtype), self.b_in_2R[...].astype(dtype)
+      gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, b_in_2R)
+      gelu_BTR = jax.nn.gelu(gate_BTR, approximate=True)
+      conv_BTR = self._conv(in_BTR, segments, state)
       h_BTR, h_BR = self._recur(conv_BTR, segments, state)
       y_BTD = jnp.einsum("BTR,RD->BTD", gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
       y_BTD += self.b_out_D[...].astype(dtype)
     if not has_state:
       return y_BTD, None
     time = x_BTD.shape[1]
-    conv_BSR = jnp.concatenate([state.conv_BKR, in_BT2R[:, :, 1]], axis=1)
+    conv_BSR = jnp.concatenate([state.conv_BKR, in_BTR], axis=1)
     document_BS = jnp.concatenate([state.document_BK, segments.document_BT], axis=1)
     return y_BTD, RecurrentState(h_BR, conv_BSR[:, time:], document_BS[:, time:])
 
