@@ -9,10 +9,13 @@ of XLA's own mesh. A form that it does not know is an error, never skipped.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from jax.sharding import Mesh
+
+from sharding import program_text
+from sharding.program_text import Instruction, arrays_of, size_of
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -25,15 +28,6 @@ _KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r"\s?([a-z][a-z\-]*)\(")
-_CALLED = re.compile(
-  r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-)
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,20 +54,14 @@ class Collective:
 
 def read(text: str, mesh: Mesh) -> list[Collective]:
   """Every collective of a compiled program for `mesh`, in the order of the text."""
-  computations, entry = _computations(text)
-  times = _times(computations, entry)
-  fused = {
-    called
-    for instructions in computations.values()
-    for instruction in instructions.values()
-    if instruction.opcode == "fusion"
-    for called, _ in _calls(instruction, computations)
-  }
+  computations, entry = program_text.computations_of(text)
+  times = program_text.times_of(computations, entry)
+  fused = program_text.fused(computations)
   found, chains = [], set()
   for computation, instructions in computations.items():
     for instruction in instructions.values() if computation in times else ():
-      if instruction.kind is not None and instruction.chain not in chains:
-        chains |= {instruction.chain} - {None}
+      if _started(instruction) is not None and _chain(instruction) not in chains:
+        chains |= {_chain(instruction)} - {None}
         kind = _kind(instruction, instructions, is_fused=computation in fused)
         found.append(_collective(kind, instruction, instructions, times[computation], mesh))
   return found
@@ -103,174 +91,52 @@ def axes_of(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
   return tuple(axis for axis, differs in zip(mesh.axis_names, differ) if differs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-  name: str
-  shape: str  # as written
-  opcode: str
-  rest: str  # operands and attributes, as written
-
-  @property
-  def kind(self) -> str | None:
-    """The kind of a collective, also of one that starts here; None for all else."""
-    kind = self.opcode.removesuffix("-start")
-    return kind if kind in _KINDS else None
-
-  @property
-  def chain(self) -> tuple[str, ...] | None:
-    """What the links of one collective have in common that runs through several fusions (TPU)."""
-    chain = re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', self.rest)
-    return chain.groups() if chain else None
-
-  @property
-  def operands(self) -> list[str]:
-    return re.findall(r"%([\w.\-]+)", self.rest[: _closing(self.rest)])
+def _started(instruction: Instruction) -> str | None:
+  """The kind of a collective, also of one that starts here; None for all else."""
+  kind = instruction.opcode.removesuffix("-start")
+  return kind if kind in _KINDS else None
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-  """The instructions of each computation by their names, and the name of the entry."""
-  computations: dict[str, dict[str, _Instruction]] = {}
-  current: dict[str, _Instruction] = {}
-  entry = None
-  for line in text.splitlines():
-    if header := _COMPUTATION.match(line):
-      current = computations.setdefault(header[2], {})
-      entry = header[2] if header[1] else entry
-    elif match := _INSTRUCTION.match(line):
-      current[match[1]] = _instruction(match[1], match[2])
-  if entry is None:
-    raise ValueError("no ENTRY computation: this is not the text of a compiled program")
-  return computations, entry
-
-
-def _instruction(name: str, written: str) -> _Instruction:
-  # A tuple's shape holds spaces, comments and parentheses (in layouts) of its own.
-  end = _closing(written[1:]) + 2 if written.startswith("(") else 0
-  opcode = _OPCODE.search(written, end)
-  assert opcode is not None, f"no opcode in {written}"
-  return _Instruction(name, written[: opcode.start()], opcode[1], written[opcode.end() :])
-
-
-def _closing(written: str) -> int:
-  """Where the parenthesis that was open before `written` closes."""
-  depth = 1
-  for index, letter in enumerate(written):
-    depth += (letter == "(") - (letter == ")")
-    if depth == 0:
-      return index
-  raise ValueError(f"parentheses do not close in {written[:100]!r}")
-
-
-def _times(computations: dict[str, dict[str, _Instruction]], entry: str) -> dict[str, int | None]:
-  """How often each computation runs; None if that depends on data."""
-  times: dict[str, int | None] = {entry: 1}
-  # Callers come after what they call in the text, so that one pass backwards sees all callers.
-  for name in reversed(list(computations)):
-    if name not in times:
-      continue
-    for instruction in computations[name].values():
-      for called, trips in _calls(instruction, computations):
-        per_call = times[name]
-        calls = None if per_call is None or trips is None else per_call * trips
-        before = times.get(called, 0)
-        times[called] = None if before is None or calls is None else before + calls
-  return times
-
-
-def _calls(
-  instruction: _Instruction, computations: dict[str, dict[str, _Instruction]]
-) -> list[tuple[str, int | None]]:
-  """The computations that an instruction runs, and how often."""
-  # These name again what their start runs.
-  if instruction.opcode in ("async-update", "async-done"):
-    return []
-  trips: int | None = 1
-  if instruction.opcode == "while":
-    trips = _trips(instruction, computations)
-  called = _CALLED.findall(instruction.rest)
-  for branches in _BRANCHES.findall(instruction.rest):
-    called += re.findall(r"%?([\w.\-]+)", branches)
-  return [(name, trips) for name in called]
-
-
-def _trips(
-  instruction: _Instruction, computations: dict[str, dict[str, _Instruction]]
-) -> int | None:
-  """The trip count of a while loop: as annotated, or n of a condition that is `i < n`.
-
-  Loops of jax.lax.scan count from 0 by 1; None where the condition says something else.
-  """
-  if known := _TRIP_COUNT.search(instruction.rest):
-    return int(known[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
-  assert condition is not None, f"no condition in {instruction.rest[:200]}"
-  instructions = computations[condition[1]]
-  last = list(instructions.values())[-1]
-  if last.opcode != "compare" or "direction=LT" not in last.rest:
-    return None
-  index, bound = (instructions[name] for name in last.operands)
-  is_counter = index.opcode == "get-tuple-element" and index.shape.startswith("s32[]")
-  constant = re.match(r"(\d+)\)", bound.rest) if bound.opcode == "constant" else None
-  return int(constant[1]) if is_counter and constant else None
+def _chain(instruction: Instruction) -> tuple[str, ...] | None:
+  """What the links of one collective have in common that runs through several fusions (TPU)."""
+  chain = re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', instruction.rest)
+  return chain.groups() if chain else None
 
 
 def _collective(
   kind: str,
-  instruction: _Instruction,
-  instructions: dict[str, _Instruction],
+  instruction: Instruction,
+  instructions: dict[str, Instruction],
   times: int | None,
   mesh: Mesh,
 ) -> Collective:
-  taken = [array for name in instruction.operands for array in _arrays(instructions[name].shape)]
-  given = _arrays(instruction.shape)
+  taken = [array for name in instruction.operands for array in arrays_of(instructions[name].shape)]
+  given = arrays_of(instruction.shape)
   if instruction.opcode in ("all-gather-start", "collective-permute-start"):
     # (operands, results, ...): the results are as many as the operands.
     given = given[len(taken) : 2 * len(taken)]
-  arrays = max(taken, given, key=_size)
+  arrays = max(taken, given, key=size_of)
   groups = _groups(instruction.rest, mesh.size)
-  op_name = re.search(r'op_name="([^"]*)"', instruction.rest)
   return Collective(
     kind=kind,
     name=instruction.name,
     arrays=tuple(arrays),
-    bytes=_size(arrays),
+    bytes=size_of(arrays),
     groups=groups,
     axes=axes_of(groups, mesh),
     times=times,
-    op_name=op_name[1] if op_name else "",
+    op_name=instruction.op_name,
   )
 
 
-def _kind(
-  instruction: _Instruction, instructions: dict[str, _Instruction], *, is_fused: bool
-) -> str:
+def _kind(instruction: Instruction, instructions: dict[str, Instruction], *, is_fused: bool) -> str:
   """As written, but an all-reduce of which a fusion keeps a slice is a reduce-scatter (on TPU)."""
-  assert instruction.kind is not None
+  kind = _started(instruction)
+  assert kind is not None
   last = list(instructions.values())[-1]
-  if is_fused and instruction.kind == "all-reduce" and last.opcode == "dynamic-slice":
+  if is_fused and kind == "all-reduce" and last.opcode == "dynamic-slice":
     return "reduce-scatter"
-  return instruction.kind
-
-
-def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-  """The arrays of a shape as written, tuples flattened; layouts and comments are left out."""
-  return [
-    (dtype, tuple(int(size) for size in sizes.split(",") if size))
-    for dtype, sizes in _SHAPE.findall(shape)
-  ]
-
-
-def _size(arrays: Sequence[tuple[str, tuple[int, ...]]]) -> int:
-  return sum(math.ceil(_bits(dtype) * math.prod(shape) / 8) for dtype, shape in arrays)
-
-
-def _bits(dtype: str) -> int:
-  if dtype in ("pred", "token"):
-    return 8 if dtype == "pred" else 0
-  bits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-  if bits is None:
-    raise ValueError(f"unknown dtype {dtype!r} in a compiled program")
-  return int(bits[1])
+  return kind
 
 
 def _groups(written: str, num_devices: int) -> Groups:

@@ -1,0 +1,157 @@
+"""A compiled program, read from its text: computations, their instructions, how often they run.
+
+Arrays are as (dtype, shape); what is not read here is left as written in `Instruction.rest`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+Computations = dict[str, dict[str, "Instruction"]]
+
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"\s?([a-z][a-z\-]*)\(")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One instruction of a computation."""
+
+  name: str
+  shape: str  # as written
+  opcode: str
+  rest: str  # operands and attributes, as written
+
+  @property
+  def operands(self) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", self.rest[: _closing(self.rest)])
+
+  @property
+  def op_name(self) -> str:
+    """The path of JAX's names; "" where there is none."""
+    found = re.search(r'op_name="([^"]*)"', self.rest)
+    return found[1] if found else ""
+
+
+def computations_of(text: str) -> tuple[Computations, str]:
+  """The instructions of each computation by their names, and the name of the entry."""
+  computations: Computations = {}
+  current: dict[str, Instruction] = {}
+  entry = None
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      current = computations.setdefault(header[2], {})
+      entry = header[2] if header[1] else entry
+    elif match := _INSTRUCTION.match(line):
+      current[match[1]] = _instruction(match[1], match[2])
+  if entry is None:
+    raise ValueError("no ENTRY computation: this is not the text of a compiled program")
+  return computations, entry
+
+
+def _instruction(name: str, written: str) -> Instruction:
+  # A tuple's shape holds spaces, comments and parentheses (in layouts) of its own.
+  end = _closing(written[1:]) + 2 if written.startswith("(") else 0
+  opcode = _OPCODE.search(written, end)
+  assert opcode is not None, f"no opcode in {written}"
+  return Instruction(name, written[: opcode.start()], opcode[1], written[opcode.end() :])
+
+
+def _closing(written: str) -> int:
+  """Where the parenthesis that was open before `written` closes."""
+  depth = 1
+  for index, letter in enumerate(written):
+    depth += (letter == "(") - (letter == ")")
+    if depth == 0:
+      return index
+  raise ValueError(f"parentheses do not close in {written[:100]!r}")
+
+
+def fused(computations: Computations) -> set[str]:
+  """The computations that are the inside of a fusion: what they make stays out of memory."""
+  return {
+    called
+    for instructions in computations.values()
+    for instruction in instructions.values()
+    if instruction.opcode == "fusion"
+    for called, _ in _calls(instruction, computations)
+  }
+
+
+def times_of(computations: Computations, entry: str) -> dict[str, int | None]:
+  """How often each computation runs; None if that depends on data."""
+  times: dict[str, int | None] = {entry: 1}
+  # Callers come after what they call in the text, so that one pass backwards sees all callers.
+  for name in reversed(list(computations)):
+    if name not in times:
+      continue
+    for instruction in computations[name].values():
+      for called, trips in _calls(instruction, computations):
+        per_call = times[name]
+        calls = None if per_call is None or trips is None else per_call * trips
+        before = times.get(called, 0)
+        times[called] = None if before is None or calls is None else before + calls
+  return times
+
+
+def _calls(instruction: Instruction, computations: Computations) -> list[tuple[str, int | None]]:
+  """The computations that an instruction runs, and how often."""
+  # These name again what their start runs.
+  if instruction.opcode in ("async-update", "async-done"):
+    return []
+  trips: int | None = 1
+  if instruction.opcode == "while":
+    trips = _trips(instruction, computations)
+  called = _CALLED.findall(instruction.rest)
+  for branches in _BRANCHES.findall(instruction.rest):
+    called += re.findall(r"%?([\w.\-]+)", branches)
+  return [(name, trips) for name in called]
+
+
+def _trips(instruction: Instruction, computations: Computations) -> int | None:
+  """The trip count of a while loop: as annotated, or n of a condition that is `i < n`.
+
+  Loops of jax.lax.scan count from 0 by 1; None where the condition says something else.
+  """
+  if known := _TRIP_COUNT.search(instruction.rest):
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
+  assert condition is not None, f"no condition in {instruction.rest[:200]}"
+  instructions = computations[condition[1]]
+  last = list(instructions.values())[-1]
+  if last.opcode != "compare" or "direction=LT" not in last.rest:
+    return None
+  index, bound = (instructions[name] for name in last.operands)
+  is_counter = index.opcode == "get-tuple-element" and index.shape.startswith("s32[]")
+  constant = re.match(r"(\d+)\)", bound.rest) if bound.opcode == "constant" else None
+  return int(constant[1]) if is_counter and constant else None
+
+
+def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+  """The arrays of a shape as written, tuples flattened; layouts and comments are left out."""
+  return [
+    (dtype, tuple(int(size) for size in sizes.split(",") if size))
+    for dtype, sizes in _SHAPE.findall(shape)
+  ]
+
+
+def size_of(arrays: Sequence[tuple[str, tuple[int, ...]]]) -> int:
+  """Bytes of all of them, without what a layout fills up."""
+  return sum(math.ceil(_bits(dtype) * math.prod(shape) / 8) for dtype, shape in arrays)
+
+
+def _bits(dtype: str) -> int:
+  if dtype in ("pred", "token"):
+    return 8 if dtype == "pred" else 0
+  bits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
+  if bits is None:
+    raise ValueError(f"unknown dtype {dtype!r} in a compiled program")
+  return int(bits[1])

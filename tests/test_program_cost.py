@@ -1,0 +1,83 @@
+"""FLOPs and bytes are read from compiled programs: small ones, and forms that a TPU's have."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sharding import program_cost
+from sharding.program_cost import memory_bytes, operations
+
+
+def _operations(f, *shapes):
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return operations(jax.jit(f).lower(*arrays).compile().as_text())
+
+
+def test_products_in_a_loop_are_counted_for_every_trip():
+  def f(x_BD, w_LDD):
+    return jax.lax.scan(lambda x_BD, w_DD: (jnp.tanh(x_BD @ w_DD), None), x_BD, w_LDD)[0]
+
+  found = _operations(f, (8, 64), (5, 64, 64))
+  assert sum(one.flops * one.times for one in found) == 5 * 2 * 8 * 64 * 64
+
+
+def test_of_an_array_that_is_cut_only_the_slice_is_moved():
+  def f(x_LD, i):
+    return jnp.sin(jax.lax.dynamic_index_in_dim(x_LD, i.astype(jnp.int32), keepdims=False))
+
+  (found,) = _operations(f, (1000, 256), ())
+  assert found.bytes == pytest.approx(2 * 256 * 4, abs=32)
+
+
+_TPU = """HloModule step, is_scheduled=true
+
+%fused (p.0: bf16[24,512,384], p.1: s32[], p.2: bf16[384,640]) -> bf16[512,640] {
+  %p.0 = bf16[24,512,384]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = s32[]{:T(128)S(6)} parameter(1)
+  %p.2 = bf16[384,640]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %zero = s32[] constant(0)
+  %cut = bf16[1,512,384]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p.0, %p.1, %zero, %zero)
+  %x = bf16[512,384]{1,0:T(8,128)(2,1)} bitcast(%cut)
+  ROOT %out = bf16[512,640]{1,0:T(8,128)(2,1)} convolution(%x, %p.2), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: bf16[24,512,384], i: s32[], w: bf16[384,640]) -> bf16[512,640] {
+  %a = bf16[24,512,384]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %w = bf16[384,640]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %scan.1 = bf16[512,640]{1,0:T(8,128)(2,1)} custom-call(%i), custom_call_target="tpu_custom_call"
+  ROOT %f = bf16[512,640]{1,0:T(8,128)(2,1)} fusion(%a, %i, %w), kind=kOutput, calls=%fused, \
+metadata={op_name="jit(step)/mlp/dot_general"}, backend_config={"estimated_cycles":"700"}
+}
+"""
+
+
+def test_a_fused_product_of_a_tpu_program():
+  kernel, fusion = operations(_TPU)
+  assert fusion.flops == 2 * 512 * 384 * 640
+  # The slice and the result; the weights are in VMEM.
+  assert fusion.bytes == 2 * (512 * 384 + 512 * 640)
+  assert (fusion.times, fusion.cycles, fusion.op_name) == (1, 700, "jit(step)/mlp/dot_general")
+  assert (kernel.kernel, kernel.cycles, kernel.bytes) == ("scan", None, 2 * 512 * 640)
+
+
+def test_a_batch_that_is_a_dilated_window_is_multiplied_once():
+  """A product of 16 blocks: the window of 16 meets an element once for each block."""
+  written = "window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf"
+  assert program_cost._meetings(written, 0, 16, 16) == 16
+  causal = "window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f"
+  assert program_cost._meetings(causal, 0, 10, 10) == 4 * 10 - (3 + 2 + 1)
+
+
+@pytest.mark.parametrize(
+  ("shape", "size"),
+  [
+    ("bf16[8,160]{1,0:T(8,128)(2,1)}", 8 * 256 * 2),
+    ("f32[2,6144]{1,0:T(2,128)}", 2 * 6144 * 4),
+    ("f32[8,2048]{1,0:T(8,128)S(1)}", 0),
+    ("(f32[4]{0}, bf16[16,128]{1,0:T(8,128)(2,1)})", 4 * 4 + 16 * 128 * 2),
+    ("s32[]", 4),
+  ],
+)
+def test_tiles_are_filled_up_and_vmem_is_not_memory(shape, size):
+  assert memory_bytes(shape) == size
