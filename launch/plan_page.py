@@ -54,7 +54,7 @@ def page(
       _memory(plan),
       "<h2>Least time of a step</h2>",
       _times(plan),
-      f"<p>{html.escape(plan_text.ceiling(plan))}</p>",
+      f"<p>{html.escape(plan_text.ceiling(plan))}. {html.escape(plan_text.expected(plan))}.</p>",
       "<h2>What is sent in a step, by each device</h2>",
       _collectives(plan),
       "<h2>FLOPs of a step on each device, by part</h2>",

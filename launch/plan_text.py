@@ -38,6 +38,7 @@ def plan_lines(plan: Plan, *, mfu: float | None, price: float | None) -> list[st
     *_flops(plan),
     "",
     *_roofline(plan),
+    *_program(plan),
     "",
     *budget(plan, mfu, price),
   ]
@@ -178,6 +179,21 @@ def _roofline(plan: Plan) -> Iterable[str]:
     mark = "  <- binds" if name == times.bound else ""
     yield f"  {words:<26}{1e3 * seconds:>9.1f}{mark}"
   yield f"  {ceiling(plan)}"
+  yield f"  {expected(plan)}"
+
+
+def _program(plan: Plan) -> Iterable[str]:
+  program = plan.program
+  if program is None:
+    return
+  yield "the compiled step by part    TFLOP        GB       ms  compiler's estimate, ms"
+  rows = sorted(program.parts.items(), key=lambda item: -item[1].seconds)
+  for name, part in [*rows, ("total", program.total)]:
+    estimate = f"{1e3 * part.estimated:>9.1f}" if program.has_estimates else ""
+    yield (
+      f"  {name:<22}{part.flops / 1e12:>9.2f}{gigabytes(part.bytes):>10}{1e3 * part.seconds:>9.1f}"
+      f"{estimate}"
+    )
 
 
 def ceiling(plan: Plan) -> str:
@@ -186,6 +202,15 @@ def ceiling(plan: Plan) -> str:
   return (
     f"MFU ceiling {times.mfu_ceiling:.1%} if all else hides behind what binds; "
     f"{times.model_flops / times.serial_seconds / times.peak_flops:.1%} if nothing hides"
+  )
+
+
+def expected(plan: Plan) -> str:
+  """What a step is expected to take with kernels as fast as published ones."""
+  times = plan.roofline
+  return (
+    f"expected {1e3 * times.expected_seconds:,.1f} ms, MFU {times.expected_mfu:.1%}: half way, "
+    "with kernels at the shares of their peaks that are known (sharding/topology.py)"
   )
 
 

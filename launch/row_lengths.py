@@ -1,12 +1,14 @@
-"""Which family is fastest at which row length? By the planner's models, so in seconds on a laptop.
+"""Which family is fastest at which row length? Griffin, Hawk and the Transformer, on a laptop.
 
-  python -m launch.row_lengths --size=1b --machine=v5p:16,v5e:16,h100:8 \
+  python -m launch.row_lengths --size=1b --machine=v5p:4 --remat=none --compile \
     --json=docs/row_lengths.jsonl --svg=docs/row_lengths.svg
+  python -m launch.row_lengths --size=1b --machine=v5p:16,v5e:16,h100:8
 
-Griffin, Hawk and the Transformer, each in its own best layout (train/search.py) and with the fused
-kernels, on batches of as many tokens whatever the row length. Nothing is compiled or run: a step is
-taken to last half way between everything hidden behind what takes longest and nothing hidden
-(train/roofline.py), matrix products, those of attention too, at the chip's peak.
+Batches have as many tokens whatever the row length. With --remat all three have one layout (fsdp
+over all devices, ZeRO stage 3); without, each has its own best (train/search.py), with the fused
+kernels. With --compile the real step is compiled for the chip and its time follows from the program
+(train/compiled_cost.py: twice, at rates that kernels are known to reach, and by the compiler's own
+estimate); otherwise from the planner's models (train/roofline.py). Nothing is run.
 """
 
 import dataclasses
@@ -15,21 +17,22 @@ import json
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import app, flags
 
 from launch import line_chart, svg
+from launch.families import FAMILIES, best_layout, with_fused_kernels, with_rows
 from launch.overrides import load, refuse
 from models.flops import count_params
 from sharding import machine as machines
 from sharding.machine import Machine
-from train.activations import Kernels
-from train.config import Run
-from train.search import SAFE_MARGIN, search
-
-FAMILIES = ("transformer", "hawk", "griffin")
+from sharding.mesh import MeshShape
+from train import plan as plans
+from train.layouts import REMATS, Layout, layout_of
+from train.plan import Plan
 
 _SIZE = flags.DEFINE_string("size", "1b", "A published size: 100m ... 14b.")
 _MACHINE = flags.DEFINE_list("machine", ["v5p:16"], "CHIP:HOW_MANY, several with commas.")
@@ -37,59 +40,64 @@ _ROWS = flags.DEFINE_list("rows", ["2048", "4096", "8192", "16384"], "Row length
 _TOKENS = flags.DEFINE_integer(
   "tokens_per_chip", 16384, "Of a batch; at least a row each.", lower_bound=1
 )
+_REMAT = flags.DEFINE_enum("remat", None, REMATS, "One layout for all, with this remat.")
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile each step; TPU only, needs --remat.")
 _JSON = flags.DEFINE_string("json", None, "A file that gets a line for each result.")
-_SVG = flags.DEFINE_string("svg", None, "A picture of the last machine.")
+_SVG = flags.DEFINE_string("svg", None, "A picture of the last machine, from all in --json.")
 
 
-def result(run: Run, machine: Machine, *, row_length: int, tokens_per_chip: int) -> dict[str, Any]:
-  """The best layout of `run` at that row length, and its tokens/s on all devices by the model."""
-  rows, rest = divmod(tokens_per_chip * machine.num_devices, row_length)
-  if rest or not rows:
-    raise ValueError(
-      f"row_lengths: {tokens_per_chip} tokens for each of {machine.num_devices} chips are no whole "
-      f"number of rows of {row_length}; change --tokens_per_chip or --rows"
-    )
-  data = dataclasses.replace(run.data, row_length=row_length)
-  run = dataclasses.replace(run, batch_size=rows, data=data)
-  found = search(run, machine)
-  if not found or found[0].margin < SAFE_MARGIN:
-    raise ValueError(
-      f"row_lengths: no layout of {run.name} with {rows} rows of {row_length} fits "
-      f"{machine}; use more chips or fewer --tokens_per_chip"
-    )
-  best = found[0]
-  return {
-    "config": run.name,
-    "machine": str(machine),
-    "row_length": row_length,
-    "batch_size": rows,
-    "parameters_without_embedding": count_params(run.model).rest,
-    "tokens_per_second": rows * row_length / best.roofline.expected_seconds,
-    "mfu_ceiling": best.roofline.mfu_ceiling,
-    "bound": best.roofline.bound,
-    "memory_margin": best.margin,
-    **dataclasses.asdict(best.layout),
+def result(plan: Plan) -> dict[str, Any]:
+  """What is recorded of a plan. Tokens/s are of all devices."""
+  tokens = plan.tokens_per_step
+  found: dict[str, Any] = {
+    "config": plan.run.name,
+    "machine": str(plan.machine),
+    "row_length": plan.run.data.row_length,
+    "batch_size": plan.run.batch_size,
+    "parameters_without_embedding": count_params(plan.run.model).rest,
+    **dataclasses.asdict(layout_of(plan.run, plan.machine.num_devices)),
+    "kernels": plan.kernels,
+    "memory_margin": plan.memory.margin,
+    "how": "model",
+    "tokens_per_second": tokens / plan.roofline.expected_seconds,
+    "tokens_per_second_bound": tokens / plan.roofline.step_seconds,
+    "bound": plan.roofline.bound,
   }
-
-
-def with_fused_kernels(run: Run, platform: str) -> Run:
-  """`run` with the kernels that are the default on a TPU, and by name only on a GPU."""
-  if platform != "gpu":
-    return run
-  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu").of(run.model))
+  if (program := plan.program) is not None:
+    estimated = program.estimated_seconds
+    found |= {
+      "how": "compiled",
+      "tokens_per_second": tokens / program.expected_seconds,
+      "tokens_per_second_estimated": None if estimated is None else tokens / estimated,
+      "program": program.as_json(),
+      "compile_seconds": plan.compile_seconds,
+    }
+  return found
 
 
 def picture(results: list[dict[str, Any]], title: str) -> str:
-  """Tokens/s over row length, a line for each family."""
-  colors = dict(zip(FAMILIES, svg.COLORS))
+  """Tokens/s over row length, a line for each family: of compiled steps where there are any, with
+  dots for the compiler's own estimate and faint lines for the model."""
+  are_compiled = any(one["how"] == "compiled" for one in results)
   lines = []
-  for family in FAMILIES:
-    points = [
-      (float(one["row_length"]), one["tokens_per_second"])
-      for one in results
-      if one["config"].startswith(family)
+  for family, color in zip(FAMILIES, svg.COLORS):
+    of_family = [one for one in results if one["config"].startswith(family)]
+
+    def points(how: str, key: str, of_family: Any = of_family) -> list[tuple[float, float]]:
+      # Of equal ones the last counts.
+      found = {one["row_length"]: one.get(key) for one in of_family if one["how"] == how}
+      return [(float(row), found[row]) for row in sorted(found) if found[row] is not None]
+
+    model = points("model", "tokens_per_second")
+    if not are_compiled:
+      lines.append(line_chart.Line(model, color, label=family))
+      continue
+    estimates = points("compiled", "tokens_per_second_estimated")
+    lines += [
+      line_chart.Line(model, color, style="faint"),
+      line_chart.Line(points("compiled", "tokens_per_second"), color, label=family),
+      line_chart.Line(estimates, color, label=f"{family}, compiler's", style="dots"),
     ]
-    lines.append(line_chart.Line(points, colors[family], label=family))
   return line_chart.chart(
     lines,
     x=line_chart.Axis(
@@ -99,8 +107,9 @@ def picture(results: list[dict[str, Any]], title: str) -> str:
       at=sorted({one["row_length"] for one in results}),
     ),
     y=line_chart.Axis(low=0.0),
-    width=640,
-    height=320,
+    width=680,
+    height=340,
+    room=150.0,
   )
 
 
@@ -120,33 +129,66 @@ def _compare(name: str) -> None:
   if not count.isdecimal():
     raise ValueError(f"row_lengths: machine {name!r} is not CHIP:HOW_MANY, such as v5p:16")
   machine = machines.of_chips(chip, int(count))
-  command = "python -m launch.row_lengths " + " ".join(map(shlex.quote, sys.argv[1:]))
-  runs = [
-    with_fused_kernels(load(f"configs/{family}.py:{_SIZE.value}"), machine.chip.platform)
-    for family in FAMILIES
-  ]
+  if _COMPILE.value and (_REMAT.value is None or not machine.is_compilable):
+    raise ValueError(f"row_lengths: --compile needs --remat and a TPU, not {machine}")
   results = []
-  print(f"{machine}, {_SIZE.value}: tokens/s on all chips by the model, and over the transformer's")
+  print(f"{machine}, {_SIZE.value}: tokens/s on all chips, and over the transformer's")
   for row_length in map(int, _ROWS.value):
-    each = [
-      result(run, machine, row_length=row_length, tokens_per_chip=_TOKENS.value) for run in runs
-    ]
-    base = each[0]["tokens_per_second"]
-    cells = [
-      f"{family} {one['tokens_per_second']:,.0f} ({one['tokens_per_second'] / base:.2f})"
-      for family, one in zip(FAMILIES, each)
-    ]
-    print(f"  rows of {row_length:>6}: " + ", ".join(cells))
-    results += each
+    found = []
+    for family in FAMILIES:
+      both = _plans(f"configs/{family}.py:{_SIZE.value}", machine, row_length)
+      found.append([result(plan) for plan in both])
+      _record(found[-1])
+    for each in zip(*found):
+      _tell(each)
+      results += each
   if _JSON.value is not None:
-    date = datetime.date.today().isoformat()
-    with pathlib.Path(_JSON.value).open("a", encoding="utf-8") as file:
-      for one in results:
-        file.write(json.dumps({**one, "date": date, "command": command}) + "\n")
+    text = pathlib.Path(_JSON.value).read_text(encoding="utf-8")
+    results = [json.loads(line) for line in text.splitlines()]
   if _SVG.value is not None:
-    pathlib.Path(_SVG.value).write_text(
-      picture(results, f"{_SIZE.value} on {machine}, by the model") + "\n"
-    )
+    wanted = [
+      one
+      for one in results
+      if one["machine"] == str(machine) and one["config"].endswith(f"-{_SIZE.value}")
+    ]
+    drawn = picture(wanted, f"{_SIZE.value} on {machine}")
+    pathlib.Path(_SVG.value).write_text(drawn + "\n", encoding="utf-8")
+
+
+def _record(results: list[dict[str, Any]]) -> None:
+  """A line for each, at once: a compilation takes minutes."""
+  if _JSON.value is None:
+    return
+  command = "python -m launch.row_lengths " + " ".join(map(shlex.quote, sys.argv[1:]))
+  versions = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "command": command}
+  with pathlib.Path(_JSON.value).open("a", encoding="utf-8") as file:
+    file.writelines(json.dumps(one | versions) + "\n" for one in results)
+
+
+def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
+  """By the model, and compiled if that is asked for."""
+  run = with_fused_kernels(load(config), machine.chip.platform)
+  run = with_rows(run, machine, row_length=row_length, tokens_per_chip=_TOKENS.value)
+  if _REMAT.value is None:
+    layout = best_layout(run, machine)
+  else:
+    mesh = MeshShape(fsdp=machine.num_devices)
+    layout = Layout(mesh=mesh, zero_stage=3, remat=_REMAT.value, num_microbatches=1)
+  run = layout.of(run)
+  return [plans.modelled(run, machine), *([plans.compiled(run, machine)] if _COMPILE.value else [])]
+
+
+def _tell(found: Sequence[dict[str, Any]]) -> None:
+  """A line for one row length: every family's tokens/s, and over the transformer's."""
+  for key in ("tokens_per_second", "tokens_per_second_estimated"):
+    if found[0].get(key) is None:
+      continue
+    cells = [
+      f"{family} {one[key]:,.0f} ({one[key] / found[0][key]:.2f})"
+      for family, one in zip(FAMILIES, found)
+    ]
+    how = found[0]["how"] if key == "tokens_per_second" else "compiler's estimate"
+    print(f"  rows of {found[0]['row_length']:>6}, {how}: " + ", ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

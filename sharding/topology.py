@@ -1,4 +1,4 @@
-"""What a chip can do at most: peak FLOP/s, memory and links, each with the source of its numbers.
+"""What a chip can do at most, and the share of it that kernels reach, each with its source.
 
 Bytes per second are decimal. Numbers are of one `jax.Device`: a whole chip, but half of one on TPU
 v3, whose two cores are two devices. sharding/machine.py joins chips to slices and nodes.
@@ -6,6 +6,23 @@ v3, whose two cores are two devices. sharding/machine.py joins chips to slices a
 
 import dataclasses
 import re
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reached:
+  """Shares of a chip's peaks that kernels were seen to reach; no kernel of ours was timed yet.
+
+  matmul               of peak_flops, a large bfloat16 product
+  attention_forward    of peak_flops, flash attention: 2 products of queries with keys they see
+  attention_backward   the same, counted as 5 products whatever a kernel computes
+  hbm                  of hbm_bytes_per_second, a large copy or elementwise pass
+  """
+
+  matmul: float
+  attention_forward: float
+  attention_backward: float
+  hbm: float
+  source: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +39,8 @@ class Chip:
   host_devices    devices of a host; on GPU those that NVLink joins
   dcn_bytes_per_second  between slices (TPU) or nodes (GPU), one way, a device's share of its host's
                   network; None where no source states it
+  clock           of a TensorCore in Hz, a lead and from no data sheet: with as many matrix units as
+                  the documentation names it gives peak_flops
   """
 
   key: str
@@ -35,6 +54,8 @@ class Chip:
   host_devices: int
   dcn_bytes_per_second: float | None
   source: str
+  reached: Reached
+  clock: float | None = None
 
   @property
   def link_bytes_per_second(self) -> float:
@@ -48,6 +69,49 @@ class Chip:
 
 
 _GiB = 1024.0**3
+
+# No benchmark of splash attention is published that says what it was of peak. What libtpu's
+# compiler estimates of its blocks (512 x 512, head size 128) is in place of it:
+# kernels/local_attention/cycles_tpu.jsonl. Nor is there one of copies: 0.9 as on an A100.
+_TPU_SOURCE = (
+  "matmul: docs.jax.dev/en/latest/pallas/tpu/matmul.html, XLA at 8192^3 on v5e (0.843 at 4096^3); "
+  "attention: kernels/local_attention/cycles_tpu.jsonl{of}, no measurement; hbm: as a100"
+)
+_V5P = Reached(
+  matmul=0.923,
+  attention_forward=0.490,
+  attention_backward=0.232,
+  hbm=0.9,
+  source=_TPU_SOURCE.format(of=""),
+)
+# The compiler cannot write that estimate for v3, v4 and v5e; for v6e it was not asked yet.
+_OTHER_TPU = dataclasses.replace(_V5P, source=_TPU_SOURCE.format(of=" of v5p"))
+# A copy on an A100 at 0.9: github.com/calculon-ai/calculon, systems/a100_80g.json, mem1.
+_A100 = Reached(
+  matmul=0.859,
+  attention_forward=0.60,
+  attention_backward=0.50,
+  hbm=0.9,
+  source="matmul: 267.9 TFLOP/s, github.com/mag-/gpu_benchmark; attention: FlashAttention-2, "
+  "arXiv:2307.08691 (187 TFLOP/s forward, causal, head size 128, rows of 2048; 50 to 73 % in all: "
+  "the lower end backward); hbm: github.com/calculon-ai/calculon, systems/a100_80g.json",
+)
+_H100 = Reached(
+  matmul=0.803,
+  attention_forward=0.35,
+  attention_backward=0.31,
+  hbm=0.9,
+  source="matmul: 794.5 TFLOP/s, github.com/stas00/ml-engineering, compute/accelerator (MAMF); "
+  "attention: FlashAttention-2, which is what a Triton kernel like ours does, arXiv:2407.08608 "
+  "(35 % in its abstract; backward 310 TFLOP/s, figure 6b; FlashAttention-3 reaches 0.55 to 0.66 "
+  "forward and 0.57 backward); hbm: as a100",
+)
+_H100_PCIE = dataclasses.replace(
+  _H100, matmul=0.660, source="matmul: 499.5 TFLOP/s, github.com/mag-/gpu_benchmark; else as h100"
+)
+_B200 = dataclasses.replace(
+  _H100, matmul=0.776, source="matmul: 1745 TFLOP/s, github.com/stas00/ml-engineering; else as h100"
+)
 
 # The kind that jax.Device.device_kind gives, as a regular expression that must match all of it.
 _CHIPS: tuple[tuple[str, Chip], ...] = (
@@ -65,6 +129,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=8,
       dcn_bytes_per_second=None,
       source="cloud.google.com/tpu/docs/v3; links: arXiv:2304.01433, table 4 (4 x 70 GB/s)",
+      reached=_OTHER_TPU,
     ),
   ),
   (
@@ -81,6 +146,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=4,
       dcn_bytes_per_second=None,
       source="cloud.google.com/tpu/docs/v4; links: arXiv:2304.01433, table 4 (6 x 50 GB/s)",
+      reached=_OTHER_TPU,
     ),
   ),
   (
@@ -97,6 +163,8 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=8,
       dcn_bytes_per_second=25e9 / 8,
       source="cloud.google.com/tpu/docs/v5e (8 chips share 2 x 100 Gb/s)",
+      reached=_OTHER_TPU,
+      clock=1.5e9,
     ),
   ),
   (
@@ -113,6 +181,8 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=4,
       dcn_bytes_per_second=50e9 / 8,
       source="cloud.google.com/tpu/docs/v5p (50 Gb/s of DCN per chip)",
+      reached=_V5P,
+      clock=1.75e9,
     ),
   ),
   (
@@ -129,6 +199,8 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=8,
       dcn_bytes_per_second=100e9 / 8,
       source="cloud.google.com/tpu/docs/v6e (8 chips share 4 x 200 Gb/s)",
+      reached=_OTHER_TPU,
+      clock=1.75e9,
     ),
   ),
   (
@@ -144,6 +216,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=8,
       dcn_bytes_per_second=200e9 / 8,
       source="NVIDIA A100 Tensor Core GPU datasheet; network: DGX A100, 200 Gb/s per GPU",
+      reached=_A100,
     ),
   ),
   (
@@ -159,6 +232,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=8,
       dcn_bytes_per_second=200e9 / 8,
       source="NVIDIA A100 Tensor Core GPU datasheet; network: DGX A100, 200 Gb/s per GPU",
+      reached=_A100,
     ),
   ),
   (
@@ -175,6 +249,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       dcn_bytes_per_second=400e9 / 8,
       source="NVIDIA H100 Tensor Core GPU datasheet (1979 TFLOP/s are with sparsity); network: DGX "
       "H100, 400 Gb/s per GPU",
+      reached=_H100,
     ),
   ),
   (
@@ -190,6 +265,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       host_devices=2,
       dcn_bytes_per_second=None,
       source="NVIDIA H100 Tensor Core GPU datasheet (1513 TFLOP/s are with sparsity)",
+      reached=_H100_PCIE,
     ),
   ),
   (
@@ -206,6 +282,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       dcn_bytes_per_second=400e9 / 8,
       source="NVIDIA H200 Tensor Core GPU datasheet (1979 TFLOP/s are with sparsity); network: DGX "
       "H200, 400 Gb/s per GPU",
+      reached=_H100,
     ),
   ),
   (
@@ -222,6 +299,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
       dcn_bytes_per_second=400e9 / 8,
       source="NVIDIA DGX B200 datasheet, an eighth of the system (4500 TFLOP/s are with sparsity); "
       "network: 400 Gb/s per GPU",
+      reached=_B200,
     ),
   ),
 )

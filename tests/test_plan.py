@@ -95,6 +95,25 @@ def test_the_compiled_step_says_what_the_models_say():
   assert not any(one.crosses for one in plan.collectives)
 
 
+def test_the_compiled_step_executes_what_the_models_say():
+  plan = _compiled_small()
+  assert plan.program is not None
+  total = plan.program.total
+  tokens = plan.tokens_per_step / plan.machine.num_devices
+  # Attention's kernels visit whole blocks: more keys than queries see.
+  assert 1.0 <= total.flops / (plan.executed_flops * tokens) < 1.06
+  assert 0.5 < total.bytes / plan.hbm.total < 1.5
+  parts = plan.program.parts
+  assert {"mlp", "attention", "loss", "stack", "rest"} <= parts.keys()
+  assert parts["mlp"].flops == pytest.approx(3 * plan.flops.mlp * tokens, rel=0.02)
+  # Rates that are reached are below the peaks, and the compiler expects no better.
+  assert plan.program.expected_seconds > total.flops / plan.chip.peak_flops
+  assert plan.program.estimated_seconds > plan.program.expected_seconds
+  written = "\n".join(plan_lines(plan, mfu=None, price=None))
+  assert "the compiled step by part" in written
+  assert json.loads(json.dumps(plan.program.as_json()))["flops"] == total.flops
+
+
 @pytest.mark.parametrize(
   ("message", "needed"),
   [

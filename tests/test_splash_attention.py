@@ -159,7 +159,7 @@ def test_the_schedule_is_that_of_the_whole_matrix(window, offset):
    (640, 2048, 128), (2100, 2048, 256), (130, None, 128), (1, 1024, 128)],
 )  # fmt: skip
 def test_blocks_fit_the_row_and_the_window(length, window, block):
-  assert splash_tpu._block(length, window) == block
+  assert splash_tpu.block_size(length, window) == block
 
 
 def test_a_head_size_that_it_cannot_do_is_refused():

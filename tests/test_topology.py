@@ -1,5 +1,7 @@
 """Chips are found by the names that JAX gives them, and unknown ones are not guessed."""
 
+import dataclasses
+
 import pytest
 
 from sharding import topology
@@ -28,6 +30,9 @@ def test_chips_are_found_by_the_kind_of_their_devices(device_kind, name, peak_tf
   assert chip.name == name
   assert chip.peak_flops == peak_tflops * 1e12
   assert chip.source
+  reached = dataclasses.asdict(chip.reached)
+  assert reached.pop("source")
+  assert all(0.1 < share < 1.0 for share in reached.values())
   # A number in the wrong unit would lie far outside of these.
   assert 15e9 < chip.hbm_bytes < 1e12
   assert 4e11 < chip.hbm_bytes_per_second < 1e13

@@ -1,9 +1,9 @@
 """One run on one machine: does it fit, what does it send, how fast can it be, what does it cost.
 
 `compiled(run, machine)` compiles the real training step for the real chip, without such a chip, and
-reads memory and collectives from the program. `modelled(run, machine)` takes both from the models
-of train/footprint.py and train/traffic.py, in milliseconds. FLOPs and HBM bytes are analytic in
-both.
+reads memory, collectives and what is executed (`program`) from it. `modelled(run, machine)` takes
+memory and collectives from the models of train/footprint.py and train/traffic.py, in milliseconds.
+FLOPs and HBM bytes of the roofline are analytic in both.
 """
 
 import dataclasses
@@ -15,11 +15,13 @@ from typing import Any
 import jax
 
 from models.flops import Flops, flops_per_token
+from models.layers import attention
 from sharding import collectives as compiled_collectives
 from sharding.machine import Machine
 from sharding.mesh import AXES, MeshShape
 from sharding.topology import Chip
 from train import program as programs
+from train.compiled_cost import ProgramCost, program_cost
 from train.config import Run
 from train.footprint import Footprint, footprint, leaves, resolved_kernels
 from train.roofline import Roofline, Transfer, roofline, transfer
@@ -79,6 +81,7 @@ class Plan:
   hbm: HbmBytes
   roofline: Roofline
   is_compiled: bool
+  program: ProgramCost | None = None  # of a program that was compiled and fits
   compile_seconds: float | None = None
   model_error: float | None = None  # of the memory model, as a share of what the compiler needs
   refusal: str | None = None  # the compiler's own words where memory did not suffice
@@ -158,6 +161,9 @@ class Plan:
       "step_seconds": times.step_seconds,
       "step_seconds_nothing_hidden": times.serial_seconds,
       "mfu_ceiling": times.mfu_ceiling,
+      "expected_seconds": times.expected_seconds,
+      "expected_mfu": times.expected_mfu,
+      "program": None if self.program is None else self.program.as_json(),
       "assumed_mfu": mfu,
       "budget": self.budget(mfu, price_per_chip_hour),
     }
@@ -201,10 +207,30 @@ def compiled(run: Run, machine: Machine) -> Plan:
     return dataclasses.replace(plan, refusal=words, compile_seconds=time.perf_counter() - start)
   seconds = time.perf_counter() - start
   memory = _compiled_memory(step, held, machine.chip.hbm_bytes)
-  sent = _compiled_transfers(step, program, machine, mesh)
+  text = step.as_text()
+  assert text is not None
+  sent = _compiled_transfers(text, program, machine, mesh)
   plan = _plan(run, machine, mesh, memory, sent, is_compiled=True)
   error = (held.total + memory.code) / memory.total - 1.0
-  return dataclasses.replace(plan, compile_seconds=seconds, model_error=error)
+  return dataclasses.replace(
+    plan,
+    program=_program(text, run, machine, sent),
+    compile_seconds=seconds,
+    model_error=error,
+  )
+
+
+def _program(text: str, run: Run, machine: Machine, sent: tuple[Transfer, ...]) -> ProgramCost:
+  flops = flops_per_token(run.model, run.data.row_length)
+  with_attention = sum(isinstance(block.mixer, attention.Config) for block in run.model.blocks)
+  return program_cost(
+    text,
+    chip=machine.chip,
+    executed=executed_flops(run, flops, platform=machine.chip.platform),
+    tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
+    attention_calls=max(1, with_attention * run.num_microbatches),
+    transfers=sent,
+  )
 
 
 def _plan(
@@ -218,7 +244,7 @@ def _plan(
 ) -> Plan:
   platform = machine.chip.platform
   flops = flops_per_token(run.model, run.data.row_length)
-  executed = executed_flops(run, flops)
+  executed = executed_flops(run, flops, platform=platform)
   moved = hbm_bytes(run, mesh, platform=platform)
   return Plan(
     run=run,
@@ -229,11 +255,11 @@ def _plan(
     memory=memory,
     collectives=sent,
     flops=flops,
-    executed_flops=executed,
+    executed_flops=executed.total,
     hbm=moved,
     roofline=roofline(
       flops=flops,
-      executed_per_token=executed,
+      executed=executed,
       tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
       hbm_bytes=moved.total,
       transfers=sent,
@@ -298,12 +324,10 @@ def _needed(message: str) -> float | None:
 
 
 def _compiled_transfers(
-  step: jax.stages.Compiled, program: programs.Program, machine: Machine, mesh: MeshShape
+  text: str, program: programs.Program, machine: Machine, mesh: MeshShape
 ) -> tuple[Transfer, ...]:
   """The collectives of a program, equal ones joined."""
   joined: dict[tuple[Any, ...], tuple[int, float, tuple[int, ...]]] = {}
-  text = step.as_text()
-  assert text is not None
   for one in compiled_collectives.read(text, program.mesh):
     times = 1 if one.times is None else one.times
     if one.kind == "collective-permute":

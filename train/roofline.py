@@ -1,12 +1,14 @@
-"""The least time of a training step on a machine: matrix units, HBM, fast links, network.
+"""The time of a training step on a machine: matrix units, HBM, fast links, network.
 
-Each of the four is bytes or FLOPs over what the chip can do at most (sharding/topology.py). A step
-takes no less than the largest of them, all others hidden behind it; and no more than their sum,
-nothing hidden, as far as each runs at its peak. Elementwise work is counted by the bytes it moves.
+Each of the four is bytes or FLOPs over what the chip can do (sharding/topology.py). At its peaks, a
+step takes no less than the largest of them, all others hidden behind it: the bound, and the MFU
+ceiling. At the shares of the peaks that kernels reach, half way between the largest and the sum is
+what a step is expected to take. Elementwise work is counted by the bytes it moves.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from models.flops import Flops
 from sharding.machine import Machine
@@ -87,6 +89,20 @@ def transfer(
   )
 
 
+class Executed(NamedTuple):
+  """FLOPs of one token with what is computed again. Attention is counted at the keys that a query
+  sees, backward as 5 products; its kernel multiplies `visited` times as many."""
+
+  matmul: float  # all but attention's own products
+  attention_forward: float
+  attention_backward: float
+  visited: float = 1.0
+
+  @property
+  def total(self) -> float:
+    return self.matmul + self.attention_forward + self.attention_backward
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
   """Seconds of one step on each device, and the model's FLOPs that it is worth."""
@@ -95,6 +111,8 @@ class Roofline:
   hbm: float
   ici: float  # NVLink on GPU
   dcn: float
+  compute_reached: float  # as `compute`, at the shares of the peak that kernels reach
+  hbm_reached: float
   model_flops: float  # of one step and device, nothing recomputed
   peak_flops: float
 
@@ -119,9 +137,15 @@ class Roofline:
 
   @property
   def expected_seconds(self) -> float:
-    """Half way between the two: what layouts are compared by. Of what is sent, gathers of weights
-    hide well and all-reduces of activations badly."""
-    return (self.step_seconds + self.serial_seconds) / 2
+    """What a step is expected to take, and what layouts are compared by: with kernels as fast as
+    they are known to be, half way between all hidden and nothing hidden. Of what is sent, gathers
+    of weights hide well and all-reduces of activations badly."""
+    times = (self.compute_reached, self.hbm_reached, self.ici, self.dcn)
+    return (max(times) + sum(times)) / 2
+
+  @property
+  def expected_mfu(self) -> float:
+    return self.model_flops / (self.expected_seconds * self.peak_flops)
 
   @property
   def mfu_ceiling(self) -> float:
@@ -131,7 +155,7 @@ class Roofline:
 def roofline(
   *,
   flops: Flops,
-  executed_per_token: float,
+  executed: Executed,
   tokens_per_device: float,
   hbm_bytes: float,
   transfers: Iterable[Transfer],
@@ -139,10 +163,18 @@ def roofline(
 ) -> Roofline:
   """`tokens_per_device` are those of a step divided by all devices, whatever they share."""
   chip = machine.chip
+  reached = chip.reached
   transfers = list(transfers)
+  hbm = hbm_bytes / chip.hbm_bytes_per_second
+  at_peak = executed.matmul / reached.matmul + executed.visited * (
+    executed.attention_forward / reached.attention_forward
+    + executed.attention_backward / reached.attention_backward
+  )
   return Roofline(
-    compute=executed_per_token * tokens_per_device / chip.peak_flops,
-    hbm=hbm_bytes / chip.hbm_bytes_per_second,
+    compute=executed.total * tokens_per_device / chip.peak_flops,
+    hbm=hbm,
+    compute_reached=at_peak * tokens_per_device / chip.peak_flops,
+    hbm_reached=hbm / reached.hbm,
     ici=sum(one.link_seconds for one in transfers),
     dcn=sum(one.network_seconds for one in transfers),
     model_flops=flops.train * tokens_per_device,

@@ -74,7 +74,7 @@ def evaluate(run: Run, layout: Layout, machine: Machine) -> Candidate | None:
   flops = flops_per_token(run.model, run.data.row_length)
   times = roofline(
     flops=flops,
-    executed_per_token=executed_flops(planned, flops),
+    executed=executed_flops(planned, flops, platform=platform),
     tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
     hbm_bytes=hbm_bytes(planned, layout.mesh, platform=platform).total,
     transfers=collectives(planned, layout.mesh, machine),

@@ -7,13 +7,20 @@ again. Terms are written out where they are added up; activations are train/acti
 
 from typing import NamedTuple
 
-from models.flops import Flops
+from kernels.local_attention import splash_tpu
+from models.flops import Flops, visible_keys
 from models.layers import attention
 from sharding.machine import Machine, positions
 from sharding.mesh import MeshShape
 from train.config import Run
-from train.footprint import block_activations, compute_numbers, state_bytes, token_shards
-from train.roofline import Transfer, transfer
+from train.footprint import (
+  block_activations,
+  compute_numbers,
+  resolved_kernels,
+  state_bytes,
+  token_shards,
+)
+from train.roofline import Executed, Transfer, transfer
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -61,19 +68,40 @@ def hbm_bytes(run: Run, mesh: MeshShape, *, platform: str) -> HbmBytes:
   )
 
 
-def executed_flops(run: Run, flops: Flops) -> float:
+def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
   """FLOPs of one token with what is computed again; the model's are `flops.train`."""
-  # Attention's backward pass forms its weights again: 5 products where the forward pass has 2.
-  extra = flops.logits + 0.5 * flops.attention_keys
+  keys = flops.attention_keys
+  linear = flops.forward - keys
   match run.model.remat:
     case "block":
       # All but each block's last product, a third of the MLP: nothing needs its result again.
-      again = flops.forward - flops.logits - flops.mlp / 3
+      again, attention_again = linear - flops.logits - flops.mlp / 3, keys
     case "matmuls":
-      again = flops.attention_keys + _gate_flops(run)
+      again, attention_again = _gate_flops(run), keys
     case _:
-      again = 0.0
-  return flops.train + extra + again
+      again, attention_again = 0.0, 0.0
+  return Executed(
+    # Logits are formed again from x.
+    matmul=3.0 * linear + flops.logits + again,
+    attention_forward=keys + attention_again,
+    # The backward pass forms attention's weights again: 5 products where the forward pass has 2.
+    attention_backward=2.5 * keys,
+    visited=_visited(run, platform),
+  )
+
+
+def _visited(run: Run, platform: str) -> float:
+  """Keys in the blocks that attention's kernel visits, over those that queries see. The shares of
+  the peak that are published for GPUs are of the latter."""
+  if resolved_kernels(run.model, platform).local_attention != "splash_tpu":
+    return 1.0
+  seen = visited = 0.0
+  for block in run.model.blocks:
+    if isinstance(block.mixer, attention.Config):
+      width = block.mixer.num_heads * block.mixer.head_size
+      seen += width * visible_keys(run.data.row_length, block.mixer.window)
+      visited += width * splash_tpu.visited_keys(run.data.row_length, block.mixer.window)
+  return visited / seen
 
 
 def _gate_flops(run: Run) -> float:

@@ -42,7 +42,7 @@ def attention(
     raise ValueError(
       f"local_attention: head size {head_size} is no multiple of {LANES}, which splash_tpu needs"
     )
-  blocks = (_block(time, window), _block(keys, window))
+  blocks = (block_size(time, window), block_size(keys, window))
   filled = (_round_up(time, blocks[0]), _round_up(keys, blocks[1]))
   kernel = _kernel(filled, heads, window, keys - time, blocks, interpret)
   q_BNTH = (q_BTNH * head_size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
@@ -56,13 +56,21 @@ def attention(
   return o_BNQH[:, :, :time].swapaxes(1, 2)
 
 
-def _block(length: int, window: int | None) -> int:
+def block_size(length: int, window: int | None) -> int:
   """The largest block that half a window holds and that fills up no more than an eighth."""
   limit = _BLOCKS[0] if window is None else window // 2
   fitting = [
     block for block in _BLOCKS if block <= limit and _round_up(length, block) <= 1.125 * length
   ]
   return fitting[0] if fitting else LANES
+
+
+def visited_keys(length: int, window: int | None) -> float:
+  """Keys in the blocks that a query's block is multiplied with, averaged over the row."""
+  block = block_size(length, window)
+  blocks = -(-length // block)
+  firsts = (0 if window is None else max(0, (i * block - window) // block) for i in range(blocks))
+  return block * sum(i - first + 1 for i, first in enumerate(firsts)) / blocks
 
 
 def _round_up(length: int, block: int) -> int:

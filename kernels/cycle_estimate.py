@@ -1,0 +1,64 @@
+"""The TPU compiler's own estimate of the cycles of Pallas kernels: no chip is needed or timed.
+
+The compiler knows the instructions of a tile and takes its copies to be on time. It steps through
+every tile, which takes memory and minutes, so compile a part of what is asked and scale. Import
+this before anything loads libtpu: what it writes for whom is decided then. For the generations
+whose profile it can write: v5e, v5p, v6e.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_PROFILES = Path(tempfile.mkdtemp())
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={_PROFILES}"
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+
+class Clocked(NamedTuple):
+  """A chip to compile for. `clock` of a TensorCore in Hz is a lead, not from a data sheet; the
+  others are as in sharding/topology.py, which kernels do not import."""
+
+  topology: str
+  clock: float
+  bytes_per_second: float
+  peak_flops: float
+
+
+CHIPS = {
+  "v5e": Clocked("v5e:2x2", 1.5e9, 819e9, 197e12),
+  "v5p": Clocked("v5p:2x2x1", 1.75e9, 2765e9, 459e12),
+  "v6e": Clocked("v6e:2x2", 1.75e9, 1638e9, 918e12),
+}
+
+
+def sharding_on(chip: str) -> SingleDeviceSharding:
+  """Of arguments to compile for one chip of that kind."""
+  topology = topologies.get_topology_desc(topology_name=CHIPS[chip].topology, platform="tpu")
+  return SingleDeviceSharding(topology.devices[0])
+
+
+def estimated_cycles(run: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, int]:
+  """Cycles of every operation that `run` compiles to, by its name without numbers; equal names are
+  summed."""
+  for path in _PROFILES.iterdir():
+    path.unlink()
+  jax.jit(run).lower(*arguments).compile()
+  found: dict[str, int] = {}
+  for path in _PROFILES.iterdir():
+    text = path.read_text(errors="replace")
+    for name, cycles in re.findall(
+      r'hlo_op_name: "([^"]*)".*?estimated_cycles: (\d+)', text, re.DOTALL
+    ):
+      name = re.sub(r"[.\d]+$", "", name)
+      found[name] = found.get(name, 0) + int(cycles)
+  return found

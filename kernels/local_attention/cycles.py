@@ -1,0 +1,94 @@
+"""What share of a TPU's peak splash attention reaches, as its compiler sees it.
+
+  python -m kernels.local_attention.cycles [v5e v5p v6e]
+
+One JSON line for each chip and head size: estimated cycles of a pair of blocks (queries x keys)
+forward and backward (kernels/cycle_estimate.py), and the share of the matrix units' peak that 2 and
+5 products of such a pair then have; the backward kernels form 7. The compiler takes what a kernel
+may skip to be skipped, so the condition that a pair of blocks is visited is taken as true; what the
+first and the last pair of a row do beside stays out.
+"""
+
+import datetime
+import json
+import sys
+import types
+from importlib import metadata
+
+from kernels.cycle_estimate import CHIPS, estimated_cycles, sharding_on  # isort: skip
+
+import jax
+import jax.numpy as jnp
+
+from kernels.local_attention import splash_tpu
+
+_TIME, _HEADS = 2048, 4
+_HEAD_SIZES = (128, 256)
+
+
+class _When:
+  """The library's `pl.when`, but for the second of the three conditions of each kernel: whether a
+  pair is visited (before it: whether it is the first, after it: whether it is the last)."""
+
+  def __init__(self, when):
+    self.when, self.calls = when, 0
+
+  def __call__(self, condition):
+    self.calls += 1
+    return (lambda body: body()) if self.calls % 3 == 2 else self.when(condition)
+
+
+def pair_cycles(chip: str, head_size: int) -> tuple[float, float, int]:
+  """Cycles of a pair of blocks, forward and backward, and the size of a block."""
+  where = sharding_on(chip)
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  q_BTNH = array((1, _TIME, _HEADS, head_size), jnp.bfloat16)
+  k_BSH, documents_BT = array((1, _TIME, head_size), jnp.bfloat16), array((1, _TIME), jnp.int32)
+
+  def loss(*arrays):
+    return jnp.sum(splash_tpu.attention(*arrays, window=None).astype(jnp.float32))
+
+  library = splash_tpu.splash
+  plain = library.pl
+  library.pl = types.SimpleNamespace(**{**vars(plain), "when": _When(plain.when)})
+  try:
+    cycles = estimated_cycles(
+      jax.grad(loss, (0, 1, 2)), (q_BTNH, k_BSH, k_BSH, documents_BT, documents_BT)
+    )
+  finally:
+    library.pl = plain
+  block = splash_tpu.block_size(_TIME, None)
+  pairs = _HEADS * (_TIME // block) ** 2
+  forward = sum(number for name, number in cycles.items() if "splash_mqa_fwd" in name)
+  backward = sum(number for name, number in cycles.items() if "splash_mqa_d" in name)
+  return forward / pairs, backward / pairs, block
+
+
+def main(chips: list[str]) -> None:
+  for chip in chips or list(CHIPS):
+    for head_size in _HEAD_SIZES:
+      forward, backward, block = pair_cycles(chip, head_size)
+      product = 2 * block * block * head_size / CHIPS[chip].peak_flops * CHIPS[chip].clock
+      record = {
+        "chip": chip,
+        "head_size": head_size,
+        "block": block,
+        "dtype": "bfloat16",
+        "pair_cycles_forward": round(forward),
+        "pair_cycles_backward": round(backward),
+        "share_forward": round(2 * product / forward, 3),
+        "share_backward": round(5 * product / backward, 3),
+        "jax": jax.__version__,
+        "libtpu": metadata.version("libtpu"),
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m kernels.local_attention.cycles {chip}",
+      }
+      sys.stdout.write(json.dumps(record) + "\n")
+      sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

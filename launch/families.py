@@ -1,0 +1,41 @@
+"""The three families for a comparison: on rows of one length, fused kernels, a good layout."""
+
+import dataclasses
+
+from sharding.machine import Machine
+from train.activations import Kernels
+from train.config import Run
+from train.layouts import Layout
+from train.search import SAFE_MARGIN, search
+
+FAMILIES = ("transformer", "hawk", "griffin")
+
+
+def with_rows(run: Run, machine: Machine, *, row_length: int, tokens_per_chip: int) -> Run:
+  """`run` on rows of that length; ValueError where the tokens are no whole number of rows."""
+  rows, rest = divmod(tokens_per_chip * machine.num_devices, row_length)
+  if rest or not rows:
+    raise ValueError(
+      f"families: {tokens_per_chip} tokens for each of {machine.num_devices} chips are no whole "
+      f"number of rows of {row_length}; change --tokens_per_chip or --rows"
+    )
+  data = dataclasses.replace(run.data, row_length=row_length)
+  return dataclasses.replace(run, batch_size=rows, data=data)
+
+
+def best_layout(run: Run, machine: Machine) -> Layout:
+  """The best layout by the models; ValueError where none fits."""
+  found = search(run, machine)
+  if not found or found[0].margin < SAFE_MARGIN:
+    raise ValueError(
+      f"families: no layout of {run.name} with {run.batch_size} rows of {run.data.row_length} "
+      f"fits {machine}; use more chips or fewer --tokens_per_chip"
+    )
+  return found[0].layout
+
+
+def with_fused_kernels(run: Run, platform: str) -> Run:
+  """`run` with the kernels that are the default on a TPU, and by name only on a GPU."""
+  if platform != "gpu":
+    return run
+  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu").of(run.model))
