@@ -9,8 +9,8 @@ are a plain dict:
   remainder/<run>/...     the blocks left over when the depth is no multiple of the pattern
   final_norm/scale_D
 
-Groups are scanned, and the blocks of a run inside them: what is compiled is one body for each run,
-whatever the depth.
+Groups are scanned, and the blocks of a run inside them unless they are two: what is compiled does
+not grow with depth.
 """
 
 import dataclasses
@@ -86,6 +86,11 @@ _CHOICES = {
   "remat": ("none", "block", "matmuls"),
   "layers": ("scan", "unroll"),
 }
+
+
+# Two equal blocks inside a group are no loop of their own: what a loop's blocks keep for the
+# backward pass it collects, only to be copied whole into what the loop over the groups collects.
+_WRITTEN_OUT = 2
 
 
 class State(NamedTuple):
@@ -290,7 +295,9 @@ class _Decoder:
 
       def group(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         group_params, states = xs
-        return self._scan_runs(self.group_runs, x_BTD, group_params, segments, states)
+        return self._scan_runs(
+          self.group_runs, x_BTD, group_params, segments, states, written_out=_WRITTEN_OUT
+        )
 
       x_BTD, new_groups = self._scan(group, x_BTD, (params["groups"], group_states))
     x_BTD, new_left = self._scan_runs(
@@ -303,8 +310,16 @@ class _Decoder:
     return x_BTD, unembed_VD, after, {"groups": new_groups, "remainder": new_left}
 
   def _scan_runs(
-    self, runs: list[_Run], x_BTD: jax.Array, params: Params, segments: Segments, states: Any
+    self,
+    runs: list[_Run],
+    x_BTD: jax.Array,
+    params: Params,
+    segments: Segments,
+    states: Any,
+    *,
+    written_out: int = 0,
   ) -> tuple[jax.Array, Any]:
+    """The blocks of every run, scanned but for those of runs of 2 to `written_out`."""
     new_states = {}
     for run in runs:
 
@@ -320,7 +335,10 @@ class _Decoder:
 
       state = None if states is None else states[run.name]
       x_BTD, new_states[run.name] = self._scan(
-        self._rematerialized(block), x_BTD, (params[run.name], state)
+        self._rematerialized(block),
+        x_BTD,
+        (params[run.name], state),
+        is_scanned=not 1 < run.length <= written_out,
       )
     return x_BTD, new_states
 
@@ -343,8 +361,10 @@ class _Decoder:
         )
     return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
-  def _scan(self, body: Callable[..., Any], x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-    if self.config.layers == "scan":
+  def _scan(
+    self, body: Callable[..., Any], x_BTD: jax.Array, xs: Any, *, is_scanned: bool = True
+  ) -> tuple[jax.Array, Any]:
+    if self.config.layers == "scan" and is_scanned:
       return jax.lax.scan(body, x_BTD, xs)
     outputs = []
     for index in range(jax.tree.leaves(xs)[0].shape[0]):

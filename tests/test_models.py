@@ -176,8 +176,10 @@ def test_what_is_compiled_does_not_grow_with_depth():
     loss = jax.grad(lambda params, tokens: model.logits(params, tokens, tokens).sum())
     return len(jax.jit(loss).lower(model.shapes, tokens).as_text().splitlines())
 
-  assert program_size(38) <= 1.01 * program_size(5)
-  assert program_size(39) <= 1.01 * program_size(6)
+  # Of three groups and more: with two, parameters and a remainder of two blocks have one shape, and
+  # small functions are shared.
+  assert program_size(38) <= 1.01 * program_size(11)
+  assert program_size(39) <= 1.01 * program_size(12)
 
 
 def test_blocks_can_be_taken_apart_and_joined():
