@@ -37,6 +37,7 @@ from train.plan import Plan
 _SIZE = flags.DEFINE_string("size", "1b", "A published size: 100m ... 14b.")
 _MACHINE = flags.DEFINE_list("machine", ["v5p:16"], "CHIP:HOW_MANY, several with commas.")
 _ROWS = flags.DEFINE_list("rows", ["2048", "4096", "8192", "16384"], "Row lengths, in tokens.")
+_FAMILIES = flags.DEFINE_list("families", list(FAMILIES), "Which, compared to the first.")
 _TOKENS = flags.DEFINE_integer(
   "tokens_per_chip", 16384, "Of a batch; at least a row each.", lower_bound=1
 )
@@ -132,10 +133,10 @@ def _compare(name: str) -> None:
   if _COMPILE.value and (_REMAT.value is None or not machine.is_compilable):
     raise ValueError(f"row_lengths: --compile needs --remat and a TPU, not {machine}")
   results = []
-  print(f"{machine}, {_SIZE.value}: tokens/s on all chips, and over the transformer's")
+  print(f"{machine}, {_SIZE.value}: tokens/s on all chips, and over the first's")
   for row_length in map(int, _ROWS.value):
     found = []
-    for family in FAMILIES:
+    for family in _FAMILIES.value:
       both = _plans(f"configs/{family}.py:{_SIZE.value}", machine, row_length)
       found.append([result(plan) for plan in both])
       _record(found[-1])
@@ -179,13 +180,13 @@ def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
 
 
 def _tell(found: Sequence[dict[str, Any]]) -> None:
-  """A line for one row length: every family's tokens/s, and over the transformer's."""
+  """A line for one row length: every family's tokens/s, and over the first's."""
   for key in ("tokens_per_second", "tokens_per_second_estimated"):
     if found[0].get(key) is None:
       continue
     cells = [
       f"{family} {one[key]:,.0f} ({one[key] / found[0][key]:.2f})"
-      for family, one in zip(FAMILIES, found)
+      for family, one in zip(_FAMILIES.value, found)
     ]
     how = found[0]["how"] if key == "tokens_per_second" else "compiler's estimate"
     print(f"  rows of {found[0]['row_length']:>6}, {how}: " + ", ".join(cells), flush=True)
