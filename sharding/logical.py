@@ -270,6 +270,12 @@ def _inside_spec(axes: Axes, placed: _Placement) -> PartitionSpec:
   return PartitionSpec(*(entry or None for entry in entries))
 
 
+def is_split() -> bool:
+  """Whether whole arrays may lie on several devices."""
+  placed = _placed()
+  return placed is not None and placed.mesh.size > 1
+
+
 def num_shards(name: str) -> int:
   """Into how many parts the activation axis `name` is split; 1 without a placement."""
   ambient = _ambient.value

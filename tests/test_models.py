@@ -169,6 +169,17 @@ def test_remat_makes_again_the_products_that_it_says(remat, again):
   assert products == unembedding + config.num_blocks * (3 * 7 + again)
 
 
+def test_remat_survives_the_compiler_where_the_blocks_of_a_group_are_written_out():
+  def flops(remat):
+    config = dataclasses.replace(TINY["griffin"], num_blocks=6, remat=remat)
+    model = decoder.build(config)
+    tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    gradient = jax.grad(lambda params, tokens: model.logits(params, tokens, tokens).sum())
+    return jax.jit(gradient).lower(model.shapes, tokens).compile().cost_analysis()["flops"]
+
+  assert flops("block") > 1.15 * flops("none")
+
+
 def test_what_is_compiled_does_not_grow_with_depth():
   def program_size(num_blocks):
     model = decoder.build(dataclasses.replace(TINY["griffin"], num_blocks=num_blocks))

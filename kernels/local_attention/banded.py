@@ -116,8 +116,8 @@ def _backward(layout, kept, do_BTNH):
     dweights_BCNM = _product("BCNH,BMH->BCNM", do_BCNH, v_BMH)
     dlogits_BCNM = (weights_BCNM * (dweights_BCNM - mean_BCN1) * scale).astype(dtype)
     dq_BCNH = _product("BCNM,BMH->BCNH", dlogits_BCNM, k_BMH)
-    dk_BMH = _product("BCNM,BCNH->BMH", dlogits_BCNM, q_BCNH)
-    dv_BMH = _product("BCNM,BCNH->BMH", weights_BCNM.astype(dtype), do_BCNH)
+    dk_BMH = _sum_of_queries(dlogits_BCNM, q_BCNH)
+    dv_BMH = _sum_of_queries(weights_BCNM.astype(dtype), do_BCNH)
     return _add_band(grads, (dk_BMH, dv_BMH), start, layout), dq_BCNH
 
   # Float32: a key's gradient is a sum over the blocks that see it.
@@ -131,6 +131,13 @@ def _backward(layout, kept, do_BTNH):
 _attend.defvjp(_forward, _backward)
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _sum_of_queries(x_BCNM, y_BCNH):
+  """sum_cn x_bcnm y_bcnh, float32; merged, since a CPU would make a transposed copy of two."""
+  batch, _, _, keys = x_BCNM.shape
+  y_BRH = y_BCNH.reshape(batch, -1, y_BCNH.shape[-1])
+  return _product("BRM,BRH->BMH", x_BCNM.reshape(batch, -1, keys), y_BRH)
 
 
 def _logits(q_BCNH, k_BMH, visible_BCM):

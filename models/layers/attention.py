@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         check_vma=local_attention.tracks_varying(self.implementation),
       )
       y_BTNH = attend(q_BTNH, k_BSH, v_BSH, segments.document_BT, document_BS)
-      y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.w_out_NHD[...].astype(dtype))
+      y_BTD = project(y_BTNH, self.w_out_NHD[...].astype(dtype), inputs=2)
       return y_BTD + self.b_out_D[...].astype(dtype), state
 
 

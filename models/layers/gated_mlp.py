@@ -7,10 +7,9 @@ sub-layer costs one all-reduce forward (after down) and one backward (before gat
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from models.layers.projection import branches
+from models.layers.projection import branches, project
 from models.param import normal, param, zeros
 
 
@@ -49,5 +48,5 @@ class GatedMLP(nnx.Module):
       w_up_D2F, b_up_2F = self.w_up_D2F[...].astype(dtype), self.b_up_2F[...].astype(dtype)
       gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, b_up_2F)
       gated_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-      y_BTD = jnp.einsum("BTF,FD->BTD", gated_BTF, self.w_down_FD[...].astype(dtype))
+      y_BTD = project(gated_BTF, self.w_down_FD[...].astype(dtype))
       return y_BTD + self.b_down_D[...].astype(dtype)

@@ -1,18 +1,30 @@
-"""One input through two or more matrices at once: the projections that begin every sub-layer."""
+"""The matrix products of the layers: rows of activations by weights of two or more dimensions.
+
+XLA's products for CPUs take matrices as they lie, forward and backward, and have a transposed copy
+made of anything else. So where arrays are whole, these are products of matrices; where arrays are
+split over devices they are not, since split dimensions cannot be merged where they lie.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sharding import logical
 
-def project(x_BTD: jax.Array, w_DKF: jax.Array) -> jax.Array:
-  """y_BTKF = x_BTD @ w_DKF, in the dtype that both have; "projection" to a remat policy.
 
-  The gradient of w is x^T dy. JAX's own is (dy^T x)^T; a CPU writes out the transpose of the first
-  operand, and dy is two to six times x.
+def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
+  """y_BTO = x_BTI @ w_IO, summed over the first `inputs` dimensions of w, in the dtype of both.
+
+  I and O each stand for one or more dimensions: [B, T, D] with [D, 2, F] gives [B, T, 2, F], and
+  [B, T, N, H] with [N, H, D] and inputs=2 gives [B, T, D].
   """
-  # A policy that keeps products does not see into a function with its own gradient.
-  return checkpoint_name(_product(x_BTD, w_DKF), "projection")
+  if logical.is_split():
+    return jnp.tensordot(x_BTI, w_IO, inputs)
+  size = math.prod(w_IO.shape[:inputs])
+  y_RO = x_BTI.reshape(-1, size) @ w_IO.reshape(size, -1)
+  return y_RO.reshape(*x_BTI.shape[:2], *w_IO.shape[inputs:])
 
 
 def branches(x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array) -> tuple[jax.Array, ...]:
@@ -23,28 +35,15 @@ def branches(x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array) -> tuple[jax.A
   the backward pass (docs/benchmarks.md).
   """
   return tuple(
-    checkpoint_name(_product(x_BTD, w_DKF[:, k : k + 1])[:, :, 0] + b_F, "projection")
-    for k, b_F in enumerate(b_KF)
+    checkpoint_name(project(x_BTD, w_DKF[:, k]) + b_F, "projection") for k, b_F in enumerate(b_KF)
   )
 
 
-@jax.custom_vjp
-def _product(x_BTD: jax.Array, w_DKF: jax.Array) -> jax.Array:
-  return jnp.einsum("BTD,DKF->BTKF", x_BTD, w_DKF)
-
-
-def _forward(x_BTD: jax.Array, w_DKF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _product(x_BTD, w_DKF), (x_BTD, w_DKF)
-
-
-def _backward(
-  residuals: tuple[jax.Array, jax.Array], dy_BTKF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  x_BTD, w_DKF = residuals
-  dx_BTD = jnp.einsum("BTKF,DKF->BTD", dy_BTKF, w_DKF)
-  # jnp.einsum would put dy first again.
-  dw_DKF = jax.lax.dot_general(x_BTD, dy_BTKF, (((0, 1), (0, 1)), ((), ())))
-  return dx_BTD, dw_DKF
-
-
-_product.defvjp(_forward, _backward)
+def project_blocks(x_BTGI: jax.Array, w_GIKO: jax.Array) -> jax.Array:
+  """y_BTGKO: each block g of x through K matrices [I, O] of its own; float32."""
+  if logical.is_split():
+    return jnp.einsum("BTGI,GIKO->BTGKO", x_BTGI, w_GIKO, preferred_element_type=jnp.float32)
+  batch, time, blocks, size = x_BTGI.shape
+  x_GRI = x_BTGI.reshape(-1, blocks, size).swapaxes(0, 1)
+  y_GRO = jnp.matmul(x_GRI, w_GIKO.reshape(blocks, size, -1), preferred_element_type=jnp.float32)
+  return y_GRO.swapaxes(0, 1).reshape(batch, time, blocks, *w_GIKO.shape[2:])

@@ -27,7 +27,7 @@ from flax import nnx
 from kernels import halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
-from models.layers.projection import branches
+from models.layers.projection import branches, project, project_blocks
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
@@ -132,7 +132,7 @@ class RecurrentBlock(nnx.Module):
       gelu_BTR = jax.nn.gelu(gate_BTR, approximate=True)
       conv_BTR = self._conv(in_BTR, segments, state)
       h_BTR, h_BR = self._recur(conv_BTR, segments, state)
-      y_BTD = jnp.einsum("BTR,RD->BTD", gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
+      y_BTD = project(gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
       y_BTD += self.b_out_D[...].astype(dtype)
     if not has_state:
       return y_BTD, None
@@ -191,12 +191,8 @@ class RecurrentBlock(nnx.Module):
     """Pre-activations of the recurrence gate and of the input gate, float32 [batch, time, R]."""
     blocks, block_width, _, _ = self.w_gates_GI2J.shape
     with jax.named_scope("gates"):
-      gates_BTG2J = jnp.einsum(
-        "BTGI,GIKJ->BTGKJ",
-        x_BTR.reshape(*x_BTR.shape[:2], blocks, block_width),
-        self.w_gates_GI2J[...].astype(x_BTR.dtype),
-        preferred_element_type=jnp.float32,
-      )
+      x_BTGI = x_BTR.reshape(*x_BTR.shape[:2], blocks, block_width)
+      gates_BTG2J = project_blocks(x_BTGI, self.w_gates_GI2J[...].astype(x_BTR.dtype))
       gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
       r_BTGJ, i_BTGJ = gates_BTG2J[..., 0, :], gates_BTG2J[..., 1, :]
       return r_BTGJ.reshape(x_BTR.shape), i_BTGJ.reshape(x_BTR.shape)
