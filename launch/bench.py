@@ -30,6 +30,7 @@ from absl import flags
 from data import pipeline, token_store, vocabulary
 from data.pipeline import DataConfig
 from data.rows import Batch
+from launch import host
 from launch.overrides import run_app
 from models.flops import count_params, flops_per_token
 from sharding import topology
@@ -48,6 +49,7 @@ _LOADER_SECONDS = 2.0
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
+  host.keep_memory()
   program = programs.build(run)
   start = time.perf_counter()
   compiled = programs.compile_step(program, programs.lower_train_step(program))
@@ -116,7 +118,7 @@ def _statistics(
   ratios = []
   for _ in range(_WARMUP.value + _STEPS.value):
     start = time.perf_counter()
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, NO_LIMITS)
     jax.block_until_ready((state, metrics))
     middle = time.perf_counter()
     jax.block_until_ready(compiled(state, batch, metrics.square_norms, metrics.weight))

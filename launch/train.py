@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags, logging
 
 from data import bucket, pipeline, vocabulary
-from launch import distributed
+from launch import distributed, host
 from launch.console import log_for_people
 from launch.overrides import refuse, run_app
 from launch.rendezvous import MissingProcessError
@@ -59,6 +59,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   except MissingProcessError as error:
     logging.error("%s", error)
     sys.exit(LOST)
+  host.keep_memory()
   if peers.index == 0:
     for path, (before, now) in overridden.items():
       logging.info("override %s: %r -> %r", path, before, now)
