@@ -2,7 +2,7 @@
 
 Reads .txt and .md (one document each) and .jsonl (one per line), also with .gz, .zst or .xz.
 Killed, it goes on when the same command is given again; finished, it says so and does nothing. What
-was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error.
+was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error, 130 by Ctrl-C.
 
 With --holdout_every=N, every N-th document, counted over all inputs in their order, goes whole into
 --holdout_output instead. With --seqio_task the documents are those of a seqio Task or Mixture, as
@@ -68,6 +68,9 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, OSError, concurrent.futures.process.BrokenProcessPool) as error:
     logging.error("%s", error)
     sys.exit(1)
+  except KeyboardInterrupt:
+    logging.error("stopped; the same command goes on from here")
+    sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
