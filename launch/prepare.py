@@ -103,6 +103,7 @@ class Job:
 
 def prepare(job: Job) -> None:
   """Makes the store or stores of a job, from where the last attempt was killed."""
+  _check_places(job)
   if job.seqio is not None:
     _prepare_seqio(job, job.seqio)
     return
@@ -120,6 +121,17 @@ def prepare(job: Job) -> None:
     _assemble(job, record, [part for _, part in made], origin)
 
 
+def _check_places(job: Job) -> None:
+  """ValueError unless the stores can lie where the job wants them, each in a folder of its own."""
+  if not job.output:
+    raise ValueError("--output '' is no place; name a folder")
+  for path in filter(None, (job.output, job.holdout_output)):
+    if os.path.exists(path) and not os.path.isdir(path):
+      raise ValueError(f"{path} is a file; a token store is a folder: choose another place")
+  if job.holdout_output and os.path.realpath(job.holdout_output) == os.path.realpath(job.output):
+    raise ValueError(f"--holdout_output {job.holdout_output!r} is --output; give it another place")
+
+
 def _job(inputs: list[str]) -> Job:
   """The flags as one value; ValueError for those that do not go together."""
   errors: ErrorPolicy = "replace" if _ERRORS.value == "replace" else "strict"
@@ -132,8 +144,6 @@ def _job(inputs: list[str]) -> Job:
       f"--holdout_every={_HOLDOUT_EVERY.value} --holdout_output={holdout!r}: give both, the first "
       "at least 2, or neither"
     )
-  if holdout and holdout == output:
-    raise ValueError(f"--holdout_output {holdout!r} is --output; give it another place")
   if "://" in output and not _WORK_DIR.value:
     raise ValueError(f"--output {output!r} is remote: give a local folder with --work_dir")
   seqio = SeqioSource(

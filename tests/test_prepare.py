@@ -199,6 +199,21 @@ def test_every_nth_document_is_held_out_whole():
   assert [m.text_bytes for m in both] == [8 * 10 + 1, 3 * 10]
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"output": ""}, "--output '' is no place"),
+    ({"output": "a.jsonl"}, "a.jsonl is a file; a token store is a folder"),
+    ({"holdout_output": "./store/", "holdout_every": 2}, "'./store/' is --output"),
+  ],
+)
+def test_a_store_needs_a_folder_of_its_own(changes, message):
+  _jsonl("a.jsonl", ["one", "two"])
+  with pytest.raises(ValueError, match=message):
+    prepare(_job("a.jsonl", **changes))
+  assert os.listdir() == ["a.jsonl"]
+
+
 def test_too_few_documents_to_hold_one_out_are_an_error():
   _jsonl("a.jsonl", ["one", "two"])
   with pytest.raises(ValueError, match="--holdout_every=3: there are 2 documents"):
