@@ -8,6 +8,7 @@ window is shorter than the row, documents packed. All numbers are ours, untuned.
 
 from data.pipeline import DataConfig
 from models.griffin import griffin
+from sharding.mesh import MeshShape
 from train.checkpoint import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
@@ -48,6 +49,7 @@ def get_config() -> Run:
     total_steps=250,
     eval_every=50,
     checkpoint=CheckpointConfig(every_steps=100),
+    mesh=MeshShape(data=-1),
     metrics=MetricsConfig(log_every=10),
     statistics=StatisticsConfig(every=25),
   )
