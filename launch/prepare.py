@@ -26,6 +26,7 @@ from data.encode import Settings
 from data.parts import Part, PartWriter
 from data.token_store import Writer
 from data.vocabulary import VocabularyRecord
+from launch.console import log_for_people
 
 _INPUT = flags.DEFINE_multi_string("input", [], "Files or globs (** too); repeat it for more.")
 _OUTPUT = flags.DEFINE_string("output", None, "The token store to make.", required=True)
@@ -61,7 +62,7 @@ _BYTES_PER_WORKER = 1 << 22
 
 
 def main(argv: Sequence[str]) -> None:
-  logging.set_verbosity(logging.INFO)
+  log_for_people()
   try:
     job = _job([*_INPUT.value, *argv[1:]])
     prepare(job)
