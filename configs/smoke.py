@@ -48,7 +48,8 @@ def get_config() -> Run:
     batch_size=16,
     total_steps=250,
     eval_every=50,
-    checkpoint=CheckpointConfig(every_steps=100),
+    # Whoever kills it after a minute wants to see it go on.
+    checkpoint=CheckpointConfig(every_steps=100, temporary_minutes=0.25),
     mesh=MeshShape(data=-1),
     metrics=MetricsConfig(log_every=10),
     statistics=StatisticsConfig(every=25),
