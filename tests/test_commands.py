@@ -46,6 +46,7 @@ def test_a_run_is_trained_and_continues_a_prompt(commands, tmp_path):
   status, output = commands.run("launch.generate", [*flags, *prompt], tmp_path / "output")
   assert status == 0, output
   assert "step 2 of" in output
+  assert "orbax" not in output
   other = [*flags, *prompt, "--config.model.width=64"]
   status, wrong = commands.run("launch.generate", other, tmp_path / "output")
   assert status == 2

@@ -387,6 +387,7 @@ def restore(
 
   Arguments and errors as of Checkpoints.restore.
   """
+  _quieten_orbax()
   folder = files.place(directory) / f"{step:08d}"
   content = files.read_content(folder)
   check(content["run"])
