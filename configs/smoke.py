@@ -8,6 +8,7 @@ window is shorter than the row, documents packed. All numbers are ours, untuned.
 
 from data.pipeline import DataConfig
 from models.griffin import griffin
+from sharding.mesh import MeshShape
 from train.checkpoint import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
@@ -47,7 +48,9 @@ def get_config() -> Run:
     batch_size=16,
     total_steps=250,
     eval_every=50,
-    checkpoint=CheckpointConfig(every_steps=100),
+    # Whoever kills it after a minute wants to see it go on.
+    checkpoint=CheckpointConfig(every_steps=100, temporary_minutes=0.25),
+    mesh=MeshShape(data=-1),
     metrics=MetricsConfig(log_every=10),
     statistics=StatisticsConfig(every=25),
   )

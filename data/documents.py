@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import pathlib
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol
@@ -72,6 +73,8 @@ def find(patterns: Iterable[str]) -> list[str]:
       raise ValueError(f"--input {pattern!r}: {hint} (seen from {os.getcwd()})")
     for path in files:
       _kind(path)
+      if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: a pipe or a device, not a file; it cannot be read twice")
       found[path] = None
   return list(found)
 
@@ -211,7 +214,8 @@ def _field(line: Document, text_field: str, errors: ErrorPolicy) -> Document:
   """The document in a line of JSON."""
   try:
     values = json.loads(line.text)
-  except json.JSONDecodeError as error:
+  # Not only JSONDecodeError: an integer of 5000 digits, or brackets within brackets without end.
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{line.where}: not JSON: {error}") from error
   if not isinstance(values, dict):
     raise ValueError(f"{line.where}: a {type(values).__name__}, not a JSON object")

@@ -72,8 +72,8 @@ def read_manifest(path: str) -> Manifest:
   found = folder.read("manifest.json").result()
   if found.state != "value":
     raise ValueError(
-      f"token store {path}: no manifest.json: not a token store, or one that was not finished "
-      "(run the same `python -m launch.prepare` again)"
+      f"token store {path}: no manifest.json: no store is there, or one that was not finished; "
+      f"`python -m launch.prepare --input ... --output {path}` makes it, or goes on"
     )
   manifest = _parse(path, bytes(found.value))
   if not is_url(path):

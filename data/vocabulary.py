@@ -133,8 +133,8 @@ def _byte() -> Vocabulary:
 
 
 def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
-  content = path.read_text(encoding="utf-8")
   try:
+    content = path.read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_str(content)
   # The binding raises a bare Exception for every fault of the file.
   except Exception as error:
@@ -169,7 +169,10 @@ def _huggingface_specials(
 ) -> dict[str, str | None]:
   """The token that plays each part: named, said by tokenizer_config.json, or of a usual name."""
   beside = path.with_name("tokenizer_config.json")
-  config: dict[str, Any] = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+  try:
+    config: dict[str, Any] = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+  except ValueError as error:
+    raise ValueError(f"vocabulary {path}: {beside} is not JSON: {error}") from error
   chosen: dict[str, str | None] = {}
   for part, name in names.items():
     flag = f"--{part}_token"

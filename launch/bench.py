@@ -31,7 +31,7 @@ from data import pipeline, token_store, vocabulary
 from data.pipeline import DataConfig
 from data.rows import Batch
 from launch import host
-from launch.overrides import run_app
+from launch.overrides import refuse, run_app
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
@@ -45,12 +45,17 @@ from train.throughput import mfu
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=0)
 _STATISTICS = flags.DEFINE_bool("statistics", False, "Times the statistics of layers too.")
-_LOADER_SECONDS = 2.0
+_LOADER_SECONDS = flags.DEFINE_float(
+  "loader_seconds", 2.0, "How long the loader is timed.", lower_bound=0.01
+)
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   host.keep_memory()
-  program = programs.build(run)
+  try:
+    program = programs.build(run)
+  except ValueError as error:
+    refuse(error)
   start = time.perf_counter()
   compiled = programs.compile_step(program, programs.lower_train_step(program))
   compile_seconds = time.perf_counter() - start
@@ -179,7 +184,7 @@ def _read(config: DataConfig, batch_size: int) -> float:
   with pipeline.train_batches(config, batch_size=batch_size, start_step=0) as batches:
     next(batches)
     tokens, start = 0, time.perf_counter()
-    while time.perf_counter() - start < _LOADER_SECONDS:
+    while time.perf_counter() - start < _LOADER_SECONDS.value:
       tokens += next(batches).tokens_BT.size
     return tokens / (time.perf_counter() - start)
 

@@ -6,9 +6,10 @@ from absl import logging
 
 
 def log_for_people() -> None:
-  """Sets up absl logging; of JAX and Orbax only what is a warning is shown."""
+  """Sets up absl logging; of JAX, Orbax and matplotlib only what is a warning is shown."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(
     python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
   )
-  python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  for name in ("jax", "matplotlib"):
+    python_logging.getLogger(name).setLevel(python_logging.WARNING)

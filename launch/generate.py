@@ -5,7 +5,7 @@ run's token store: bytes, or the file named by --vocabulary.
 """
 
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from absl import flags, logging
 
 from data import pipeline, vocabulary
 from launch.console import log_for_people
-from launch.overrides import run_app
+from launch.overrides import refuse, run_app
 from models.generate import generate
 from train import program as programs
 from train.checkpoint import restore
@@ -31,16 +31,19 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   del overridden
   log_for_people()
-  words = vocabulary.load(_VOCABULARY.value)
-  if words.record != pipeline.vocabulary(run.data):
-    _refuse("--vocabulary is not the one that the run's token store was made with")
   folder = f"{_WORKDIR.value.rstrip('/')}/checkpoints"
-  complete = steps(folder)
-  if not complete:
-    _refuse(f"{folder} has no checkpoint; train first")
-  step = max(complete)
-  program = programs.build(run)
-  state = restore(folder, step, program.abstract).state
+  try:
+    words = vocabulary.load(_VOCABULARY.value)
+    if words.record != pipeline.vocabulary(run.data):
+      raise ValueError("--vocabulary is not the one that the run's token store was made with")
+    complete = steps(folder)
+    if not complete:
+      raise ValueError(f"{folder} has no checkpoint; train first")
+    step = max(complete)
+    program = programs.build(run)
+    state = restore(folder, step, program.abstract).state
+  except ValueError as error:
+    refuse(error)
   prompt = words.encode(_PROMPT.value)
   # The prompt goes on: it does not end the document.
   prompt_BT = jnp.asarray(prompt[:-1], jnp.int32)[None]
@@ -58,11 +61,6 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     tokens = tokens[: tokens.index(words.record.eos)]
   logging.info("step %d of %s", step, folder)
   sys.stdout.write(_PROMPT.value + words.decode(tokens) + "\n")
-
-
-def _refuse(message: str) -> NoReturn:
-  logging.error("%s", message)
-  sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ dataclasses are then built again, so that every check in them sees the final val
 """
 
 import dataclasses
+import difflib
 import importlib.util
+import inspect
 import pathlib
+import re
 import sys
 import types
 import typing
@@ -16,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_dict, config_flags
+from ml_collections.config_flags import config_path
 
 from train.config import Run, flatten
 
@@ -30,9 +34,12 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
   stderr and exit status 2."""
   try:
     preset, argv = _preset(sys.argv)
+    nones, argv = take_nones(preset, argv)
   except ValueError as error:
     refuse(error)
   config = to_config_dict(preset)
+  for path in nones:
+    config_path.set_value(path, config, None)
   try:
     # The flags --config.some.field=value change `config` itself, and are looked for here already.
     config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv)
@@ -62,7 +69,12 @@ def load(spec: str) -> Run:
   module, argument = load_module(spec)
   if not hasattr(module, "get_config"):
     raise ValueError(f"{_FLAG}={spec}: it has no function get_config")
-  run = module.get_config(argument) if argument else module.get_config()
+  arguments = (argument,) if argument else ()
+  try:
+    inspect.signature(module.get_config).bind(*arguments)
+  except TypeError as error:
+    raise ValueError(f"{_FLAG}={spec}: get_config of {spec.partition(':')[0]}: {error}") from error
+  run = module.get_config(*arguments)
   if not isinstance(run, Run):
     raise ValueError(
       f"{_FLAG}={spec}: get_config gave a {type(run).__name__}, not a train.config.Run"
@@ -113,12 +125,64 @@ def rebuild(original: Any, changed: Any) -> Any:
   return type(original)(**values)
 
 
+def take_nones(run: Run, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The fields that are set to None, and the other arguments, whose fields exist too.
+
+  The flags of ml_collections have no None: it would be an error, or the name "None".
+  """
+  nones, rest = [], []
+  for argument in argv:
+    if not argument.startswith(f"{_FLAG}."):
+      rest.append(argument)
+      continue
+    path, _, text = argument.removeprefix(f"{_FLAG}.").partition("=")
+    try:
+      may_be_none = _may_be_none(run, path)
+    except ValueError as error:
+      raise ValueError(f"{argument}: {error}") from error
+    if may_be_none and text in ("None", "none"):
+      nones.append(path)
+    else:
+      rest.append(argument)
+  return nones, rest
+
+
 def difference(preset: Run, run: Run) -> dict[str, tuple[Any, Any]]:
   """The fields in which `run` is not the preset: path -> (value in the preset, value now)."""
   before, after = flatten(preset), flatten(run)
   return {
     path: (before.get(path), after[path]) for path in after if before.get(path) != after[path]
   }
+
+
+def _may_be_none(run: Run, path: str) -> bool:
+  """Whether the field at `path` may be None; ValueError, with what there is, if it is no field."""
+  value: Any = run
+  may_be_none, seen = False, ""
+  for name, index in re.findall(r"(\w+)|\[(-?\d+)\]", path):
+    if index:
+      if not (isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))):
+        raise ValueError(f"there is no such field: {seen} is set as a whole, {value!r} now")
+      if not -len(value) <= int(index) < len(value):
+        raise ValueError(f"there is no such field: {seen} has {len(value)} items, from [0] on")
+      value, seen = value[int(index)], f"{seen}[{index}]"
+      continue
+    names = [field.name for field in dataclasses.fields(value)] if _has_fields(value) else []
+    if name not in names:
+      close = difflib.get_close_matches(name, names, n=1)
+      hint = f"did you mean {close[0]}? " if close else ""
+      has = f"has {', '.join(names)}" if names else "is set as a whole"
+      raise ValueError(f"there is no such field as {name}: {hint}{seen or 'a run'} {has}")
+    may_be_none = _optional_type(typing.get_type_hints(type(value))[name]) is not None
+    value, seen = getattr(value, name), f"{seen}.{name}".removeprefix(".")
+  if _has_fields(value):
+    names = ", ".join(f"{_FLAG}.{path}.{field.name}" for field in dataclasses.fields(value))
+    raise ValueError(f"{path} is a {type(value).__name__}: set its fields ({names})")
+  return may_be_none
+
+
+def _has_fields(value: Any) -> bool:
+  return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _optional_type(hint: Any) -> type | None:
@@ -151,9 +215,6 @@ def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
 def refuse(error: Exception) -> typing.NoReturn:
   """One line on stderr and exit status 2; ml_collections quotes its messages and breaks lines."""
   text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\", "")
-  line = ". ".join(part.strip(" '\"") for part in text.split("\n"))
-  if isinstance(error, AttributeError | KeyError | IndexError):
-    flags = " ".join(flag for flag in sys.argv if flag.startswith(f"{_FLAG}."))
-    line = f"{flags}: there is no such field: {line}"
+  line = ". ".join(part.strip() for part in text.split("\n"))
   print(f"error: {line}", file=sys.stderr)
   sys.exit(2)

@@ -2,7 +2,7 @@
 
 Reads .txt and .md (one document each) and .jsonl (one per line), also with .gz, .zst or .xz.
 Killed, it goes on when the same command is given again; finished, it says so and does nothing. What
-was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error.
+was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error, 130 by Ctrl-C.
 
 With --holdout_every=N, every N-th document, counted over all inputs in their order, goes whole into
 --holdout_output instead. With --seqio_task the documents are those of a seqio Task or Mixture, as
@@ -26,6 +26,7 @@ from data.encode import Settings
 from data.parts import Part, PartWriter
 from data.token_store import Writer
 from data.vocabulary import VocabularyRecord
+from launch.console import log_for_people
 
 _INPUT = flags.DEFINE_multi_string("input", [], "Files or globs (** too); repeat it for more.")
 _OUTPUT = flags.DEFINE_string("output", None, "The token store to make.", required=True)
@@ -61,13 +62,16 @@ _BYTES_PER_WORKER = 1 << 22
 
 
 def main(argv: Sequence[str]) -> None:
-  logging.set_verbosity(logging.INFO)
+  log_for_people()
   try:
     job = _job([*_INPUT.value, *argv[1:]])
     prepare(job)
   except (ValueError, OSError, concurrent.futures.process.BrokenProcessPool) as error:
     logging.error("%s", error)
     sys.exit(1)
+  except KeyboardInterrupt:
+    logging.error("stopped; the same command goes on from here")
+    sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,7 @@ class Job:
 
 def prepare(job: Job) -> None:
   """Makes the store or stores of a job, from where the last attempt was killed."""
+  _check_places(job)
   if job.seqio is not None:
     _prepare_seqio(job, job.seqio)
     return
@@ -117,6 +122,17 @@ def prepare(job: Job) -> None:
     _assemble(job, record, [part for _, part in made], origin)
 
 
+def _check_places(job: Job) -> None:
+  """ValueError unless the stores can lie where the job wants them, each in a folder of its own."""
+  if not job.output:
+    raise ValueError("--output '' is no place; name a folder")
+  for path in filter(None, (job.output, job.holdout_output)):
+    if os.path.exists(path) and not os.path.isdir(path):
+      raise ValueError(f"{path} is a file; a token store is a folder: choose another place")
+  if job.holdout_output and os.path.realpath(job.holdout_output) == os.path.realpath(job.output):
+    raise ValueError(f"--holdout_output {job.holdout_output!r} is --output; give it another place")
+
+
 def _job(inputs: list[str]) -> Job:
   """The flags as one value; ValueError for those that do not go together."""
   errors: ErrorPolicy = "replace" if _ERRORS.value == "replace" else "strict"
@@ -129,8 +145,6 @@ def _job(inputs: list[str]) -> Job:
       f"--holdout_every={_HOLDOUT_EVERY.value} --holdout_output={holdout!r}: give both, the first "
       "at least 2, or neither"
     )
-  if holdout and holdout == output:
-    raise ValueError(f"--holdout_output {holdout!r} is --output; give it another place")
   if "://" in output and not _WORK_DIR.value:
     raise ValueError(f"--output {output!r} is remote: give a local folder with --work_dir")
   seqio = SeqioSource(

@@ -67,8 +67,10 @@ class DecoderConfig:
         raise ValueError(f"DecoderConfig: {name} {getattr(self, name)} must be at least 1")
     if not self.pattern:
       raise ValueError("DecoderConfig: pattern is empty; give at least one BlockConfig")
-    if self.logit_cap is not None and self.logit_cap <= 0:
-      raise ValueError(f"DecoderConfig: logit_cap {self.logit_cap} must be above 0, or None")
+    if self.logit_cap is not None and not 0 < self.logit_cap < float("inf"):
+      raise ValueError(
+        f"DecoderConfig: logit_cap {self.logit_cap} must be above 0 and finite, or None"
+      )
     for name, choices in _CHOICES.items():
       if getattr(self, name) not in choices:
         raise ValueError(f"DecoderConfig: {name} {getattr(self, name)!r} is none of {choices}")
@@ -274,6 +276,7 @@ class _Decoder:
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State | None
   ) -> tuple[jax.Array, jax.Array, SegmentState | None, dict[str, Any]]:
     """Hidden states, unembedding, and what follows the rows: segments, and each block's state."""
+    segments_lib.check_rows(tokens_BT, segments_BT)
     if state is None:
       segments, after = _row_segments(segments_BT), None
     else:

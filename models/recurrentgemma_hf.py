@@ -25,7 +25,8 @@ from models.layers import rg_lru
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+# The dtype that holds every value of a stored one.
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 
 
 def load(
@@ -35,7 +36,8 @@ def load(
 
   Lay them out with `jax.device_put`; nothing is put on a device here.
 
-  "as_stored" gives the matrices in the dtype of the files; "float32" or "bfloat16" converts them.
+  "as_stored" gives the matrices in the dtype of the files, float32 for float16, which we do not
+  compute in; "float32" or "bfloat16" converts them.
   Norms, gate biases and decay are float32 always. Activations get the matrices' dtype; change that
   with `dataclasses.replace(config, dtype=...)`. ValueError names what is missing, unknown or wrong.
   """
@@ -80,7 +82,9 @@ def save(
 ) -> None:
   """Writes `directory`, which must not exist or be empty: whole, or not at all.
 
-  Every array keeps its dtype. The token ids, None for a vocabulary without such a token, are what
+  Every array keeps its dtype, but for a bfloat16 model whose float32 arrays are all bfloat16 values
+  still, as `load` gave them: they are written as such, so that what was loaded is saved again bit
+  for bit. The token ids, None for a vocabulary without such a token, are what
   `generate` in transformers stops at and pads with. ValueError if RecurrentGemma cannot express the
   config, or the parameters are not the config's.
   """
@@ -93,7 +97,7 @@ def save(
   _check_params(config, params)
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise ValueError(f"save: {directory} exists and is not an empty directory; give a new one")
-  views = _tensors(config, jax.tree.map(np.asarray, params))
+  views = _narrowed(config, _tensors(config, jax.tree.map(np.asarray, params)))
   directory.parent.mkdir(parents=True, exist_ok=True)
   partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
   partial.mkdir()
@@ -103,6 +107,15 @@ def save(
     os.replace(partial, directory)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _narrowed(config: DecoderConfig, views: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The tensors in the config's dtype if that loses no bit of any, else as they are."""
+  narrow = {name: view.astype(config.param_dtype, copy=False) for name, view in views.items()}
+  is_exact = all(
+    (narrow[name] == view).all() for name, view in views.items() if view.dtype != config.param_dtype
+  )
+  return narrow if is_exact else views
 
 
 def _tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:

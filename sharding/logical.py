@@ -101,7 +101,10 @@ def _check_divides(
   shards = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
   if size % shards:
     sizes = " x ".join(f"{mesh_axis} {mesh.shape[mesh_axis]}" for mesh_axis in mesh_axes)
-    raise ValueError(f"{name}: axis {axis!r} of size {size} is not divisible by mesh {sizes}")
+    raise ValueError(
+      f"{name}: axis {axis!r} of size {size} is not divisible by mesh {sizes}; change the mesh, or "
+      "that size in the config"
+    )
 
 
 def _as_tuple(target: Target) -> tuple[str, ...]:

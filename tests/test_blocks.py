@@ -317,6 +317,22 @@ def test_padding_on_the_left_changes_nothing():
   assert_close(padded[:, 3:], plain, dtype="float32", reduction=WIDTH)
 
 
+@pytest.mark.parametrize(
+  ("tokens", "segments", "message"),
+  [
+    (np.zeros((1, 4)), np.ones((1, 4), int), r"tokens are float64 \(1, 4\).* integers"),
+    (np.zeros((1, 4), int), np.ones((1, 4), bool), "segments are bool"),
+    (np.zeros(4, int), np.ones(4, int), r"tokens are int64 \(4,\).*\[batch, time\]"),
+    (np.zeros((2, 4), int), np.ones((1, 4), int), r"tokens \(2, 4\) and segments \(1, 4\)"),
+    (np.zeros((2, 0), int), np.ones((2, 0), int), "at least one"),
+  ],
+)
+def test_rows_of_another_shape_or_type_are_named(tokens, segments, message):
+  model = decoder.build(CONFIGS["hawk"])
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda params: model.logits(params, tokens, segments), model.shapes)
+
+
 def test_bfloat16_activations_stay_near_float32():
   config = CONFIGS["griffin_with_remainder"]
   model = decoder.build(config)

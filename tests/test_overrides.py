@@ -1,6 +1,7 @@
 """`--config=FILE:ARG --config.some.field=value`: what is set, and one line for what cannot be."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -40,6 +41,8 @@ def test_a_misspelt_field_is_refused_with_a_suggestion(commands, tmp_path):
     ("--config.model.pattern[0].mixer.rnn_width=33", ["rnn_width 33", "num_gate_blocks 16"]),
     ("--config.mesh.tensor=0", ["tensor 0", "at least 1"]),
     ("--config.model.remat=some", ["remat 'some'", "matmuls"]),
+    ("--config.optimizer=x", ["optimizer is a AdamW", "--config.optimizer.peak_lr"]),
+    ("--config.batch_size=None", ["'None'"]),
     ("--config=tests/no_such_file.py", ["no file", "tests/no_such_file.py"]),
     ("--config=tests/tolerances.py", ["no function get_config"]),
     ("--config=configs/griffin.py:2b", ["size '2b'", "14b"]),
@@ -50,6 +53,54 @@ def test_what_cannot_be_set_is_one_line_that_names_it(commands, tmp_path, argume
   line = _refused(commands, tmp_path, argument)
   for word in words:
     assert word in line, line
+
+
+def test_what_may_be_none_is_set_to_none(commands, tmp_path):
+  status, output = commands.run(
+    "launch.train",
+    [
+      f"--config=tests/tiny_config.py:{tmp_path}",
+      f"--workdir={tmp_path / 'run'}",
+      "--config.optimizer.clip_norm=None",
+      "--config.checkpoint.temporary_minutes=none",
+      "--config.name=None",
+      "--config.model.vocab_size=5",  # and there it ends
+    ],
+    tmp_path / "output",
+  )
+  assert status == 1
+  assert "override optimizer.clip_norm: 1.0 -> None" in output
+  assert re.search(r"override checkpoint.temporary_minutes: \S+ -> None", output)
+  assert "override name: 'tiny' -> 'None'" in output
+
+
+@pytest.mark.parametrize(
+  ("field", "message"),
+  [
+    ("checkpoint.keep=2", "no such field as keep: checkpoint has every_steps, keep_permanent"),
+    ("optimiser.b1=0", "no such field as optimiser: did you mean optimizer.* a run has name"),
+    ("total_steps.x=1", "no such field as x: total_steps is set as a whole"),
+    ("data.sources[0]=x", r"data\.sources is set as a whole, \(\("),
+    ("model.pattern[3].mixer.window=1", r"model\.pattern has 3 items"),
+  ],
+)
+def test_what_is_no_field_is_refused_with_the_fields_there_are(tmp_path, field, message):
+  with pytest.raises(ValueError, match=rf"--config\.{re.escape(field)}: .*{message}"):
+    overrides.take_nones(tiny.run(tmp_path), [f"--config.{field}"])
+
+
+def test_an_argument_that_the_config_does_not_take_is_named():
+  with pytest.raises(ValueError, match=r"smoke\.py:big: get_config of configs/smoke\.py: .*argum"):
+    overrides.load("configs/smoke.py:big")
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+  run = tiny.run(tmp_path)
+  for name, value in {"seed": -1, "z_loss": float("nan")}.items():
+    with pytest.raises(ValueError, match=f"{name} {value}"):
+      dataclasses.replace(run, **{name: value})
+  with pytest.raises(ValueError, match="logit_cap inf"):
+    dataclasses.replace(run.model, logit_cap=float("inf"))
 
 
 def test_without_a_config_nothing_runs(commands, tmp_path):

@@ -108,10 +108,12 @@ def test_inputs_are_read_once_in_the_order_given():
     ("sub", r"'sub': a folder; give sub/\*\*/\*\.txt"),
     ("table.csv", r"table\.csv: not one of \.txt, \.md, \.jsonl"),
     ("archive.gz", r"archive\.gz: not one of"),
+    ("pipe.txt", r"pipe\.txt: a pipe or a device"),
   ],
 )
 def test_an_input_that_cannot_be_read_is_named(pattern, message):
   pathlib.Path("sub").mkdir()
+  os.mkfifo("pipe.txt")
   for name in ("table.csv", "archive.gz"):
     pathlib.Path(name).write_text("x")
   with pytest.raises(ValueError, match=message):
@@ -147,6 +149,8 @@ def test_bytes_that_are_not_utf8_are_replaced_if_asked(caplog):
   [
     ('{"text": "a"', r"a\.jsonl:2: not JSON: "),
     ('["text"]', r"a\.jsonl:2: a list, not a JSON object"),
+    ('{"n": ' + "9" * 5000 + "}", r"a\.jsonl:2: not JSON: .* digits"),
+    ("[" * 100_000, r"a\.jsonl:2: not JSON: .* recursion"),
     ('{"body": "a", "id": 1}', r"a\.jsonl:2: no field 'text'; it has body, id .*--text_field"),
     ('{"text": null}', r"a\.jsonl:2: field 'text' is a NoneType, not a string"),
     ('{"text": "\\ud800"}', r"a\.jsonl:2: character 0 is half of a surrogate pair"),
@@ -193,6 +197,21 @@ def test_every_nth_document_is_held_out_whole():
   assert _texts() == [f"document {n}" for n in range(11) if n not in (2, 5, 8)]
   both = [token_store.read_manifest(path) for path in ("store", "held")]
   assert [m.text_bytes for m in both] == [8 * 10 + 1, 3 * 10]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"output": ""}, "--output '' is no place"),
+    ({"output": "a.jsonl"}, "a.jsonl is a file; a token store is a folder"),
+    ({"holdout_output": "./store/", "holdout_every": 2}, "'./store/' is --output"),
+  ],
+)
+def test_a_store_needs_a_folder_of_its_own(changes, message):
+  _jsonl("a.jsonl", ["one", "two"])
+  with pytest.raises(ValueError, match=message):
+    prepare(_job("a.jsonl", **changes))
+  assert os.listdir() == ["a.jsonl"]
 
 
 def test_too_few_documents_to_hold_one_out_are_an_error():
@@ -382,6 +401,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_store(tmp_path, seed):
       time.sleep(0.001)
     # The first at once: at any later moment a fast machine may have finished.
     time.sleep(float(rng.uniform(0, 0.25)) if attempt else 0.0)
+    if seed == attempt == 0:
+      process.send_signal(signal.SIGINT)  # Ctrl-C: a line and no traceback
+      assert process.wait() == 130
+      kills += 1
+      continue
     process.send_signal(signal.SIGKILL)
     kills += process.wait() == -signal.SIGKILL
   done = _run(*arguments, cwd=tmp_path)

@@ -182,12 +182,37 @@ def test_no_bit_is_rounded_away_unasked(tmp_path):
   assert params["groups"]["0"]["mixer"]["w_gates_GI2J"].dtype == ml_dtypes.bfloat16
 
 
+def test_float16_is_widened(tmp_path):
+  directory = _copy("single", tmp_path)
+  tensors = {}
+
+  def halve(of_file):
+    of_file |= {name: array.astype(np.float16) for name, array in of_file.items()}
+    tensors.update(of_file)
+
+  _edit_tensors(directory, halve)
+  config, params = recurrentgemma_hf.load(directory)
+  assert config.param_dtype == "float32"
+  table_VD = params["embedding"]["table_VD"]
+  assert table_VD.dtype == np.float32
+  np.testing.assert_array_equal(table_VD, tensors["model.embed_tokens.weight"])
+
+
+def test_a_bfloat16_directory_is_saved_again_bit_for_bit(tmp_path):
+  recurrentgemma_hf.save(tmp_path / "again", *recurrentgemma_hf.load(FOLDER / "sharded"))
+  again = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
+  first = {}
+  for path in (FOLDER / "sharded").glob("*.safetensors"):
+    first |= safetensors.numpy.load_file(path)
+  _assert_trees_equal(again, first)
+
+
 def _reshaped(tensors):
   tensors[GATE] = tensors[GATE].reshape(12, 2, 12)
 
 
-def _halved(tensors):
-  tensors[GATE] = tensors[GATE].astype(np.float16)
+def _doubled(tensors):
+  tensors[GATE] = tensors[GATE].astype(np.float64)
 
 
 def _untied(tensors):
@@ -200,7 +225,7 @@ def _untied(tensors):
     (lambda t: t.pop(GATE), rf"missing .*{GATE}"),
     (lambda t: t.update({"model.layers.9.x": t[GATE]}), r"not of the model .*model\.layers\.9\.x"),
     (_reshaped, rf"{GATE} has shape \(12, 2, 12\), config\.json asks for \(2, 12, 12\)"),
-    (_halved, rf"{GATE} is F16; known are \['BF16', 'F32'\]"),
+    (_doubled, rf"{GATE} is F64; known are \['BF16', 'F16', 'F32'\]"),
     (_untied, r"lm_head\.weight differs from model\.embed_tokens\.weight"),
   ],
 )

@@ -161,6 +161,12 @@ def test_meshes_that_do_not_fit_are_refused(tmp_path):
   run = tiny.run(tmp_path)
   with pytest.raises(ValueError, match=r"tensor degree 4 does not divide num_heads 2.*work: 1, 2"):
     programs.build(dataclasses.replace(run, mesh=MeshShape(data=2, tensor=4)))
+  # Every block counts, not only the last of its kind.
+  first, *others = run.model.pattern
+  narrow = dataclasses.replace(first, mlp=dataclasses.replace(first.mlp, mlp_width=47))
+  model = dataclasses.replace(run.model, pattern=(first, narrow, *others[1:]))
+  with pytest.raises(ValueError, match=r"divide pattern\[1\]\.mlp\.mlp_width 47; .* work: 1$"):
+    programs.build(dataclasses.replace(run, model=model, mesh=MeshShape(data=4, tensor=2)))
   with pytest.raises(ValueError, match=r"4 rows of a microbatch .* not divisible by the 8 devices"):
     programs.build(dataclasses.replace(run, mesh=MeshShape(fsdp=8), num_microbatches=2))
   with pytest.raises(ValueError, match=r"16 over the 8 devices.* leaves 2 tokens to each, fewer"):

@@ -108,7 +108,9 @@ def test_told_to_stop_it_saves_and_says_start_me_again(commands, undisturbed, nu
   _wait_for(lambda: steps(workdir / "checkpoints"))
   os.kill(pid, number)
   assert commands.wait() == 75
-  assert f"{number.name}: saving" in (folder / "output").read_text()
+  told = (folder / "output").read_text()
+  assert f"{number.name}: saving" in told
+  assert "stopped, the same command goes on" in told
   stopped_at = max(steps(workdir / "checkpoints"))
   assert max(_losses(workdir)) == stopped_at < 60
   status, output = commands.run("launch.train", _arguments(folder, number.name), folder / "output")

@@ -133,6 +133,9 @@ def test_two_tokens_that_could_end_a_document_must_be_told_apart(huggingface, tm
   config = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": None}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   assert vocabulary.load(str(path)).record.eos == chosen.record.eos
+  (tmp_path / "tokenizer_config.json").write_text("{eos_token}")
+  with pytest.raises(ValueError, match=r"two\.json: .*tokenizer_config\.json is not JSON"):
+    vocabulary.load(str(path))
 
 
 def test_a_vocabulary_without_bos_only_ends_documents(huggingface):
@@ -157,11 +160,12 @@ def test_a_special_token_that_cannot_be_is_named(kind, arguments, message, reque
 
 def test_files_that_are_no_vocabulary_are_refused(tmp_path):
   for name, content, message in [
-    ("a.json", "{}", "not a Hugging Face tokenizer.json"),
-    ("a.model", "nonsense", "not a SentencePiece model"),
-    ("a.txt", "a", "neither .json"),
+    ("a.json", b"{}", "not a Hugging Face tokenizer.json"),
+    ("b.json", b"\xff\xfe{}", "b.json: not a Hugging Face tokenizer.json"),
+    ("a.model", b"nonsense", "not a SentencePiece model"),
+    ("a.txt", b"a", "neither .json"),
   ]:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
       vocabulary.load(str(tmp_path / name))
   with pytest.raises(ValueError, match="no such file; give byte"):

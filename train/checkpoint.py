@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -387,6 +388,7 @@ def restore(
 
   Arguments and errors as of Checkpoints.restore.
   """
+  _quieten_orbax()
   folder = files.place(directory) / f"{step:08d}"
   content = files.read_content(folder)
   check(content["run"])
@@ -472,4 +474,13 @@ def _is_worth_reading(record: Any) -> bool:
 
 @functools.cache
 def _quieten_orbax() -> None:
+  """Of Orbax's lines only what people want to read; and when one read of a restore fails, not a
+  traceback for each other that was under way: they end after Orbax's event loop."""
   logging.get_absl_logger().addFilter(_is_worth_reading)
+  show = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = hook

@@ -46,8 +46,10 @@ class Run:
         raise ValueError(f"Run: {name} {getattr(self, name)} must be at least 1")
     if self.zero_stage not in (1, 2, 3):
       raise ValueError(f"Run: zero_stage {self.zero_stage} is none of 1, 2, 3")
-    if self.z_loss < 0:
-      raise ValueError(f"Run: z_loss {self.z_loss} must not be negative")
+    if not 0 <= self.z_loss < float("inf"):
+      raise ValueError(f"Run: z_loss {self.z_loss} must not be negative, and finite")
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"Run: seed {self.seed} must be at least 0 and below 2^32")
     if self.batch_size % self.num_microbatches:
       raise ValueError(
         f"Run: batch_size {self.batch_size} is not divisible by num_microbatches "

@@ -116,7 +116,8 @@ def fit(
     events.end(outcome)
   if jax.process_index() == 0:
     plot_losses(workdir / JSONL, workdir / "loss.png")
-  logging.info("%s; metrics: %s, picture: %s", outcome, workdir / JSONL, workdir / "loss.png")
+  ended = "stopped, the same command goes on" if outcome == "stopped" else outcome
+  logging.info("%s; metrics: %s, picture: %s", ended, workdir / JSONL, workdir / "loss.png")
   return outcome
 
 

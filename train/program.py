@@ -243,14 +243,19 @@ def _check_rows_split(run: Run, shards: int) -> None:
 
 
 def _tensor_sizes(config: DecoderConfig) -> dict[str, int]:
-  """What tensor parallelism splits, by the name it has in a config."""
+  """What tensor parallelism splits, by the name it has in a config; where blocks of the pattern
+  differ in it, also by the place of each."""
   sizes = {"vocab_size": config.vocab_size}
-  for block in config.pattern:
-    sizes["mlp_width"] = block.mlp.mlp_width
+  for index, block in enumerate(config.pattern[: config.num_blocks]):
+    of_block = {"mlp.mlp_width": block.mlp.mlp_width}
     match block.mixer:
       case attention.Config() as mixer:
-        sizes["num_heads"] = mixer.num_heads
+        of_block["mixer.num_heads"] = mixer.num_heads
       case rg_lru.Config() as mixer:
-        sizes["num_gate_blocks"] = mixer.num_gate_blocks
-        sizes["rnn_width"] = mixer.rnn_width
+        of_block["mixer.num_gate_blocks"] = mixer.num_gate_blocks
+        of_block["mixer.rnn_width"] = mixer.rnn_width
+    for path, size in of_block.items():
+      name = path.rpartition(".")[2]
+      is_another = sizes.setdefault(name, size) != size
+      sizes |= {f"pattern[{index}].{path}": size} if is_another else {}
   return sizes

@@ -35,6 +35,20 @@ class SegmentState(NamedTuple):
   position_B: jax.Array  # of the next token, if it continues the document
 
 
+def check_rows(tokens_BT: jax.Array, segments_BT: jax.Array) -> None:
+  """ValueError unless both are integers [batch, time] of one shape, of one token at least."""
+  for name, x in (("tokens", tokens_BT), ("segments", segments_BT)):
+    if x.ndim != 2 or not x.size or not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(
+        f"{name} are {x.dtype} {x.shape}; they must be integers [batch, time], at least one"
+      )
+  if tokens_BT.shape != segments_BT.shape:
+    raise ValueError(
+      f"tokens {tokens_BT.shape} and segments {segments_BT.shape} must have one shape: every token "
+      "has its segment"
+    )
+
+
 def initial_state(batch: int) -> SegmentState:
   """The state before the first token: whatever comes first begins a document."""
   no_segment_B = jnp.full((batch,), jnp.iinfo(jnp.int32).min, jnp.int32)

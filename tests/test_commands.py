@@ -1,0 +1,70 @@
+"""The commands around a run: text from it (launch.generate) and its speed (launch.bench)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import decoder
+from models.generate import generate
+from models.hawk import hawk
+
+
+def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
+  config = hawk(vocab_size=40, width=16, rnn_width=16, num_blocks=1, mlp_width=24, dtype="float32")
+  model = decoder.build(config)
+  params = model.init(jax.random.key(0))
+  # Unlike the table's own scale, which makes a model say its last token again and again.
+  params["embedding"]["table_VD"] *= 0.1
+  prompt_BT = jax.random.randint(jax.random.key(1), (2, 5), 0, 40)
+  segments_BT = jnp.ones((2, 5), jnp.int32).at[1, :3].set(0)
+  settings = {"num_tokens": 9, "key": jax.random.key(2)}
+  tokens_BT = generate(model, params, prompt_BT, segments_BT, temperature=0.0, **settings)
+  assert tokens_BT.shape == (2, 9)
+  assert len(np.unique(tokens_BT)) > 3
+  whole_BT = jnp.concatenate([prompt_BT, tokens_BT], axis=1)
+  segments_BT = jnp.pad(segments_BT, ((0, 0), (0, 9)), constant_values=1)
+  logits_BTV = jax.jit(model.logits)(params, whole_BT, segments_BT)
+  np.testing.assert_array_equal(tokens_BT, jnp.argmax(logits_BTV, axis=-1)[:, 4:-1])
+  drawn = [generate(model, params, prompt_BT, segments_BT[:, :5], temperature=1.0, **settings)]
+  drawn.append(generate(model, params, prompt_BT, segments_BT[:, :5], temperature=1.0, **settings))
+  np.testing.assert_array_equal(*drawn)
+  assert (drawn[0] != tokens_BT).any()
+
+
+def test_a_run_is_trained_and_continues_a_prompt(commands, tmp_path):
+  flags = [f"--config=tests/tiny_config.py:{tmp_path}", f"--workdir={tmp_path / 'run'}"]
+  flags += ["--config.total_steps=2", "--config.optimizer.warmup_steps=1"]
+  prompt = ["--prompt=abc déf", "--num_tokens=20", "--temperature=0"]
+  status, output = commands.run("launch.generate", [*flags, *prompt], tmp_path / "output")
+  assert status == 2
+  assert "has no checkpoint; train first" in output.splitlines()[-1]
+  status, output = commands.run("launch.train", flags, tmp_path / "output")
+  assert status == 0, output
+  status, output = commands.run("launch.generate", [*flags, *prompt], tmp_path / "output")
+  assert status == 0, output
+  assert "step 2 of" in output
+  assert "orbax" not in output
+  other = [*flags, *prompt, "--config.model.width=64"]
+  status, wrong = commands.run("launch.generate", other, tmp_path / "output")
+  assert status == 2
+  assert wrong.splitlines()[-1].startswith("error: ")
+  assert "is not of this model and optimizer" in wrong.splitlines()[-1]
+  text = output.partition("\nabc déf")[2]
+  assert len(text) > 1, output
+
+
+def test_the_bench_prints_one_json_object(commands, tmp_path):
+  flags = [f"--config=tests/tiny_config.py:{tmp_path}", "--config.statistics.every=10"]
+  flags += ["--steps=2", "--warmup=0", "--loader_seconds=0.1", "--statistics"]
+  status, output = commands.run("launch.bench", flags, tmp_path / "output")
+  assert status == 0, output
+  told = json.loads(output.splitlines()[-1])
+  for name in ("tokens_per_second", "compile_seconds", "peak_bytes", "loader_tokens_per_second"):
+    assert told[name] > 0, name
+  tokens = told["tokens_per_second"] * told["step_seconds"]["median"]
+  assert tokens == pytest.approx(8 * 16, rel=1e-3)
+  assert (told["config"], told["overrides"]) == ("tiny", {"statistics.every": 10})
+  assert 0 < told["statistics"]["share"] < told["statistics"]["of_a_step"]
