@@ -41,15 +41,16 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
       raise ValueError(f"{folder} has no checkpoint; train first")
     step = max(complete)
     program = programs.build(run)
-    state = restore(folder, step, program.abstract).state
+    params = restore(folder, step, program.abstract).state.params
   except ValueError as error:
     refuse(error)
   prompt = words.encode(_PROMPT.value)
   # The prompt goes on: it does not end the document.
   prompt_BT = jnp.asarray(prompt[:-1], jnp.int32)[None]
+  # On one device, however the run was split: a step of decoding is too small to share.
   tokens_BT = generate(
     program.model,
-    state.params,
+    jax.device_put(params, jax.devices()[0]),
     prompt_BT,
     jnp.ones_like(prompt_BT),
     num_tokens=_NUM_TOKENS.value,

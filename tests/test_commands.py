@@ -10,6 +10,7 @@ import pytest
 from models import decoder
 from models.generate import generate
 from models.hawk import hawk
+from tests.compiler_flags import FAST_TO_COMPILE
 
 
 def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
@@ -54,6 +55,13 @@ def test_a_run_is_trained_and_continues_a_prompt(commands, tmp_path):
   assert "is not of this model and optimizer" in wrong.splitlines()[-1]
   text = output.partition("\nabc déf")[2]
   assert len(text) > 1, output
+  split = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+  devices = f"{FAST_TO_COMPILE} --xla_force_host_platform_device_count=8"
+  status, output = commands.run(
+    "launch.generate", [*flags, *prompt, *split], tmp_path / "output", XLA_FLAGS=devices
+  )
+  assert status == 0, output
+  assert output.partition("\nabc déf")[2] == text
 
 
 def test_the_bench_prints_one_json_object(commands, tmp_path):
