@@ -244,6 +244,17 @@ def test_a_search_gives_layouts_that_divide_the_run_best_first(chip, chips, slic
   assert evaluate(run, Layout(mesh=MeshShape(tensor=machine.num_devices)), machine) is None
 
 
+def test_a_search_splits_long_rows_alone():
+  run, machine = _preset("griffin", "400m"), machines.of_chips("v5e", 32)
+  assert {one.layout.mesh.sequence for one in search(run, machine)} == {1}
+  data = dataclasses.replace(run.data, row_length=65536)
+  found = search(dataclasses.replace(run, data=data, batch_size=4), machine)
+  # A shard of 4096 tokens is the shortest.
+  assert {one.layout.mesh.sequence for one in found} == {1, 2, 4, 8, 16}
+  # Four rows leave most chips idle, or split what is better whole, unless rows are split.
+  assert found[0].layout.mesh.sequence > 1
+
+
 def test_advice_changes_one_setting_and_makes_it_fit():
   machine = machines.of_topology("v5e:16x16")
   run = dataclasses.replace(_preset("griffin", "7b"), mesh=MeshShape(fsdp=32, tensor=8))

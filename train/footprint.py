@@ -116,6 +116,7 @@ def block_activations(run: Run, mesh: MeshShape, *, platform: str) -> tuple[Acti
       row_length=run.data.row_length,
       remat=run.model.remat,
       tensor=mesh.tensor,
+      sequence=mesh.sequence,
       itemsize=_BYTES[run.model.dtype],
       kernels=kernels,
     )
