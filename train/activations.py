@@ -24,7 +24,7 @@ _UNFUSED_ATTENTION = ("reference", "banded")
 # recurrence's. What is kept of matrix products takes this much more than their results.
 _MLP_WORKING = 11
 _STREAM_WORKING = 8
-_PRODUCTS_KEPT = 1.3
+_PRODUCTS_KEPT = 1.15
 _UNFUSED_WORKING = 15
 _FUSED_WORKING = 11
 
