@@ -4,6 +4,7 @@ Compiles the real training step for the real chip on any machine, and tells for 
 memory it needs, what it sends over which axis, what bounds its speed and what the run costs.
 
   --topology=v5e:16x16 [--slices=2]   a TPU slice, or several
+  --mesh=data=2,fsdp=-1,tensor=4      instead of the config's; axes not named are 1, -1 is the rest
   --chip=v5e --chips=256              the standard slice of that many chips; searches, unless the
                                       command sets a mesh
   --chip=h100 --chips=8               GPUs: by the model; it compiles for TPU only
@@ -14,6 +15,7 @@ memory it needs, what it sends over which axis, what bounds its speed and what t
 Exit status: 0 it fits, 1 it does not, 2 a command that cannot be run.
 """
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -30,6 +32,7 @@ from launch.overrides import refuse, run_app
 from launch.plan_page import page
 from sharding import machine as machines
 from sharding.machine import Machine
+from sharding.mesh import parse_mesh
 from train import plan as plans
 from train.config import Run
 from train.layouts import Layout, layout_of, recommended
@@ -46,6 +49,9 @@ _COMPILE = flags.DEFINE_integer(
 _SEARCH = flags.DEFINE_boolean(
   "search", None, "Try layouts. Unsaid: with --chips, unless the command sets a mesh."
 )
+_MESH = flags.DEFINE_string(
+  "mesh", None, "As data=2,fsdp=-1,tensor=4; axes: data, fsdp, sequence, tensor, else 1."
+)
 _PRICE = flags.DEFINE_float("price_per_chip_hour", None, "In any currency.", lower_bound=0.0)
 _MFU = flags.DEFINE_float(
   "mfu", None, "Tokens per day at this MFU instead of the ceiling.", lower_bound=0.01
@@ -59,10 +65,12 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   jax.config.update("jax_platforms", "cpu")
   try:
     machine = _machine()
-    has_mesh = any(path.startswith("mesh.") for path in overridden)
+    has_mesh = _MESH.value is not None or any(path.startswith("mesh.") for path in overridden)
     searches = _SEARCH.value
     if searches is None:
       searches = _CHIPS.value is not None and not has_mesh
+    if _MESH.value is not None:
+      run = _on_mesh(run, _MESH.value, overridden, searches=searches)
     found = _searched(run, machine) if searches else [_planned(run, machine, _COMPILE.value > 0)]
   except ValueError as error:
     refuse(error)
@@ -93,6 +101,16 @@ def _machine() -> Machine:
   if topology is None and chip is not None and chips is not None:
     return machines.of_chips(chip, chips, num_slices=_SLICES.value)
   raise ValueError("give either --topology=v5e:16x16, or both --chip=v5e and --chips=256")
+
+
+def _on_mesh(run: Run, mesh: str, overridden: dict[str, tuple[Any, Any]], *, searches: bool) -> Run:
+  """`run` on the mesh of --mesh, unless the command says otherwise elsewhere."""
+  if searches:
+    raise ValueError("--mesh says which mesh, --search looks for one: give one of them")
+  for path in overridden:
+    if path.startswith("mesh."):
+      raise ValueError(f"--mesh and --config.{path} both say the mesh: give one of them")
+  return dataclasses.replace(run, mesh=parse_mesh(mesh))
 
 
 def _planned(run: Run, machine: Machine, compiles: bool) -> Plan:

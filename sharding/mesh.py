@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,17 +62,12 @@ class MeshShape:
 def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """A mesh with Auto axes over `devices` (all, if None), neighbours in hardware close in the mesh.
 
-  Slices of a multi-slice job lie over `data`, the one axis that needs little of the network between
-  them; a `data` that the slices do not divide is an error.
+  Slices of a multi-slice job lie over `data`; a `data` that they do not divide is an error.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = shape.resolved(len(devices))
   num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if shape.data % num_slices:
-    raise ValueError(
-      f"MeshShape: data {shape.data} is not divisible by the number of slices {num_slices}; slices "
-      "lie over data"
-    )
+  check_slices(shape, num_slices)
   if num_slices > 1:
     within = (shape.data // num_slices, *shape.sizes[1:])
     array = mesh_utils.create_hybrid_device_mesh(
@@ -85,6 +81,31 @@ def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> jax.
     # last axis, stays within a host; a subset of a pod has no torus to fit.
     array = np.array(devices).reshape(shape.sizes)
   return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> MeshShape:
+  """The shape that "data=2,fsdp=-1,tensor=4" describes; axes that it does not name are 1."""
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    axis, equals, size = (word.strip() for word in part.partition("="))
+    if not equals or not re.fullmatch(r"-?\d+", size):
+      raise ValueError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, as in data=2,fsdp=-1,tensor=4")
+    if axis not in AXES:
+      raise ValueError(f"mesh {text!r}: axis {axis!r} is none of {', '.join(AXES)}")
+    if axis in sizes:
+      raise ValueError(f"mesh {text!r}: axis {axis} is given twice")
+    sizes[axis] = int(size)
+  return MeshShape(**sizes)
+
+
+def check_slices(shape: MeshShape, num_slices: int) -> None:
+  """Raises unless slices lie over `data`, the one axis that needs little of the network between
+  them."""
+  if shape.data % num_slices:
+    raise ValueError(
+      f"MeshShape: data {shape.data} is not divisible by the number of slices {num_slices}; slices "
+      f"lie over data: set it to {num_slices} or a multiple"
+    )
 
 
 class RowShare(NamedTuple):

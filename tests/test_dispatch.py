@@ -5,6 +5,10 @@ import logging
 import pytest
 
 from kernels import dispatch, linear_scan, local_attention, rg_lru
+from models import decoder
+from tests import tiny
+from train.optimizer import decay_mask
+from train.state import abstract_state
 
 _AVAILABLE = ("a", "b")
 
@@ -50,3 +54,16 @@ def test_every_default_is_an_implementation(kernel, arguments):
   assert set(kernel._DEFAULTS.values()) <= set(kernel.IMPLEMENTATIONS)
   for name in kernel.IMPLEMENTATIONS:
     assert kernel.resolve(name, **arguments) == name
+
+
+def test_a_state_for_another_platform_asks_for_no_kernel_of_this_one(caplog, tmp_path):
+  """A plan for a TPU logged the kernels of a CPU, where its state was traced."""
+  run = tiny.run(tmp_path)
+  with dispatch.targeting("tpu"):
+    model = decoder.build(run.model)
+  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
+  dispatch._log_once.cache_clear()
+  with caplog.at_level(logging.INFO, logger="absl"):
+    state = abstract_state(model, tx)
+  assert state.params == model.shapes
+  assert not caplog.records

@@ -1,13 +1,14 @@
 """Mesh shapes are filled up and refused with numbers; slices lie over data."""
 
 import dataclasses
+import re
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from sharding.mesh import AXES, MeshShape, RowShare, make_mesh, row_share
+from sharding.mesh import AXES, MeshShape, RowShare, make_mesh, parse_mesh, row_share
 
 
 def test_the_axes_are_in_this_order_and_auto():
@@ -31,6 +32,35 @@ def test_the_axes_are_in_this_order_and_auto():
 def test_minus_one_takes_the_rest(shape, sizes):
   assert shape.resolved(8).sizes == sizes
   assert make_mesh(shape).devices.shape == sizes
+
+
+@pytest.mark.parametrize(
+  ("text", "sizes"),
+  [
+    ("data=1,fsdp=16,tensor=4", (1, 16, 1, 4)),
+    ("tensor=2", (1, 1, 1, 2)),
+    ("sequence=8, fsdp=-1", (1, -1, 8, 1)),
+  ],
+)
+def test_a_mesh_is_said_in_words(text, sizes):
+  assert parse_mesh(text).sizes == sizes
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("fsdp:16", "mesh 'fsdp:16': 'fsdp:16' is not AXIS=SIZE, as in data=2,fsdp=-1,tensor=4"),
+    ("fsdp=", "'fsdp=' is not AXIS=SIZE"),
+    ("fsdp=16,", "'' is not AXIS=SIZE"),
+    ("fsdp=16,model=4", "axis 'model' is none of data, fsdp, sequence, tensor"),
+    ("fsdp=4,fsdp=2", "axis fsdp is given twice"),
+    ("fsdp=0", "fsdp 0 must be at least 1, or -1 for the rest"),
+    ("data=-1,fsdp=-1", "only one axis can take the rest"),
+  ],
+)
+def test_words_that_are_no_mesh_are_refused(text, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    parse_mesh(text)
 
 
 def test_a_mesh_can_be_made_of_some_devices():

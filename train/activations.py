@@ -16,7 +16,7 @@ from models.layers import attention, rg_lru
 
 _FLOAT32 = 4
 # Implementations that form gates and decays in HBM, with float32 arrays of width R.
-_UNFUSED_SCANS = ("reference", "associative", "chunked")
+UNFUSED_SCANS = ("reference", "associative", "chunked")
 # Implementations that write logits to HBM.
 _UNFUSED_ATTENTION = ("reference", "banded")
 # Found by compiling for TPU; docs/plans.jsonl has the errors that are left. Arrays alive at the
@@ -89,15 +89,17 @@ def of_block(
   row_length: int,
   remat: str,
   tensor: int,
+  sequence: int,
   itemsize: int,
   kernels: Kernels,
 ) -> Activations:
-  """The activations of one block whose wide dimensions are split over `tensor` devices."""
+  """The activations of one block whose wide dimensions are split over `tensor` devices, and rows
+  over `sequence`."""
   match block.mixer:
     case rg_lru.Config() as mixer:
-      mixed = _recurrent(mixer, width, tensor, itemsize, kernels)
+      mixed = _recurrent(mixer, width, tensor, itemsize, kernels, splits_rows=sequence > 1)
     case attention.Config() as mixer:
-      mixed = _attention(mixer, width, row_length, tensor, itemsize, kernels)
+      mixed = _attention(mixer, width, row_length, tensor, sequence, itemsize, kernels)
     case mixer:
       raise TypeError(f"activations: no rule for the mixer {type(mixer).__qualname__}")
   mlp = _mlp(width, block.mlp.mlp_width / tensor, itemsize)
@@ -134,19 +136,28 @@ def _mlp(width: int, mlp_width: float, itemsize: int) -> _Part:
 
 
 def _recurrent(
-  mixer: rg_lru.Config, width: int, tensor: int, itemsize: int, kernels: Kernels
+  mixer: rg_lru.Config,
+  width: int,
+  tensor: int,
+  itemsize: int,
+  kernels: Kernels,
+  *,
+  splits_rows: bool,
 ) -> _Part:
   """in: D -> 2 R; conv: R -> R; gates: R -> 2 R float32; RG-LRU; gelu x h: 2 R -> R; out: R -> D.
 
   Fused, the RG-LRU reads x and two gates and writes h. Otherwise decays (float32) and inputs are
-  written by one pass and read by the scan.
+  written by one pass and read by the scan. A shard of a row scans twice: for what it tells the
+  others, and from what they tell it.
   """
   a, r = itemsize, mixer.rnn_width / tensor
   gates = 2 * r * _FLOAT32
-  is_fused = kernels.rg_lru not in _UNFUSED_SCANS
+  is_fused = kernels.rg_lru not in UNFUSED_SCANS
   rg = a * 2 * r + gates
   if not is_fused:
     rg += 2 * r * (a + _FLOAT32)
+  if splits_rows:
+    rg *= 2
   elementwise = a * (2 * r + 3 * r) + rg
   return _Part(
     products=a * (2 * r + width),
@@ -162,12 +173,14 @@ def _attention(
   width: int,
   row_length: int,
   tensor: int,
+  sequence: int,
   itemsize: int,
   kernels: Kernels,
 ) -> _Part:
   """q: D -> N H; k and v: D -> 2 H; rotation: N H -> N H; attention: N H -> N H; out: N H -> D.
 
   Unfused, logits of the keys in reach are written and read in float32: once made, once normalised.
+  A shard of a row holds the keys and values of all of it for global attention, and their gradients.
   """
   a, heads = itemsize, mixer.num_heads * mixer.head_size / tensor
   keys_values = 2 * mixer.head_size
@@ -175,11 +188,12 @@ def _attention(
   logits = 0.0
   if kernels.local_attention in _UNFUSED_ATTENTION:
     logits = mixer.num_heads / tensor * reach * (2 * _FLOAT32 + 2 * a)
+  gathered = keys_values * sequence if mixer.window is None and sequence > 1 else 0
   elementwise = a * 2 * heads + a * 2 * heads + logits
   return _Part(
     products=a * (heads + keys_values + width),
     batched=a * heads,
     forward=a * (3 * width + 2 * heads + keys_values) + elementwise,
     elementwise=elementwise,
-    working=a * 4 * heads,
+    working=a * (4 * heads + 2 * gathered),
   )

@@ -95,14 +95,16 @@ def footprint(run: Run, mesh: MeshShape, *, platform: str) -> Footprint:
 
   numbers = compute_numbers(run.model, mesh, platform)
   state = state_bytes(run, mesh, platform=platform)
+  # Microbatches add the table's gradient up in float32; one alone has it as it is computed.
+  gradient = _FLOAT32 if run.num_microbatches > 1 else itemsize
   return Footprint(
     parameters=state.parameters,
     moments=state.moments,
     batch=4 * _FLOAT32 * tokens,
     gradients=state.gradients,
     activations=part_tokens * (saved + working),
-    # The table and its gradient in float32; of blocks, what is gathered and whole gradients.
-    weights=numbers.embedding * (itemsize + _FLOAT32) + _BLOCKS * numbers.largest_block * itemsize,
+    # The table and its gradient; of blocks, what is gathered and whole gradients.
+    weights=numbers.embedding * (itemsize + gradient) + _BLOCKS * numbers.largest_block * itemsize,
   )
 
 
@@ -116,6 +118,7 @@ def block_activations(run: Run, mesh: MeshShape, *, platform: str) -> tuple[Acti
       row_length=run.data.row_length,
       remat=run.model.remat,
       tensor=mesh.tensor,
+      sequence=mesh.sequence,
       itemsize=_BYTES[run.model.dtype],
       kernels=kernels,
     )

@@ -47,17 +47,20 @@ def layout_of(run: Run, num_devices: int) -> Layout:
   )
 
 
-def _layout(fsdp: int, tensor: int, zero_stage: Stage, remat: Remat, parts: int) -> Layout:
+def _layout(
+  fsdp: int, tensor: int, zero_stage: Stage, remat: Remat, parts: int, *, sequence: int = 1
+) -> Layout:
   return Layout(
-    mesh=MeshShape(fsdp=fsdp, tensor=tensor),
+    mesh=MeshShape(fsdp=fsdp, sequence=sequence, tensor=tensor),
     zero_stage=zero_stage,
     remat=remat,
     num_microbatches=parts,
   )
 
 
-# By chips and size (the last word of a preset's name): fsdp, tensor, ZeRO stage, remat,
-# microbatches.
+# Families whose presets of a size have the same layout.
+_FAMILIES = ("griffin", "hawk", "transformer", "recurrentgemma")
+# By chips and size, or a preset's whole name: fsdp, tensor, ZeRO stage, remat, microbatches.
 RECOMMENDED: dict[str, dict[str, Layout]] = {
   "v5e-256": {
     "100m": _layout(128, 2, 3, "none", 1),
@@ -69,6 +72,7 @@ RECOMMENDED: dict[str, dict[str, Layout]] = {
     "14b": _layout(256, 1, 3, "block", 2),
     "2b": _layout(128, 2, 3, "matmuls", 1),
     "9b": _layout(128, 2, 3, "block", 2),
+    "long-row-1b": _layout(4, 1, 3, "block", 1, sequence=64),
   },
   "v5p-128": {
     "100m": _layout(128, 1, 3, "none", 1),
@@ -80,6 +84,7 @@ RECOMMENDED: dict[str, dict[str, Layout]] = {
     "14b": _layout(128, 1, 3, "matmuls", 2),
     "2b": _layout(128, 1, 3, "none", 1),
     "9b": _layout(128, 1, 3, "none", 2),
+    "long-row-1b": _layout(4, 1, 3, "block", 1, sequence=32),
   },
   "h100-8": {
     "100m": _layout(8, 1, 3, "none", 1),
@@ -97,5 +102,6 @@ RECOMMENDED: dict[str, dict[str, Layout]] = {
 
 def recommended(run: Run, *, chip: str, num_chips: int) -> Layout | None:
   """The layout of the table for a preset on `num_chips` chips; None where it has none."""
-  size = run.name.rpartition("-")[2]
-  return RECOMMENDED.get(f"{chip}-{num_chips}", {}).get(size)
+  family, _, size = run.name.rpartition("-")
+  key = size if family in _FAMILIES else run.name
+  return RECOMMENDED.get(f"{chip}-{num_chips}", {}).get(key)

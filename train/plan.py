@@ -18,7 +18,7 @@ from models.flops import Flops, flops_per_token
 from models.layers import attention
 from sharding import collectives as compiled_collectives
 from sharding.machine import Machine
-from sharding.mesh import AXES, MeshShape
+from sharding.mesh import AXES, MeshShape, check_slices
 from sharding.topology import Chip
 from train import program as programs
 from train.compiled_cost import ProgramCost, program_cost
@@ -271,11 +271,8 @@ def _plan(
 
 def _check(run: Run, mesh: MeshShape, machine: Machine) -> None:
   """Raises where building the run on a real mesh would."""
-  if machine.chip.platform == "tpu" and mesh.data % machine.num_islands:
-    raise ValueError(
-      f"MeshShape: data {mesh.data} is not divisible by the number of slices "
-      f"{machine.num_islands}; slices lie over data"
-    )
+  if machine.chip.platform == "tpu":
+    check_slices(mesh, machine.num_islands)
   programs.check_fits(run, mesh.abstract)
 
 

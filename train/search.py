@@ -18,8 +18,11 @@ from train.layouts import REMATS, STAGES, Layout, layout_of
 from train.roofline import Roofline, roofline
 from train.traffic import collectives, executed_flops, hbm_bytes
 
-# The memory model is off by less than this (docs/plans.jsonl): what leaves more fits for sure.
+# The memory model is short by less than this (docs/plans.jsonl): what leaves more fits for sure.
 SAFE_MARGIN = 0.15
+# Shorter rows lie whole on a device; a shard of a longer one has at least so many tokens.
+_LONG_ROW = 32_768
+_SHARD_TOKENS = 4096
 # A longer row of tensor shards is never worth its all-reduces of activations.
 _MAX_TENSOR = 16
 
@@ -51,7 +54,8 @@ def search(run: Run, machine: Machine) -> list[Candidate]:
 def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
   """Every layout of so many devices, whether or not it divides the run."""
   rows = run.batch_size
-  for mesh in _meshes(machine, sequence=max(1, run.mesh.sequence)):
+  shards = _row_shards(run, machine)
+  for mesh in (mesh for number in shards for mesh in _meshes(machine, sequence=number)):
     shards = mesh.data * mesh.fsdp
     if rows % shards:
       continue
@@ -114,8 +118,17 @@ def _difference(now: Layout, then: Layout) -> list[str]:
   return found
 
 
+def _row_shards(run: Run, machine: Machine) -> list[int]:
+  """Over how many devices a row may lie: long ones over any number, others as the run has it."""
+  length = run.data.row_length
+  if length < _LONG_ROW:
+    return [max(1, run.mesh.sequence)]
+  numbers = _divisors(machine.island_devices)
+  return [one for one in numbers if length % one == 0 and one * _SHARD_TOKENS <= length]
+
+
 def _meshes(machine: Machine, *, sequence: int) -> Iterator[MeshShape]:
-  """Every mesh of so many devices whose slices lie over data; rows stay split as they are."""
+  """Every mesh of so many devices with that axis sequence, whose slices lie over data."""
   if machine.num_devices % sequence:
     return
   devices = machine.num_devices // sequence

@@ -27,8 +27,10 @@ def init_state(key: jax.Array, *, model: Model, tx: GradientTransformation) -> T
 
 
 def abstract_state(model: Model, tx: GradientTransformation) -> TrainState:
-  """Shapes and dtypes of the state; nothing is allocated."""
-  return jax.eval_shape(lambda key: init_state(key, model=model, tx=tx), jax.random.key(0))
+  """Shapes and dtypes of the state; nothing is allocated, and the model is not built again."""
+  moments = jax.eval_shape(tx.init, model.shapes)
+  step = cast(Any, jax.ShapeDtypeStruct((), jnp.int32))
+  return TrainState(step, model.shapes, moments)
 
 
 def state_shardings(model: Model, *, mesh: jax.sharding.Mesh, rules: Rules) -> TrainState:

@@ -5,13 +5,17 @@ sharding/collectives.py reads from a compiled program. `executed_flops`: with wh
 again. Terms are written out where they are added up; activations are train/activations.py's.
 """
 
+import itertools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from kernels.local_attention import splash_tpu
 from models.flops import Flops, visible_keys
-from models.layers import attention
+from models.layers import attention, rg_lru
 from sharding.machine import Machine, positions
 from sharding.mesh import MeshShape
+from train.activations import UNFUSED_SCANS
 from train.config import Run
 from train.footprint import (
   block_activations,
@@ -23,7 +27,7 @@ from train.footprint import (
 from train.roofline import Executed, Transfer, transfer
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_FLOAT32 = 4
+_FLOAT32 = _INT32 = 4
 # Logits are made twice, forward and again in the backward pass, a chunk of the vocabulary at a
 # time; a chunk's float32 logits are written, and read for the sum and for the product.
 _LOGIT_PASSES = 6
@@ -131,6 +135,8 @@ def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, 
     axes = tuple(axis for axis in axes if getattr(mesh, axis) > 1)
     if axes:
       group = positions(mesh, axes).tolist()
+      if kind == "collective-permute":
+        group = max(itertools.pairwise(group), key=machine.islands)
       found.append(
         transfer(kind, axes, group, times=times, num_bytes=num_bytes, machine=machine, mesh=mesh)
       )
@@ -150,4 +156,81 @@ def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, 
   # is computed again, and behind the embedding.
   times = 4 + (run.model.remat == "block")
   add("all-reduce", ("tensor",), parts * (times * blocks + 1), (times * blocks + 1) * stream)
+  for sent in _between_shards(run, mesh, platform) if mesh.sequence > 1 else ():
+    add(sent.kind, ("sequence",), sent.times, sent.bytes)
   return tuple(found)
+
+
+class _Sent(NamedTuple):
+  """Equal collectives of one step: how many, and the bytes of all of them."""
+
+  kind: str
+  times: int
+  bytes: float
+
+
+def _between_shards(run: Run, mesh: MeshShape, platform: str) -> Iterator[_Sent]:
+  """What the shards of a row tell each other, one line for each kind."""
+  rows = run.batch_size / (mesh.data * mesh.fsdp)
+  time = run.data.row_length // mesh.sequence
+  # Documents are numbered once for all layers: the last id, how many begin and where the last does.
+  found = [
+    _Sent("collective-permute", 1, rows * _INT32),
+    _Sent("all-gather", 1, mesh.sequence * 2 * rows * _INT32),
+  ]
+  is_fused = resolved_kernels(run.model, platform).rg_lru not in UNFUSED_SCANS
+  for mixer in dict.fromkeys(block.mixer for block in run.model.blocks):
+    match mixer:
+      case rg_lru.Config():
+        once, each = _recurrence_sends(run, mesh, mixer, rows=rows, is_fused=is_fused)
+      case attention.Config():
+        once, each = _attention_sends(run, mesh, mixer, rows=rows, time=time)
+      case _:
+        raise TypeError(f"traffic: no rule for the mixer {type(mixer).__qualname__}")
+    number = sum(block.mixer == mixer for block in run.model.blocks)
+    found += once
+    found += [_Sent(one.kind, number * one.times, number * one.bytes) for one in each]
+  for kind in ("all-gather", "reduce-scatter", "collective-permute"):
+    of_kind = [one for one in found if one.kind == kind]
+    if of_kind:
+      times = sum(one.times for one in of_kind)
+      yield _Sent(kind, run.num_microbatches * times, sum(one.bytes for one in of_kind))
+
+
+def _recurrence_sends(
+  run: Run, mesh: MeshShape, mixer: rg_lru.Config, *, rows: float, is_fused: bool
+) -> tuple[list[_Sent], list[_Sent]]:
+  """Once for all layers, documents that the convolution asks for; of each: every shard's product of
+  decays and last state for a scan, the convolution's halo, and unfused the decay that a gradient
+  meets between shards."""
+  width, taps = mixer.rnn_width / mesh.tensor, mixer.conv_taps - 1
+  # Forward and backward; again, unless states are kept. The convolution is never kept.
+  scans = 2 if run.model.remat == "none" else 3
+  pairs = mesh.sequence * 2 * rows * width * _FLOAT32
+  conv = rows * taps * width * _BYTES[run.model.dtype]
+  each = [
+    _Sent("all-gather", scans, scans * pairs),
+    _Sent("collective-permute", 3, 3 * conv),
+  ]
+  if not is_fused:
+    each.append(_Sent("collective-permute", 1, rows * width * _FLOAT32))
+  return [_Sent("collective-permute", 1, rows * taps * _INT32)], each
+
+
+def _attention_sends(
+  run: Run, mesh: MeshShape, mixer: attention.Config, *, rows: float, time: int
+) -> tuple[list[_Sent], list[_Sent]]:
+  """Documents once, and of each layer keys and values: forward, again, and their gradients."""
+  size = mixer.head_size * _BYTES[run.model.dtype]
+  if mixer.window is None:
+    tokens = rows * run.data.row_length
+    return [_Sent("all-gather", 1, tokens * _INT32)], [
+      _Sent("all-gather", 4, 4 * tokens * size),
+      _Sent("reduce-scatter", 2, 2 * tokens * size),
+    ]
+  # From as many shards before as hold a window.
+  window = min(mixer.window, (mesh.sequence - 1) * time)
+  shards = math.ceil(window / time)
+  return [_Sent("collective-permute", shards, rows * window * _INT32)], [
+    _Sent("collective-permute", 6 * shards, 6 * rows * window * size)
+  ]
