@@ -40,6 +40,7 @@ def test_a_misspelt_field_is_refused_with_a_suggestion(commands, tmp_path):
     ("--config.model.pattern[0].mixer.rnn_width=33", ["rnn_width 33", "num_gate_blocks 16"]),
     ("--config.mesh.tensor=0", ["tensor 0", "at least 1"]),
     ("--config.model.remat=some", ["remat 'some'", "matmuls"]),
+    ("--config.xla_flags.set=xla_a=1,fast", ["'fast' of set", "xla_NAME=VALUE"]),
     ("--config=tests/no_such_file.py", ["no file", "tests/no_such_file.py"]),
     ("--config=tests/tolerances.py", ["no function get_config"]),
     ("--config=configs/griffin.py:2b", ["size '2b'", "14b"]),
