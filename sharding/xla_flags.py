@@ -40,6 +40,8 @@ _FUSION_EMITTERS = Flag(
 )
 
 # By the key of sharding/topology.py, and "cpu". Releases after jax 0.10 have no older emitters.
+# TPUs and GPUs have none: what their maintainers recommend changed nothing in the compiled step, or
+# made it worse (docs/benchmarks.md, "XLA flags that were tried").
 TABLE: dict[str, tuple[Flag, ...]] = {
   "cpu": (
     (_OPTIMIZATION_LEVEL, _FUSION_EMITTERS)
