@@ -3,11 +3,11 @@
 Compiles the real training step for the real chip on any machine, and tells for each device what
 memory it needs, what it sends over which axis, what bounds its speed and what the run costs.
 
-  --topology=v5e:16x16 [--slices=2]   a TPU slice, or several
+  --topology=v5e:16x16 [--slices=2]   a TPU slice, or several; h100:8 are eight GPUs
   --mesh=data=2,fsdp=-1,tensor=4      instead of the config's; axes not named are 1, -1 is the rest
   --chip=v5e --chips=256              the standard slice of that many chips; searches, unless the
                                       command sets a mesh
-  --chip=h100 --chips=8               GPUs: by the model; it compiles for TPU only
+  --chip=h100 --chips=8               GPUs: compiled if the cuda extra is installed
   --search                            meshes, ZeRO stages, remat, microbatches, by the model
   --compile=3                         how many plans to compile: the best of a search; 0 for none
   --json=PATH --html=PATH             for programs (.jsonl: a line is added), and as a page
@@ -39,7 +39,7 @@ from train.layouts import Layout, layout_of, recommended
 from train.plan import Plan
 from train.search import Candidate, advice, search
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice: v5e:16x16, v5p:8x8x8, ...")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:8x8x8, h100:8, ...")
 _CHIP = flags.DEFINE_string("chip", None, "v3, v4, v5e, v5p, v6e, h100, h200, a100-80gb, b200, ...")
 _CHIPS = flags.DEFINE_integer("chips", None, "Chips in all, with --chip.", lower_bound=1)
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
@@ -114,7 +114,7 @@ def _on_mesh(run: Run, mesh: str, overridden: dict[str, tuple[Any, Any]], *, sea
 
 
 def _planned(run: Run, machine: Machine, compiles: bool) -> Plan:
-  if compiles and machine.is_compilable:
+  if compiles and machine.uncompilable is None:
     return plans.compiled(run, machine)
   return plans.modelled(run, machine)
 

@@ -68,9 +68,9 @@ def source(plan: Plan) -> str:
       f"compiled for {plan.chip.name} in {plan.compile_seconds:.0f} s; the memory model alone "
       f"would have said {plan.model_error:+.0%}"
     )
-  if plan.machine.is_compilable:
+  if plan.machine.uncompilable is None:
     return "by the model; not compiled"
-  return "by the model; not compiled: this planner compiles for TPU only"
+  return f"by the model; not compiled: {plan.machine.uncompilable}"
 
 
 def mesh_words(plan: Plan) -> str:
@@ -129,6 +129,8 @@ def header(plan: Plan) -> Iterable[str]:
   )
   kernels = ", ".join(f"{name} {which}" for name, which in plan.kernels.items() if which != "none")
   yield f"  kernels: {kernels}"
+  flags = ", ".join(f"{name}={value}" for name, value in plan.xla_flags.items()) or "none"
+  yield f"  XLA flags: {flags}"
   yield f"  {source(plan)}"
 
 

@@ -6,6 +6,7 @@ over them in that order, so that its slowest axis, `data`, is the one that cross
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from jax.experimental import topologies
 
+from sharding import gpu_targets
 from sharding.mesh import AXES, MeshShape
 from sharding.topology import Chip, chip_named
 
@@ -29,6 +31,8 @@ _SLICES = {
   "v5p": _SLICES_3D,
   "v6e": _SLICES_2D,
 }
+# What compiles for CUDA, without a GPU too.
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # Devices of a chip: the two cores of a v3 are two devices.
 _CORES = {"v3": 2}
 
@@ -55,9 +59,15 @@ class Machine:
     return self.num_islands * math.prod(self.torus)
 
   @property
-  def is_compilable(self) -> bool:
-    """Whether we compile for it: libtpu needs no TPU; CUDA without a GPU is untried."""
-    return self.chip.platform == "tpu"
+  def uncompilable(self) -> str | None:
+    """Why nothing can be compiled for it here; None where it can, which needs no such chip."""
+    if self.chip.platform == "tpu":
+      return None
+    if self.chip.key not in gpu_targets.TARGETS:
+      return f"there is no description of {self.chip.name} for the compiler"
+    if not any(importlib.util.find_spec(name) for name in _CUDA_PLUGINS):
+      return "install the cuda extra to compile: pip install 'jax[cuda13]'"
+    return None
 
   def __str__(self) -> str:
     if self.chip.platform == "gpu":
@@ -66,7 +76,16 @@ class Machine:
     return f"{slices}{self.chip.key}:{'x'.join(map(str, self.torus))}"
 
   def devices(self) -> Sequence[Any]:
-    """The devices as the compiler knows them; none of them is here."""
+    """The devices as the compiler knows them; none of them is here. ValueError without it."""
+    if self.uncompilable is not None:
+      raise ValueError(f"{self}: {self.uncompilable}")
+    if self.chip.platform == "gpu":
+      return topologies.get_topology_desc(
+        platform="cuda",
+        target_config=gpu_targets.TARGETS[self.chip.key],
+        # Domains of NVLink x hosts x devices of a host.
+        topology=f"1x{self.num_islands}x{self.island_devices}",
+      ).devices
     # What libtpu reads when it is loaded: it must neither ask a metadata server which machine this
     # is, nor refuse because another process compiles as well.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -124,13 +143,15 @@ class Machine:
 
 
 def of_topology(name: str, *, num_slices: int = 1) -> Machine:
-  """The machine of "v5e:16x16" or "v5p:8x8x8"."""
-  match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+  """The machine of "v5e:16x16", "v5p:8x8x8" or "h100:8": eight GPUs, in whole nodes."""
+  match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name)
   if match is None:
-    raise ValueError(f"topology {name!r} is not CHIP:SIZE, as v5e:16x16 or v5p:8x8x8")
+    raise ValueError(f"topology {name!r} is not CHIP:SIZE, as v5e:16x16, v5p:8x8x8 or h100:8")
   chip = chip_named(match[1])
-  if chip.platform != "tpu":
-    raise ValueError(f"topology {name!r}: {chip.name} has no torus; give --chip and --chips")
+  if chip.platform == "gpu":
+    if "x" in match[2]:
+      raise ValueError(f"topology {name!r}: {chip.name} has no torus; h100:16 are 16 in two nodes")
+    return of_chips(chip.key, int(match[2]), num_slices=num_slices)
   torus = tuple(int(size) for size in match[2].split("x"))
   if len(torus) != chip.links // 2:
     raise ValueError(

@@ -25,16 +25,15 @@ ONE = MeshShape(fsdp=8)
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once():
   """A program that a test before has compiled is not compiled again, and none is optimised."""
-  compile_step, compiled = programs.compile_step, {}
+  compiled = {}
 
   def once(program, lowered):
     text = lowered.as_text()
     if text not in compiled:
-      compiled[text] = compile_step(program, lowered)
+      compiled[text] = lowered.compile()
     return compiled[text]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, "_COMPILER_OPTIONS", {})
     patch.setattr(programs, "compile_step", once)
     yield
 

@@ -1,10 +1,14 @@
 """Machines that are not here: their sizes, their links, and what a mesh gets of them."""
 
+import re
+
 import numpy as np
 import pytest
 
+from sharding import gpu_targets
 from sharding import machine as machines
 from sharding.mesh import MeshShape, make_mesh
+from sharding.topology import chip_named, chip_of
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,7 @@ from sharding.mesh import MeshShape, make_mesh
     (machines.of_chips("v5e", 512, num_slices=2), 512, 512, "2 slices of v5e:16x16"),
     (machines.of_chips("h100", 16), 16, 16, "16 x H100 SXM"),
     (machines.of_chips("h100", 4), 4, 4, "4 x H100 SXM"),
+    (machines.of_topology("a100-80gb:8"), 8, 8, "8 x A100 SXM 80GB"),
   ],
 )
 def test_a_machine_has_this_many_chips(machine, chips, devices, words):
@@ -28,7 +33,7 @@ def test_a_machine_has_this_many_chips(machine, chips, devices, words):
   [
     (lambda: machines.of_topology("v5e-16"), "is not CHIP:SIZE"),
     (lambda: machines.of_topology("v5e:4x4x4"), "a torus of 2 dimensions"),
-    (lambda: machines.of_topology("h100:8"), "has no torus"),
+    (lambda: machines.of_topology("h100:2x8"), "has no torus; h100:16 are 16 in two nodes"),
     (lambda: machines.of_topology("v9:4x4"), "chip 'v9' is none of"),
     (lambda: machines.of_chips("v5e", 100), "100 chips in 1 slice.* no standard size"),
     (lambda: machines.of_chips("h100", 12), "are not whole nodes of 8"),
@@ -90,3 +95,25 @@ def test_a_mesh_is_laid_over_the_torus_and_slices_over_data(machine, shape):
     for position in range(machine.num_devices)
   ]
   assert slices == expected
+
+
+def test_what_cannot_be_compiled_for_says_why(monkeypatch):
+  monkeypatch.setattr(machines, "_CUDA_PLUGINS", ("no_such_plugin",))
+  h100 = machines.of_topology("h100:8")
+  assert h100.uncompilable == "install the cuda extra to compile: pip install 'jax[cuda13]'"
+  with pytest.raises(ValueError, match="8 x H100 SXM: install the cuda extra"):
+    h100.devices()
+  unknown = machines.of_topology("b200:8")
+  assert unknown.uncompilable == "there is no description of B200 for the compiler"
+  assert machines.of_topology("v5e:4x4").uncompilable is None
+
+
+def test_every_gpu_that_is_described_to_the_compiler_is_a_chip():
+  for key, target in gpu_targets.TARGETS.items():
+    chip = chip_named(key)
+    name = re.search(r'device_description_str: "(.*)"', target)[1]
+    assert chip_of(name) == chip
+    memory = int(re.search(r"device_memory_size: (\d+)", target)[1])
+    assert memory == pytest.approx(chip.hbm_bytes, rel=0.08)
+    bandwidth = int(re.search(r"memory_bandwidth: (\d+)", target)[1])
+    assert bandwidth == pytest.approx(chip.hbm_bytes_per_second, rel=0.001)

@@ -43,6 +43,7 @@ def test_a_misspelt_field_is_refused_with_a_suggestion(commands, tmp_path):
     ("--config.model.remat=some", ["remat 'some'", "matmuls"]),
     ("--config.optimizer=x", ["optimizer is a AdamW", "--config.optimizer.peak_lr"]),
     ("--config.batch_size=None", ["'None'"]),
+    ("--config.xla_flags.set=xla_a=1,fast", ["'fast' of set", "xla_NAME=VALUE"]),
     ("--config=tests/no_such_file.py", ["no file", "tests/no_such_file.py"]),
     ("--config=tests/tolerances.py", ["no function get_config"]),
     ("--config=configs/griffin.py:2b", ["size '2b'", "14b"]),

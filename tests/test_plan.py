@@ -270,3 +270,12 @@ def test_the_exit_status_says_whether_it_fits(arguments, status, words, tmp_path
     assert record["fits"] is (status == 0)
     assert record["command"].startswith("python -m launch.plan --config=configs/griffin.py:100m")
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
+
+
+def test_gpus_are_modelled_where_nothing_compiles_for_them_and_the_plan_says_why(monkeypatch):
+  monkeypatch.setattr(machines, "_CUDA_PLUGINS", ("no_such_plugin",))
+  plan = plans.modelled(
+    dataclasses.replace(_small(), mesh=MeshShape(fsdp=8)), machines.of_topology("h100:8")
+  )
+  lines = plan_lines(plan, mfu=None, price=None)
+  assert "  by the model; not compiled: install the cuda extra to compile: " in "\n".join(lines)

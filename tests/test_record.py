@@ -12,6 +12,7 @@ from data.vocabulary import VocabularyRecord
 from kernels import linear_scan
 from models import decoder
 from models.griffin import griffin
+from sharding import xla_flags
 from sharding.mesh import MeshShape
 from train.checkpoint import CheckpointConfig
 from train.config import Run
@@ -110,6 +111,16 @@ def test_the_kernel_may_change_and_the_rest_of_a_block_may_not(store):
   assert compare_records(_record(run), _record(with_mixers(scan=used))) == []
   with pytest.raises(ValueError, match=r"model.pattern\[0\].mixer.decay_init is 'paper' in the"):
     compare_records(_record(run), _record(with_mixers(decay_init="recurrentgemma")))
+
+
+def test_xla_flags_are_recorded_as_programs_are_compiled_with_them_and_may_change(store):
+  run = _run(store)
+  record = _record(run)
+  (flag, *_) = xla_flags.TABLE["cpu"]
+  assert record["identity"][f"xla_flags.{flag.name}"] == flag.value
+  without = dataclasses.replace(run, xla_flags=xla_flags.XlaFlags(drop=flag.name))
+  changes = compare_records(record, _record(without))
+  assert f"xla_flags.{flag.name}: {flag.value!r} -> '(not there)'" in changes
 
 
 CHANGES = {

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from data.pipeline import DataConfig
 from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape
+from sharding.xla_flags import XlaFlags
 from train.bad_steps import BadStepPolicy
 from train.checkpoint import CheckpointConfig
 from train.metrics import MetricsConfig
@@ -39,6 +40,7 @@ class Run:
   statistics: StatisticsConfig = StatisticsConfig()
   bad_steps: BadStepPolicy = BadStepPolicy()
   watchdog: WatchdogConfig = WatchdogConfig()
+  xla_flags: XlaFlags = XlaFlags()
 
   def __post_init__(self):
     for name in ("batch_size", "total_steps", "num_microbatches", "eval_every"):

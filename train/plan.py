@@ -73,6 +73,7 @@ class Plan:
   machine: Machine
   mesh: MeshShape
   kernels: dict[str, str]
+  xla_flags: dict[str, bool | int | str]
   parameters: int
   memory: Memory
   collectives: tuple[Transfer, ...]
@@ -141,6 +142,7 @@ class Plan:
       "row_length": self.run.data.row_length,
       "parameters": self.parameters,
       "kernels": self.kernels,
+      "xla_flags": self.xla_flags,
       "compiled": self.is_compiled,
       "compile_seconds": self.compile_seconds,
       "jax": jax.__version__,
@@ -251,6 +253,7 @@ def _plan(
     machine=machine,
     mesh=mesh,
     kernels=dict(resolved_kernels(run.model, platform)._asdict()),
+    xla_flags=run.xla_flags.resolved(machine.chip.key),
     parameters=sum(math.prod(leaf.shape) for leaf in leaves(run.model, platform)),
     memory=memory,
     collectives=sent,

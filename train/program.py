@@ -1,5 +1,6 @@
 """A run laid out on a mesh: its model, optimizer and layouts, and the steps compiled for them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from kernels import dispatch
 from models import decoder
 from models.decoder import DecoderConfig, Model
 from models.layers import attention, rg_lru
-from sharding import logical
+from sharding import logical, xla_flags
 from sharding import rules as tables
 from sharding.logical import Rules
 from sharding.mesh import RowShare, make_mesh, row_share
@@ -25,13 +26,6 @@ from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.statistics import statistics_step
 from train.step import Limits, eval_step, train_step
 
-# A CPU step is matrix products, which are a library's: at level 1 LLVM compiles the rest in three
-# quarters of the time, and the step takes as long as at level 3 (docs/benchmarks.md).
-_CPU_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
-if jax.__version_info__ < (0, 11):
-  # The older emitters take 0.6 of the time, for steps 5% slower; later releases have no others.
-  _CPU_OPTIONS["xla_cpu_use_fusion_emitters"] = False
-_COMPILER_OPTIONS = {"cpu": _CPU_OPTIONS}
 ZERO_STAGES = {1: tables.ZERO1, 2: tables.ZERO2, 3: tables.ZERO3}
 
 
@@ -46,18 +40,22 @@ class Program(NamedTuple):
   shardings: TrainState
   abstract: TrainState  # ShapeDtypeStructs with their shardings
   platform: str  # of the mesh's devices, which need not be here: "cpu", "gpu" or "tpu"
+  flags: dict[str, xla_flags.Value]  # XLA flags: what every step of it is compiled with
 
 
 def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
   """The run on a mesh over `devices` (all there are); ValueError if it does not fit that mesh.
 
-  Devices of a machine that is not here (sharding/machine.py) will do: kernels, and the options of
-  the compiler, are those of their platform.
+  Devices of a machine that is not here (sharding/machine.py) will do: kernels are those of their
+  platform, XLA flags those of their chip.
   """
   mesh = make_mesh(run.mesh, devices=devices)
   check_fits(run, mesh)
   table = ZERO_STAGES[run.zero_stage]
-  platform = mesh.devices.flat[0].platform
+  device = mesh.devices.flat[0]
+  platform, chip = device.platform, xla_flags.key_of(device.device_kind)
+  flags = run.xla_flags.resolved(chip)
+  xla_flags.log_once(chip, tuple(flags.items()))
   with dispatch.targeting(platform):
     model = decoder.build(run.model)
   tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
@@ -67,7 +65,7 @@ def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
     abstract_state(model, tx),
     shardings,
   )
-  return Program(run, mesh, table, model, tx, shardings, abstract, platform)
+  return Program(run, mesh, table, model, tx, shardings, abstract, platform, flags)
 
 
 def initialize(program: Program) -> TrainState:
@@ -105,8 +103,17 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
 
 
 def compile_step(program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """A lowered step of `program`, compiled with the options of its platform."""
-  return lowered.compile(_COMPILER_OPTIONS.get(program.platform))
+  """A lowered step of `program`, compiled with its flags; ValueError for one that XLA has not."""
+  try:
+    return lowered.compile(dict(program.flags))
+  except jax.errors.JaxRuntimeError as error:
+    unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+    if unknown is None:
+      raise
+    raise ValueError(
+      f"XlaFlags: this compiler for {program.platform} has no flag {unknown[1]}; leave it out of "
+      "xla_flags.set, or add it to xla_flags.drop"
+    ) from error
 
 
 def lower_eval_step(program: Program) -> jax.stages.Lowered:

@@ -13,6 +13,7 @@ import jax
 from data.token_store import read_manifest
 from kernels import local_attention, rg_lru
 from models.decoder import Model
+from sharding import xla_flags
 from train.config import Run
 
 # Paths of settings that leave the model and its batches as they are. All others may not change.
@@ -30,6 +31,7 @@ MAY_CHANGE = (
   "statistics*",
   "bad_steps*",
   "watchdog*",
+  "xla_flags*",
   "model.remat",
   "model.layers",
   "model.*.scan",
@@ -47,8 +49,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "grain", "numpy", "optax", "orbax-checkpoi
 def run_record(run: Run, model: Model) -> dict[str, Any]:
   """What has to be known to repeat or continue `run`: plain values, as JSON gives them back.
 
-  identity: path -> value of every setting; kernels by the name of what runs, token stores by their
-  content and not by where they lie.
+  identity: path -> value of every setting; kernels by the name of what runs, XLA flags as they are
+  for the devices at hand, token stores by their content and not by where they lie.
   versions and devices are for people.
   """
   identity = {
@@ -61,6 +63,9 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
     elif path.endswith(".mixer.implementation"):
       head_size = identity[path.removesuffix("implementation") + "head_size"]
       identity[path] = local_attention.resolve(value, head_size=head_size)
+  device_kind = jax.devices()[0].device_kind
+  for name, value in run.xla_flags.resolved(xla_flags.key_of(device_kind)).items():
+    identity[f"xla_flags.{name}"] = value
   for index, (path, weight) in enumerate(run.data.sources):
     manifest = read_manifest(path)
     identity[f"data.sources[{index}].weight"] = weight
@@ -76,7 +81,7 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
       **{name: importlib.metadata.version(name) for name in _PACKAGES},
     },
     "devices": {
-      "kind": jax.devices()[0].device_kind,
+      "kind": device_kind,
       "count": jax.device_count(),
       "processes": jax.process_count(),
     },
