@@ -76,7 +76,7 @@ def with_fused_kernels(run: Run, platform: str) -> Run:
   """`run` with the kernels that are the default on a TPU, and by name only on a GPU."""
   if platform != "gpu":
     return run
-  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu").of(run.model))
+  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu", "einsum").of(run.model))
 
 
 def picture(results: list[dict[str, Any]], title: str) -> str:

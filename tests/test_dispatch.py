@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kernels import dispatch, linear_scan, local_attention, rg_lru
+from kernels import block_diagonal, dispatch, linear_scan, local_attention, rg_lru
 
 _AVAILABLE = ("a", "b")
 
@@ -43,10 +43,18 @@ def test_a_decision_is_logged_once(caplog):
 
 @pytest.mark.parametrize(
   ("kernel", "arguments"),
-  [(linear_scan, {}), (rg_lru, {}), (local_attention, {"head_size": 128})],
+  [(linear_scan, {}), (rg_lru, {}), (block_diagonal, {}), (local_attention, {"head_size": 128})],
 )
 def test_every_default_is_an_implementation(kernel, arguments):
   assert set(kernel._DEFAULTS) == {"cpu", "gpu", "tpu"}
   assert set(kernel._DEFAULTS.values()) <= set(kernel.IMPLEMENTATIONS)
   for name in kernel.IMPLEMENTATIONS:
     assert kernel.resolve(name, **arguments) == name
+
+
+@pytest.mark.parametrize(
+  ("kind", "expected"), [("TPU v3", "einsum"), ("TPU v4", "pallas_tpu"), ("", "pallas_tpu")]
+)
+def test_gates_on_old_tpus_are_xlas(kind, expected):
+  with dispatch.targeting("tpu", device_kind=kind):
+    assert block_diagonal.resolve("auto") == expected

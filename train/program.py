@@ -57,8 +57,9 @@ def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
   mesh = make_mesh(run.mesh, devices=devices)
   check_fits(run, mesh)
   table = ZERO_STAGES[run.zero_stage]
-  platform = mesh.devices.flat[0].platform
-  with dispatch.targeting(platform):
+  device = mesh.devices.flat[0]
+  platform = device.platform
+  with dispatch.targeting(platform, device_kind=device.device_kind):
     model = decoder.build(run.model)
   tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
   shardings = state_shardings(model, mesh=mesh, rules=table)
@@ -196,7 +197,9 @@ def _replicated(mesh: Mesh) -> NamedSharding:
 @contextmanager
 def _placed(program: Program) -> Iterator[None]:
   """Within it, models are traced for the program's mesh and platform."""
-  with dispatch.targeting(program.platform), logical.placement(program.mesh, program.rules):
+  kind = program.mesh.devices.flat[0].device_kind
+  placed = logical.placement(program.mesh, program.rules)
+  with dispatch.targeting(program.platform, device_kind=kind), placed:
     yield
 
 
