@@ -12,13 +12,16 @@ from contextvars import ContextVar
 import jax
 from absl import logging
 
-_target: ContextVar[str | None] = ContextVar("target_platform", default=None)
+_target: ContextVar[tuple[str, str] | None] = ContextVar("target", default=None)
 
 
 @contextmanager
-def targeting(platform: str) -> Iterator[None]:
-  """Within it, "auto" stands for the default of `platform` ("cpu", "gpu", "tpu")."""
-  token = _target.set(platform)
+def targeting(platform: str, *, device_kind: str = "") -> Iterator[None]:
+  """Within it, "auto" stands for the default of `platform` ("cpu", "gpu", "tpu").
+
+  `device_kind` is what JAX calls its devices, "" if that is open: the newest are meant.
+  """
+  token = _target.set((platform, device_kind))
   try:
     yield
   finally:
@@ -27,7 +30,14 @@ def targeting(platform: str) -> Iterator[None]:
 
 def target_platform() -> str:
   """The platform that programs are made for: `targeting`'s, else this process's."""
-  return _target.get() or jax.default_backend()
+  target = _target.get()
+  return jax.default_backend() if target is None else target[0]
+
+
+def target_kind() -> str:
+  """What JAX calls the devices that programs are made for; "" where that is open."""
+  target = _target.get()
+  return jax.devices()[0].device_kind if target is None else target[1]
 
 
 def resolve(

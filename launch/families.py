@@ -38,4 +38,4 @@ def with_fused_kernels(run: Run, platform: str) -> Run:
   """`run` with the kernels that are the default on a TPU, and by name only on a GPU."""
   if platform != "gpu":
     return run
-  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu").of(run.model))
+  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu", "einsum").of(run.model))

@@ -42,6 +42,7 @@ CONFIGS = {
   "recurrent_recurrentgemma_decay": _model(
     dataclasses.replace(RECURRENT, decay_init="recurrentgemma", num_gate_blocks=4, conv_taps=2)
   ),
+  "recurrent_gates_pallas_tpu": _model(dataclasses.replace(RECURRENT, gates="pallas_tpu")),
   "local_attention": _model(LOCAL),
   "global_attention": _model(GLOBAL),
   "hawk": _model(RECURRENT, num_blocks=3),
@@ -52,7 +53,13 @@ CONFIGS = {
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 # Sharding needs divisible sizes; these have them.
-SHARDED = ("recurrent", "local_attention", "global_attention", "griffin_with_remainder")
+SHARDED = (
+  "recurrent",
+  "recurrent_gates_pallas_tpu",
+  "local_attention",
+  "global_attention",
+  "griffin_with_remainder",
+)
 
 
 def _params(model, seed=0):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kernels import dispatch, linear_scan, local_attention, rg_lru
+from kernels import block_diagonal, dispatch, linear_scan, local_attention, rg_lru
 from models import decoder
 from tests import tiny
 from train.optimizer import decay_mask
@@ -47,7 +47,7 @@ def test_a_decision_is_logged_once(caplog):
 
 @pytest.mark.parametrize(
   ("kernel", "arguments"),
-  [(linear_scan, {}), (rg_lru, {}), (local_attention, {"head_size": 128})],
+  [(linear_scan, {}), (rg_lru, {}), (block_diagonal, {}), (local_attention, {"head_size": 128})],
 )
 def test_every_default_is_an_implementation(kernel, arguments):
   assert set(kernel._DEFAULTS) == {"cpu", "gpu", "tpu"}
@@ -67,3 +67,11 @@ def test_a_state_for_another_platform_asks_for_no_kernel_of_this_one(caplog, tmp
     state = abstract_state(model, tx)
   assert state.params == model.shapes
   assert not caplog.records
+
+
+@pytest.mark.parametrize(
+  ("kind", "expected"), [("TPU v3", "einsum"), ("TPU v4", "pallas_tpu"), ("", "pallas_tpu")]
+)
+def test_gates_on_old_tpus_are_xlas(kind, expected):
+  with dispatch.targeting("tpu", device_kind=kind):
+    assert block_diagonal.resolve("auto") == expected

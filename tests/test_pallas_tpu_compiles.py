@@ -3,21 +3,19 @@ one: that they compile, and what else the compiled program holds."""
 
 import functools
 import os
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kernels import rg_lru
+from kernels import block_diagonal, rg_lru
 from kernels.linear_scan import pallas_tpu as linear_pallas
 from kernels.rg_lru import pallas_tpu
 from models.layers import rg_lru as layer
-from models.layers import segments as segments_lib
+from models.layers import rg_lru_program
 
 # Read when the compiler is loaded, which the first topology does.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -73,37 +71,98 @@ def test_kernels_compile(topology, kernel):
     assert compiled.memory_analysis().temp_size_in_bytes < activation_bytes / 16
 
 
+# Two tiles of channels and a tail of tokens; a decoding step; on the chip with the least memory for
+# its kernels, the widest of the published sizes.
+_GATES = [(topology, (1, 100, 1280), 8) for topology in TOPOLOGIES[1:]]
+_GATES += [("v5e:2x2", (2, 1, 24), 4), ("v4:2x2x1", (1, 256, 5632), 16)]
+
+
+@pytest.mark.parametrize(("topology", "shape", "blocks"), _GATES, ids=str)
+def test_the_gates_products_compile(topology, shape, blocks):
+  """Not for v3, where they are XLA's (tests/test_dispatch.py)."""
+  size, layout = shape[-1] // blocks, SingleDeviceSharding(_devices(topology)[0])
+  x_BTR, w_GI2J, b_G2J = (
+    jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+    for shape, dtype in (
+      (shape, jnp.bfloat16),
+      ((blocks, size, 2, size), jnp.bfloat16),
+      ((blocks, 2, size), jnp.float32),
+    )
+  )
+
+  def both_ways(x_BTR, w_GI2J, b_G2J, dy):
+    gates = functools.partial(block_diagonal.products, implementation="pallas_tpu")
+    y, vjp = jax.vjp(gates, x_BTR, w_GI2J, b_G2J)
+    return y, vjp(dy)
+
+  program = jax.jit(both_ways).lower(x_BTR, w_GI2J, b_G2J, (x_BTR, x_BTR)).compile()
+  calls = [line for line in _entry(program.as_text()) if "custom-call(" in line]
+  for kernel in ("block_diagonal_forward", "block_diagonal_backward"):
+    assert sum(f"%{kernel}" in line and "tpu_custom_call" in line for line in calls) == 1
+
+
+_BATCH, _TIME, _RNN_WIDTH = 2, 1024, 640
+
+
+@functools.cache
+def _layer_program(topology, gates="pallas_tpu"):
+  config = layer.Config(rnn_width=_RNN_WIDTH, num_gate_blocks=4, scan="pallas_tpu", gates=gates)
+  program = rg_lru_program.compiled(
+    config, _devices(topology)[0], width=256, batch=_BATCH, time=_TIME, backward=True
+  )
+  return program.as_text()
+
+
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_a_layer_keeps_no_float32_activation(topology):
   """The gates are rounded by the product that makes them; the backward makes them again."""
-  batch, time, width, rnn_width = 2, 512, 256, 512
-  config = layer.Config(rnn_width=rnn_width, num_gate_blocks=4, scan="pallas_tpu")
-
-  def loss(params, x_BTD):
-    graph = nnx.split(nnx.eval_shape(lambda: config.build(width, num_blocks=1, rngs=nnx.Rngs(0))))[
-      0
-    ]
-    segments, _ = segments_lib.segments(
-      jnp.ones((batch, time), jnp.int32), segments_lib.initial_state(batch)
-    )
-    y_BTD, _ = nnx.merge(graph, params)(x_BTD, segments, None)
-    return jnp.sum(y_BTD.astype(jnp.float32) ** 2)
-
-  module = config.build(width, num_blocks=1, rngs=nnx.Rngs(0))
-  sharding = SingleDeviceSharding(_devices(topology)[0])
-  params, x_BTD = jax.tree.map(
-    lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=sharding),
-    (nnx.state(module, nnx.Param), jnp.zeros((batch, time, width), jnp.bfloat16)),
-  )
-  text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x_BTD).compile().as_text()
-  size = batch * time * rnn_width
+  size = 4 * _BATCH * _TIME * _RNN_WIDTH
   kept = []
-  for line in _entry(text):
-    result = line.split(" = ")[-1].split("(", 1)[0] if " = (" not in line else line
-    for dimensions in re.findall(r"f32\[([\d,]+)\]", result.split(" custom-call")[0]):
-      if np.prod(list(map(int, dimensions.split(",")))) >= size:
-        kept.append(line.strip()[:200])
+  for one in rg_lru_program.instructions(_layer_program(topology)):
+    if "f32[" in one.result and max(one.result_bytes) >= size:
+      kept.append(one.line.strip()[:200])
   assert not kept, "\n".join(kept)
+
+
+# What passes an array on as it lies; a copy between memories has a start and an end, and one
+# between layouts has neither.
+_PASSES_ON = ("bitcast", "get-tuple-element", "copy-start", "copy-done", "opt-barrier")
+
+
+def _made_by(text, kernel):
+  """For each operand of the kernel, the name of what computed it."""
+  found = {one.name: one for one in rg_lru_program.instructions(text)}
+  (call,) = [one for name, one in found.items() if name.startswith(f"%{kernel}")]
+
+  def maker(name):
+    one = found[name]
+    return maker(one.operands[0]) if one.opcode in _PASSES_ON else name
+
+  return [maker(name) for name in call.operands]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_nothing_is_copied_between_gates_and_recurrence(topology):
+  text = _layer_program(topology)
+  forward, backward = "%block_diagonal_forward", "%rg_lru_backward"
+  from_gates = [name.startswith(forward) for name in _made_by(text, "rg_lru_forward")]
+  assert sum(from_gates) == 2
+  assert sum(name.startswith(forward) for name in _made_by(text, "rg_lru_backward")) == 2
+  assert sum(name.startswith(backward) for name in _made_by(text, "block_diagonal_backward")) == 2
+  # Both read the x that the convolution wrote.
+  (x,) = {name for name in _made_by(text, "block_diagonal_forward") if "fusion" in name} & {
+    name for name in _made_by(text, "rg_lru_forward") if "fusion" in name
+  }
+  assert x in _made_by(text, "block_diagonal_backward")
+  size = 2 * _BATCH * _TIME * _RNN_WIDTH
+  moves = [one.line for one in rg_lru_program.moves(text, size)]
+  assert not [line for line in moves if "/gates/" in line or "/scan/" in line or " copy(" in line]
+
+
+def test_xlas_product_of_the_gates_is_copied():
+  """Why there is a kernel. If this fails, the compiler may have learned to do without."""
+  size = 2 * _BATCH * _TIME * _RNN_WIDTH
+  assert len(rg_lru_program.moves(_layer_program("v5e:2x2", "einsum"), size)) > 4
 
 
 def test_the_gradient_compiles_on_shards_with_their_axes_checked():

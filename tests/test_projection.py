@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers.projection import project, project_blocks
+from models.layers.projection import project
 from train.program import _COMPILER_OPTIONS
 
 BATCH, TIME = 4, 96
@@ -31,13 +31,3 @@ def test_a_cpu_copies_no_activation_for_a_gradient(name):
   sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in shapes]
   assert max(sizes, default=0) <= w.size < min(x.size, y.size)
   assert transposed(y)[1].shape == weights
-
-
-def test_blocks_have_matrices_of_their_own():
-  keys = jax.random.split(jax.random.key(0))
-  x_BTGI = jax.random.normal(keys[0], (2, 5, 3, 4))
-  w_GIKO = jax.random.normal(keys[1], (3, 4, 2, 6))
-  y_BTGKO = project_blocks(x_BTGI, w_GIKO)
-  for block in range(3):
-    expected = np.einsum("BTI,IKO->BTKO", x_BTGI[:, :, block], w_GIKO[block])
-    np.testing.assert_allclose(y_BTGKO[:, :, block], expected, rtol=1e-5, atol=1e-5)

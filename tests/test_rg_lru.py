@@ -52,9 +52,15 @@ def _block(rnn_width=48, blocks=4, width=24, **settings):
   return module
 
 
-@pytest.mark.parametrize("implementation", ["reference", "associative", "chunked", "pallas_tpu"])
-def test_block_is_the_papers(implementation):
-  module = _block(scan=implementation)
+@pytest.mark.parametrize(
+  ("scan", "gates"),
+  [
+    *[(scan, "einsum") for scan in ("reference", "associative", "chunked", "pallas_tpu")],
+    ("pallas_tpu", "pallas_tpu"),
+  ],
+)
+def test_block_is_the_papers(scan, gates):
+  module = _block(scan=scan, gates=gates)
   segments_BT = np.array([[1] * 7 + [2] + [3] * 29, [4] * 37], np.int32)
   x_BTD = jax.random.normal(jax.random.key(1), (2, 37, 24))
   segments, _ = segments_lib.segments(jnp.asarray(segments_BT), segments_lib.initial_state(2))

@@ -34,6 +34,7 @@ class Kernels(NamedTuple):
 
   rg_lru: str
   local_attention: str
+  block_diagonal: str
 
   def of(self, model: DecoderConfig) -> DecoderConfig:
     """`model` with these named in its blocks."""
@@ -41,7 +42,7 @@ class Kernels(NamedTuple):
     for block in model.pattern:
       match block.mixer:
         case rg_lru.Config() as mixer:
-          mixer = dataclasses.replace(mixer, scan=self.rg_lru)
+          mixer = dataclasses.replace(mixer, scan=self.rg_lru, gates=self.block_diagonal)
         case attention.Config() as mixer:
           mixer = dataclasses.replace(mixer, implementation=self.local_attention)
         case mixer:
@@ -144,15 +145,16 @@ def _recurrent(
   *,
   splits_rows: bool,
 ) -> _Part:
-  """in: D -> 2 R; conv: R -> R; gates: R -> 2 R float32; RG-LRU; gelu x h: 2 R -> R; out: R -> D.
+  """in: D -> 2 R; conv: R -> R; gates: R -> 2 R; RG-LRU; gelu x h: 2 R -> R; out: R -> D.
 
-  Fused, the RG-LRU reads x and two gates and writes h. Otherwise decays (float32) and inputs are
-  written by one pass and read by the scan. A shard of a row scans twice: for what it tells the
-  others, and from what they tell it.
+  Fused, the RG-LRU reads x and two gates and writes h. Otherwise the gates are float32, and decays
+  (float32) and inputs are written by one pass and read by the scan. A shard of a row scans twice:
+  for what it tells the others, and from what they tell it. Not counted: what XLA for TPU copies
+  around gates that are "einsum" (kernels/block_diagonal).
   """
   a, r = itemsize, mixer.rnn_width / tensor
-  gates = 2 * r * _FLOAT32
   is_fused = kernels.rg_lru not in UNFUSED_SCANS
+  gates = 2 * r * (a if is_fused else _FLOAT32)
   rg = a * 2 * r + gates
   if not is_fused:
     rg += 2 * r * (a + _FLOAT32)

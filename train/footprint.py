@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from kernels import dispatch, local_attention, rg_lru
+from kernels import block_diagonal, dispatch, local_attention, rg_lru
 from models import decoder
 from models.decoder import DecoderConfig
 from models.layers import attention
@@ -68,12 +68,13 @@ class Footprint:
 
 def resolved_kernels(config: DecoderConfig, platform: str) -> Kernels:
   """What the first block of each kind runs on `platform`; "none" where there is no such block."""
-  found = {"rg_lru": "none", "local_attention": "none"}
+  found = dict.fromkeys(Kernels._fields, "none")
   with dispatch.targeting(platform):
     for block in config.pattern:
       match block.mixer:
         case recurrent.Config() as mixer:
           found["rg_lru"] = rg_lru.resolve(mixer.scan)
+          found["block_diagonal"] = block_diagonal.resolve(mixer.gates)
         case attention.Config() as mixer:
           found["local_attention"] = local_attention.resolve(
             mixer.implementation, head_size=mixer.head_size

@@ -56,7 +56,7 @@ def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
   platform, chip = device.platform, xla_flags.key_of(device.device_kind)
   flags = run.xla_flags.resolved(chip)
   xla_flags.log_once(chip, tuple(flags.items()))
-  with dispatch.targeting(platform):
+  with dispatch.targeting(platform, device_kind=device.device_kind):
     model = decoder.build(run.model)
   tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
   shardings = state_shardings(model, mesh=mesh, rules=table)
@@ -203,7 +203,9 @@ def _replicated(mesh: Mesh) -> NamedSharding:
 @contextmanager
 def _placed(program: Program) -> Iterator[None]:
   """Within it, models are traced for the program's mesh and platform."""
-  with dispatch.targeting(program.platform), logical.placement(program.mesh, program.rules):
+  kind = program.mesh.devices.flat[0].device_kind
+  placed = logical.placement(program.mesh, program.rules)
+  with dispatch.targeting(program.platform, device_kind=kind), placed:
     yield
 
 

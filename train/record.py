@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from data.token_store import read_manifest
-from kernels import local_attention, rg_lru
+from kernels import block_diagonal, local_attention, rg_lru
 from models.decoder import Model
 from sharding import xla_flags
 from train.config import Run
@@ -35,6 +35,7 @@ MAY_CHANGE = (
   "model.remat",
   "model.layers",
   "model.*.scan",
+  "model.*.gates",
   "model.*.implementation",
   "data.at_end",  # the batches up to the end are the same
   "data.num_epochs",
@@ -60,6 +61,8 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
     # The name of what ran, not "auto": it may mean another kernel on the next machine.
     if path.endswith(".mixer.scan"):
       identity[path] = rg_lru.resolve(value)
+    elif path.endswith(".mixer.gates"):
+      identity[path] = block_diagonal.resolve(value)
     elif path.endswith(".mixer.implementation"):
       head_size = identity[path.removesuffix("implementation") + "head_size"]
       identity[path] = local_attention.resolve(value, head_size=head_size)

@@ -37,13 +37,3 @@ def branches(x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array) -> tuple[jax.A
   return tuple(
     checkpoint_name(project(x_BTD, w_DKF[:, k]) + b_F, "projection") for k, b_F in enumerate(b_KF)
   )
-
-
-def project_blocks(x_BTGI: jax.Array, w_GIKO: jax.Array) -> jax.Array:
-  """y_BTGKO: each block g of x through K matrices [I, O] of its own; float32."""
-  if logical.is_split():
-    return jnp.einsum("BTGI,GIKO->BTGKO", x_BTGI, w_GIKO, preferred_element_type=jnp.float32)
-  batch, time, blocks, size = x_BTGI.shape
-  x_GRI = x_BTGI.reshape(-1, blocks, size).swapaxes(0, 1)
-  y_GRO = jnp.matmul(x_GRI, w_GIKO.reshape(blocks, size, -1), preferred_element_type=jnp.float32)
-  return y_GRO.swapaxes(0, 1).reshape(batch, time, blocks, *w_GIKO.shape[2:])

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import halo, rg_lru
+from kernels import block_diagonal, halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
-from models.layers.projection import branches, project, project_blocks
+from models.layers.projection import branches, project
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
@@ -44,7 +44,7 @@ class Config:
 
   `decay_init` "paper": a^8 uniform in [0.9, 0.999] (the text of section 2.4); "recurrentgemma": a
   itself there, uniform in the ring's area (the released code): memories about 8 times shorter.
-  `scan` names an implementation of kernels/rg_lru, or "auto".
+  `scan` names an implementation of kernels/rg_lru, `gates` of kernels/block_diagonal, or "auto".
   """
 
   rnn_width: int
@@ -52,6 +52,7 @@ class Config:
   conv_taps: int = 4
   decay_init: DecayInit = "paper"
   scan: str = "auto"
+  gates: str = "auto"
 
   def __post_init__(self):
     for name in ("rnn_width", "num_gate_blocks", "conv_taps"):
@@ -86,6 +87,7 @@ class RecurrentBlock(nnx.Module):
     rnn_width, blocks = config.rnn_width, config.num_gate_blocks
     block_width = rnn_width // blocks
     self.scan = rg_lru.resolve(config.scan)
+    self.gates = block_diagonal.resolve(config.gates)
     self.w_in_D2R = param(
       normal(1.0 / width), (width, 2, rnn_width), ("embed", "branch", "rnn"), rngs=rngs
     )
@@ -188,14 +190,19 @@ class RecurrentBlock(nnx.Module):
     return h_BTR, last_BSR[:, 0]
 
   def _gates(self, x_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Pre-activations of the recurrence gate and of the input gate, float32 [batch, time, R]."""
-    blocks, block_width, _, _ = self.w_gates_GI2J.shape
+    """Pre-activations of the recurrence gate and of the input gate, [batch, time, R]."""
+    products = functools.partial(
+      block_diagonal.products, implementation=self.gates, is_whole=not logical.is_split()
+    )
+    if self.gates != "einsum":  # which the partitioner understands
+      row = ("batch", "time", "rnn")
+      products = logical.on_shards(
+        products,
+        in_axes=(row, ("gate_block", None, None, None), ("gate_block", None, None)),
+        out_axes=(row, row),
+      )
     with jax.named_scope("gates"):
-      x_BTGI = x_BTR.reshape(*x_BTR.shape[:2], blocks, block_width)
-      gates_BTG2J = project_blocks(x_BTGI, self.w_gates_GI2J[...].astype(x_BTR.dtype))
-      gates_BTG2J += self.b_gates_G2J[...].astype(jnp.float32)
-      r_BTGJ, i_BTGJ = gates_BTG2J[..., 0, :], gates_BTG2J[..., 1, :]
-      return r_BTGJ.reshape(x_BTR.shape), i_BTGJ.reshape(x_BTR.shape)
+      return products(x_BTR, self.w_gates_GI2J[...].astype(x_BTR.dtype), self.b_gates_G2J[...])
 
 
 def _convolve(x_BTR, document_BT, before_BKR, before_BK, w_KR, b_R):

@@ -1,0 +1,92 @@
+"""Two block-diagonal products of one input, with biases: what the gates of an RG-LRU are made of.
+
+  r_BTR, i_BTR = products(x_BTR, w_GI2J, b_G2J, implementation="auto")
+
+The R = G x I channels of x are G blocks, and block g of result k is x_g @ w[g, :, k] + b[g, k]. The
+sums are float32.
+
+  einsum      XLA's batched product, and results in float32. On TPU the compiler puts time where
+              channels were, copies x before it, and both results behind it back. A CPU does that
+              once instead of for every product where batch and time can be merged (`is_whole`)
+  pallas_tpu  rows of channels in and out, nothing copied; results, and the gradients of x and w,
+              rounded once to x's dtype
+
+"auto" is pallas_tpu on TPU from v4 on, and einsum elsewhere. A kernel runs on whole arrays or
+inside jax.shard_map; each shard has whole blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.block_diagonal import pallas_tpu
+from kernels.varying import varying_alike
+
+IMPLEMENTATIONS = ("einsum", "pallas_tpu")
+# Whose matrix units a Pallas kernel cannot give bfloat16.
+_WITHOUT_BFLOAT16 = ("TPU v2", "TPU v3")
+_DEFAULTS = {"cpu": "einsum", "tpu": "pallas_tpu", "gpu": "einsum"}
+
+
+def resolve(requested: str) -> str:
+  """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
+  defaults = _DEFAULTS
+  if dispatch.target_kind() in _WITHOUT_BFLOAT16:
+    defaults = {**defaults, "tpu": "einsum"}
+  return dispatch.resolve("block_diagonal", requested, available=IMPLEMENTATIONS, defaults=defaults)
+
+
+def products(
+  x_BTR: jax.Array,
+  w_GI2J: jax.Array,
+  b_G2J: jax.Array,
+  *,
+  implementation: str,
+  is_whole: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+  """Both products, [batch, time, R] each; w in the dtype of x, and blocks are square.
+
+  `is_whole`: no dimension is split by the compiler's partitioner.
+  """
+  blocks, size, _, size_out = w_GI2J.shape
+  expected = (blocks, size, 2, size)
+  if size != size_out or x_BTR.shape[-1] != blocks * size or b_G2J.shape != (blocks, 2, size):
+    raise ValueError(
+      f"block_diagonal: x {x_BTR.shape}, w {w_GI2J.shape} and b {b_G2J.shape} must be "
+      f"[batch, time, {blocks * size}], {expected} and {(blocks, 2, size)}"
+    )
+  b_G2J = b_G2J.astype(jnp.float32)
+  if resolve(implementation) == "pallas_tpu":
+    return _fused(*varying_alike(x_BTR, w_GI2J, b_G2J))
+  y_BTG2J = (_merged if is_whole else _batched)(x_BTR, w_GI2J) + b_G2J
+  return y_BTG2J[..., 0, :].reshape(x_BTR.shape), y_BTG2J[..., 1, :].reshape(x_BTR.shape)
+
+
+def _batched(x_BTR, w_GI2J):
+  x_BTGI = x_BTR.reshape(*x_BTR.shape[:2], *w_GI2J.shape[:2])
+  return jnp.einsum("BTGI,GIKJ->BTGKJ", x_BTGI, w_GI2J, preferred_element_type=jnp.float32)
+
+
+def _merged(x_BTR, w_GI2J):
+  batch, time, _ = x_BTR.shape
+  blocks, size, results, _ = w_GI2J.shape
+  x_GNI = x_BTR.reshape(batch * time, blocks, size).swapaxes(0, 1)
+  w_GIO = w_GI2J.reshape(blocks, size, results * size)
+  y_GNO = jnp.matmul(x_GNI, w_GIO, preferred_element_type=jnp.float32)
+  return y_GNO.swapaxes(0, 1).reshape(batch, time, blocks, results, size)
+
+
+@jax.custom_vjp
+def _fused(x_BTR, w_GI2J, b_G2J):
+  return pallas_tpu.forward(x_BTR, w_GI2J, b_G2J)
+
+
+def _fused_forward(x_BTR, w_GI2J, b_G2J):
+  return pallas_tpu.forward(x_BTR, w_GI2J, b_G2J), (x_BTR, w_GI2J)
+
+
+def _fused_backward(residuals, cotangents):
+  return pallas_tpu.backward(*residuals, *cotangents)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

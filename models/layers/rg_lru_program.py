@@ -1,0 +1,160 @@
+"""What the TPU compiler makes of a recurrent block: `python -m models.layers.rg_lru_program v5e`.
+
+One JSON line for each width of a published size, forward alone and with all gradients, the gates by
+each implementation of kernels/block_diagonal: bytes that the compiled program accesses, those that
+only move an activation to another layout, and the compiler's own estimate of the cycles of all but
+the Pallas kernels, for which python -m kernels.rg_lru.cycles has it. No chip is needed and none is
+timed. On CPU, with libtpu there.
+"""
+
+import datetime
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from kernels import block_diagonal
+from models.layers import rg_lru, segments
+from sharding import machine
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# Width of the model and of the recurrence: configs/griffin.py, 1b, 7b and 14b.
+_WIDTHS = ((2048, 2560), (4096, 4096), (5120, 5632))
+_BATCH, _TIME = 8, 2048
+_BYTES = {"bf16": 2, "pred": 1}
+# What a fusion that computes nothing consists of.
+_MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+_MOVES |= {"copy", "transpose", "reshape", "slice", "concatenate", "pad", "convert"}
+
+
+class Instruction(NamedTuple):
+  """A line of a compiled program."""
+
+  name: str
+  result: str  # shapes and layouts
+  opcode: str
+  operands: tuple[str, ...]
+  line: str
+
+  @property
+  def result_bytes(self) -> list[int]:
+    """Of every array of the result."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", self.result)
+    return [
+      _BYTES.get(kind, 4) * math.prod(int(size) for size in shape.split(",") if size)
+      for kind, shape in arrays
+    ]
+
+
+def compiled(
+  config: rg_lru.Config, device: Any, *, width: int, batch: int, time: int, backward: bool
+) -> jax.stages.Compiled:
+  """The block on bfloat16 rows for a TPU that need not be here; with gradients if `backward`."""
+
+  def build():
+    return config.build(width, num_blocks=1, rngs=nnx.Rngs(0))
+
+  graph, params = nnx.split(nnx.eval_shape(build))
+
+  def forward(params, x_BTD, segments_BT):
+    row, _ = segments.segments(segments_BT, segments.initial_state(batch))
+    y_BTD, _ = nnx.merge(graph, params)(x_BTD, row, None)
+    return y_BTD
+
+  def with_gradients(params, x_BTD, segments_BT, dy_BTD):
+    y_BTD, vjp = jax.vjp(lambda *z: forward(*z, segments_BT), params, x_BTD)
+    return y_BTD, vjp(dy_BTD)
+
+  x_BTD = jax.ShapeDtypeStruct((batch, time, width), jnp.bfloat16)
+  arguments = (params, x_BTD, jax.ShapeDtypeStruct((batch, time), jnp.int32))
+  run = forward
+  if backward:
+    run, arguments = with_gradients, (*arguments, x_BTD)
+  layout = SingleDeviceSharding(device)
+  arguments = jax.tree.map(
+    lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=layout), arguments
+  )
+  return jax.jit(run).lower(*arguments).compile()
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+  """Those of the program that runs, without those inside its fusions."""
+  pattern = r"\s*(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)"
+  for line in text[text.index("\nENTRY ") :].splitlines():
+    if match := re.match(pattern, line):
+      operands = re.findall(r"%[\w.\-]+", match[4].split("), ")[0])
+      yield Instruction(match[1], match[2], match[3], tuple(operands), line)
+
+
+def moves(text: str, least_bytes: int) -> list[Instruction]:
+  """What only moves an array of at least so many bytes to another place or layout."""
+  inside = {}
+  for computation in text.split("\n\n"):
+    if match := re.match(r"\s*(%[\w.\-]+) \(", computation):
+      opcodes = re.findall(r" = .*? ([\w\-]+)\(", computation)
+      inside[match[1]] = set(opcodes)
+  found = []
+  for one in instructions(text):
+    is_move = one.opcode in ("copy", "transpose", "reshape")
+    if one.opcode == "fusion" and (called := re.search(r"calls=(%[\w.\-]+)", one.line)):
+      is_move = inside[called[1]] <= _MOVES
+    if is_move and max(one.result_bytes) >= least_bytes:
+      found.append(one)
+  return found
+
+
+def main(chips: list[str]) -> None:
+  for chip in chips or list(TOPOLOGIES):
+    device = machine.of_topology(TOPOLOGIES[chip]).devices()[0]
+    for width, rnn_width in _WIDTHS:
+      for backward in (False, True):
+        for gates in block_diagonal.IMPLEMENTATIONS:
+          config = rg_lru.Config(rnn_width=rnn_width, scan="pallas_tpu", gates=gates)
+          program = compiled(
+            config, device, width=width, batch=_BATCH, time=_TIME, backward=backward
+          )
+          text, states = program.as_text(), _BATCH * _TIME * rnn_width
+          moved = moves(text, 2 * states)
+          cycles = re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY ") :])
+          record = {
+            "chip": chip,
+            "program": "forward and gradients" if backward else "forward",
+            "gates": gates,
+            "shape": [_BATCH, _TIME, rnn_width],
+            "width": width,
+            "dtype": "bfloat16",
+            "bytes_per_state": round(_bytes_accessed(program) / states, 1),
+            "moves": len(moved),
+            # Each is read and written.
+            "moved_bytes_per_state": round(2 * sum(map(_result_bytes, moved)) / states, 1),
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "estimated_cycles_without_kernels": sum(map(int, cycles)),
+            "jax": jax.__version__,
+            "libtpu": metadata.version("libtpu"),
+            "date": datetime.date.today().isoformat(),
+            "command": f"python -m models.layers.rg_lru_program {chip}",
+          }
+          sys.stdout.write(json.dumps(record) + "\n")
+          sys.stdout.flush()
+
+
+def _result_bytes(one: Instruction) -> int:
+  return sum(one.result_bytes)
+
+
+def _bytes_accessed(program: jax.stages.Compiled) -> float:
+  analysis = program.cost_analysis()
+  assert analysis is not None
+  return analysis["bytes accessed"]
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,124 @@
+"""The gates' products by every implementation: values and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kernels import block_diagonal
+from kernels.block_diagonal import pallas_tpu
+from sharding.mesh import MeshShape, make_mesh
+from tests.tolerances import assert_close
+
+
+def _inputs(batch, time, blocks, size, dtype):
+  """x, w, b, and cotangents of both results."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  shape = (batch, time, blocks * size)
+  x_BTR = jax.random.normal(keys[0], shape).astype(dtype)
+  w_GI2J = (jax.random.normal(keys[1], (blocks, size, 2, size)) / size**0.5).astype(dtype)
+  b_G2J = jax.random.normal(keys[2], (blocks, 2, size))
+  # Rounded, so that they are the same in both dtypes.
+  dy = tuple(jax.random.normal(key, shape).astype(jnp.bfloat16) for key in keys[3:])
+  return (x_BTR, w_GI2J, b_G2J), dy
+
+
+def _run(arrays, dy, products):
+  """Both results, and the gradients of x, w and b."""
+  y, vjp = jax.vjp(products, *arrays)
+  return *y, *vjp(tuple(z.astype(one.dtype) for z, one in zip(dy, y, strict=True)))
+
+
+def _products(name):
+  """An implementation, or "einsum, split": as for arrays that the partitioner splits."""
+  implementation, _, split = name.partition(", ")
+  return functools.partial(
+    block_diagonal.products, implementation=implementation, is_whole=not split
+  )
+
+
+def _by_definition(x_BTR, w_GI2J, b_G2J):
+  """Float32, block by block."""
+  blocks, size, _, _ = w_GI2J.shape
+  results = []
+  for branch in range(2):
+    parts = [
+      x_BTR[..., block * size : (block + 1) * size] @ w_GI2J[block, :, branch]
+      + b_G2J[block, branch]
+      for block in range(blocks)
+    ]
+    results.append(jnp.concatenate(parts, axis=-1))
+  return tuple(results)
+
+
+# Published widths; several tiles of tokens, the last not full; blocks that begin inside a register,
+# tiles of channels that end inside one, more than one of them; single tokens. What a tile has past
+# the edge of an array is no number in the interpreter.
+SHAPES = [
+  (1, 3, 16, 96),
+  (1, 3, 16, 160),
+  (1, 3, 16, 352),
+  (1, 601, 5, 160),
+  (2, 37, 3, 40),
+  (3, 1, 1, 160),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("implementation", "shape"),
+  [
+    ("einsum", SHAPES[-2]),
+    ("einsum, split", SHAPES[-2]),
+    *[("pallas_tpu", shape) for shape in SHAPES],
+  ],
+  ids=str,
+)
+def test_products_are_those_of_the_definition(shape, implementation, dtype):
+  arrays, dy = _inputs(*shape, dtype)
+  wide = (*(z.astype(jnp.float32) for z in arrays[:2]), arrays[2])
+  run = jax.jit(_run, static_argnums=2)
+  actual = run(arrays, dy, _products(implementation))
+  expected = run(wide, dy, _by_definition)
+  rounded = dtype if implementation == "pallas_tpu" else "float32"
+  assert [z.dtype.name for z in actual] == [rounded, rounded, dtype, dtype, "float32"]
+  batch, time, _, size = shape
+  terms = (size, size, 2 * size, batch * time, batch * time)
+  for result, reference, reduction in zip(actual, expected, terms, strict=True):
+    kind = result.dtype.name
+    assert_close(result, reference, dtype=kind, reduction=reduction if kind == "float32" else 1)
+
+
+def test_matrices_hold_every_weight_once():
+  for blocks, size in ((8, 96), (5, 160), (3, 40), (2, 256), (1, 160)):
+    bands = pallas_tpu.Bands(blocks, size)
+    w_GI2J = 1.0 + jnp.arange(blocks * size * 2 * size).reshape(blocks, size, 2, size)
+    packed = np.asarray(bands.packed(w_GI2J))
+    assert packed.shape == (bands.num_tiles, bands.num_rows, 256)
+    np.testing.assert_array_equal(np.sort(packed[packed > 0]), np.asarray(w_GI2J).ravel())
+    np.testing.assert_array_equal(bands.unpacked(packed), w_GI2J)
+
+
+def test_shards_are_the_whole():
+  """Rows and blocks split by jax.shard_map; weights are the same on data shards."""
+  arrays, dy = _inputs(4, 6, 8, 20, "float32")
+  mesh = make_mesh(MeshShape(data=2, tensor=4))
+  row = P("data", None, "tensor")
+  on_shards = jax.shard_map(
+    _products("pallas_tpu"),
+    mesh=mesh,
+    in_specs=(row, P("tensor"), P("tensor")),
+    out_specs=(row, row),
+  )
+  actual = jax.jit(_run, static_argnums=2)(arrays, dy, on_shards)
+  for result, expected in zip(actual, _run(arrays, dy, _by_definition), strict=True):
+    assert_close(result, expected, dtype="float32", reduction=40)
+
+
+def test_shapes_that_do_not_agree_are_refused():
+  (x_BTR, w_GI2J, b_G2J), _ = _inputs(1, 2, 3, 8, "float32")
+  with pytest.raises(ValueError, match=r"block_diagonal: x \(1, 2, 23\).*\[batch, time, 24\]"):
+    block_diagonal.products(x_BTR[..., 1:], w_GI2J, b_G2J, implementation="einsum")
