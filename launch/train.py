@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import flags, logging
 
 from data import bucket, pipeline, vocabulary
@@ -137,7 +138,8 @@ def _show(run: Run, workdir: pathlib.Path, saves_to: str, step: int) -> None:
     logging.info("the rows are of another vocabulary than %s: shown as ids", _VOCABULARY.value)
     words = None
   replayed = replay.replay(run, workdir, step, saves_to=saves_to)
-  sys.stdout.write("\n".join(replay.lines(replayed, run, words)) + "\n")
+  if jax.process_index() == 0:
+    sys.stdout.write("\n".join(replay.lines(replayed, run, words)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
 """Runs of tests/faulty_config.py as commands, and what the tests of faults ask of them."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import time
 
-from tests.commands import Commands
+from tests.commands import ROOT, Commands
 from train.jsonl import read_jsonl
+
+# The interpreter that launch/local.sh gets: it has imported launch.train already.
+_PYTHON = """#!/bin/sh
+if [ "$2" = launch.train ]; then
+  shift 2
+  exec {python} -m tests.command {socket} launch.train "$@"
+fi
+exec {python} "$@"
+"""
 
 
 class Runs:
@@ -27,6 +39,25 @@ class Runs:
   def start(self, name: str, *settings: str, fault: str = "") -> int:
     arguments = self.arguments(name, *settings, fault=fault)
     return self.commands.start("launch.train", arguments, self.folder / f"{name}.txt")
+
+  def local_sh(self, name: str, *settings: str, restarts: int = 0) -> tuple[int, str]:
+    """Exit status and output of launch/local.sh with two processes."""
+    python = self.folder / "python"
+    python.write_text(_PYTHON.format(python=sys.executable, socket=self.commands.socket))
+    python.chmod(0o755)
+    supervise = [f"--max_restarts={restarts}", "--backoff_seconds=0.01"]
+    train = [*self.arguments(name, *settings), "--config.mesh.fsdp=2", "--heartbeat_seconds=5"]
+    done = subprocess.run(
+      ["launch/local.sh", "-n", "2", "--", *supervise, "--", *train],
+      cwd=ROOT,
+      env={**os.environ, "PYTHON": str(python)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    return done.returncode, done.stdout
 
   def losses(self, name: str) -> dict[int, float]:
     """The loss of each step, as text if it is not finite; each step is told once."""
