@@ -149,9 +149,9 @@ class _Session:
       evaluates = self.run.data.eval_source is not None
       lowered = programs.lower_eval_step(program) if evaluates else None
       self.eval_step = None if lowered is None else programs.compile_step(program, lowered)
-      lowered = programs.lower_statistics_step(program) if self.run.statistics.every else None
-      self.statistics_step = None if lowered is None else programs.compile_step(program, lowered)
     logging.info("compiled in %.1f s", time.monotonic() - start)
+    every = self.run.statistics.every
+    self.statistics_step = programs.compile_statistics_aside(program) if every else None
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)
     self.peak_flops = None if chip is None else chip.peak_flops * program.mesh.size
@@ -242,7 +242,7 @@ class _Session:
   ) -> dict[str, Any] | None:
     if self.statistics_step is None or not self.run.statistics.due(step):
       return None
-    return self.statistics_step(state, batch, metrics.square_norms, metrics.weight)
+    return self.statistics_step.result()(state, batch, metrics.square_norms, metrics.weight)
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     assert self.eval_step is not None
