@@ -35,6 +35,7 @@ from train.statistics import by_layer
 from train.step import StepMetrics
 from train.throughput import Throughput, mfu
 from train.watchdog import Watchdog
+from train.whole_file import write_whole
 
 Outcome = Literal["complete", "stopped"]
 
@@ -92,7 +93,7 @@ def fit(
       if jax.process_index() == 0:
         # Not before: this run may have been refused.
         settings = json.dumps(flatten(run), indent=1, default=repr)
-        (workdir / "config.json").write_text(settings + "\n")
+        write_whole(workdir / "config.json", settings + "\n")
       if step >= (last := _last_step(run, bad_steps)):
         logging.info("the run is complete: step %d of %d", step, last)
         events.end("complete")
