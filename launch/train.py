@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from data import bucket, pipeline, vocabulary
+from data import pipeline, vocabulary
 from launch import distributed
 from launch.console import log_for_people
 from launch.overrides import refuse, run_app
@@ -29,8 +29,9 @@ from train.events import process_start
 from train.exit_status import LOST, STOPPED
 from train.lock import InUseError
 from train.loop import fit
-from train.mirror import Mirror, local_side
+from train.mirror import Mirror
 from train.peers import Peers
+from train.workdir import is_url, local_side
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -64,14 +65,23 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     for path, (before, now) in overridden.items():
       logging.info("override %s: %r -> %r", path, before, now)
   saves_to = f"{place.rstrip('/')}/checkpoints"
+  mirror = Mirror(workdir, place) if is_url(place) and peers.index == 0 else None
   with _reporting(workdir, peers):
     if _REPLAY_STEP.value is not None:
+      if mirror is not None:
+        mirror.fetch()
       _show(run, workdir, saves_to, _REPLAY_STEP.value)
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    is_mirrored = bucket.is_url(place) and peers.index == 0
-    with Mirror(workdir, place) if is_mirrored else contextlib.nullcontext():
-      outcome = fit(run, workdir, peers, saves_to=saves_to, began=process_start())
+    with mirror or contextlib.nullcontext():
+      outcome = fit(
+        run,
+        workdir,
+        peers,
+        saves_to=saves_to,
+        before_complete=mirror.copy if mirror else lambda: None,
+        began=process_start(),
+      )
   if outcome == "stopped":
     sys.exit(STOPPED)
 

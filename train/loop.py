@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ def fit(
   peers: Peers | None = None,
   *,
   saves_to: str | None = None,
+  before_complete: Callable[[], object] = lambda: None,
   began: float | None = None,
 ) -> Outcome:
   """Trains `run` in `workdir` with all processes of `peers` (None: this one), from its newest
@@ -71,7 +73,9 @@ def fit(
 
   with (
     Watchdog(workdir, run.watchdog, peers) as watchdog,
-    Checkpoints(saves_to or workdir / "checkpoints", run.checkpoint) as checkpoints,
+    Checkpoints(
+      saves_to or workdir / "checkpoints", run.checkpoint, before_complete=before_complete
+    ) as checkpoints,
     Events(workdir, began=began, about=_about(program)) as events,
   ):
     bad_steps = BadSteps(run.bad_steps, workdir, data=run.data, batch_size=run.batch_size)
