@@ -75,6 +75,9 @@ def main() -> int:
       return 0
     if signals.came:
       _say(f"{signals.came}: the command {ended(status)}")
+      # One that is ended by what was passed on has not begun, and has all saved.
+      if status < 0 and signals.came == signal.Signals(-status).name:
+        return STOPPED
       return status if status > 0 else INTERRUPTED - status
     next_step = history.after(status, newest_step(options.workdir), read_failure(folder))
     if isinstance(next_step, str):

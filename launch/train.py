@@ -28,7 +28,7 @@ from train.config import Run
 from train.events import process_start
 from train.exit_status import LOST, STOPPED
 from train.lock import InUseError
-from train.loop import fit
+from train.loop import Outcome, fit
 from train.mirror import Mirror
 from train.peers import Peers
 from train.workdir import is_url, local_side
@@ -52,6 +52,16 @@ _VOCABULARY = flags.DEFINE_string(
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   log_for_people()
+  with faults.StopRequest(ask=Peers.leave_unbegun) as stop:
+    outcome = _train(run, overridden, stop)
+  if outcome == "stopped":
+    sys.exit(STOPPED)
+
+
+def _train(
+  run: Run, overridden: dict[str, tuple[Any, Any]], stop: faults.StopRequest
+) -> Outcome | None:
+  """How it ended; None if a step was only shown."""
   place = _WORKDIR.value
   workdir = local_side(_LOCAL_WORKDIR.value or place)
   try:
@@ -61,6 +71,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   except MissingProcessError as error:
     logging.error("%s", error)
     sys.exit(LOST)
+  stop.ask = peers.ask_to_stop
   if peers.index == 0:
     for path, (before, now) in overridden.items():
       logging.info("override %s: %r -> %r", path, before, now)
@@ -71,10 +82,10 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
       if mirror is not None:
         mirror.fetch()
       _show(run, workdir, saves_to, _REPLAY_STEP.value)
-      return
+      return None
     workdir.mkdir(parents=True, exist_ok=True)
     with mirror or contextlib.nullcontext():
-      outcome = fit(
+      return fit(
         run,
         workdir,
         peers,
@@ -82,8 +93,6 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
         before_complete=mirror.copy if mirror else lambda: None,
         began=process_start(),
       )
-  if outcome == "stopped":
-    sys.exit(STOPPED)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from data.rows import Batch
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
-from train import agreement, faults
+from train import agreement
 from train import events as event_log
 from train import program as programs
 from train.bad_steps import BadSteps, RollBack
@@ -53,7 +53,8 @@ def fit(
   """Trains `run` in `workdir` with all processes of `peers` (None: this one), from its newest
   checkpoint if there is one; they are in the folder or URL `saves_to`, else in WORKDIR/checkpoints.
 
-  "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
+  "complete" after the last step; "stopped" when a peer was asked to and everything is saved.
+  `before_complete` is called on process 0 before a checkpoint counts, in the thread that writes.
   The event log counts from `began`, seconds since 1970; None is the moment of this call.
   Raises BadStepError, and ValueError for what a user can set right.
   """
@@ -112,10 +113,10 @@ def fit(
         total_steps=last,
       )
       watchdog.begins("compiling")
-      with metrics, faults.StopRequest(peers) as stop:
+      with metrics:
         session = session or _Session(program, checkpoints, events, watchdog, bad_steps, record)
         try:
-          outcome = session.train(state, step, last, metrics, stop)
+          outcome = session.train(state, step, last, metrics, peers)
         except RollBack as back:
           bad_steps.pass_over(back, checkpoint=checkpoints.latest() or 0)
     events.end(outcome)
@@ -162,7 +163,7 @@ class _Session:
     self.peak_flops = None if chip is None else chip.peak_flops * program.mesh.size
 
   def train(
-    self, state: TrainState, step: int, last: int, metrics: Metrics, stop: faults.StopRequest
+    self, state: TrainState, step: int, last: int, metrics: Metrics, peers: Peers
   ) -> Outcome:
     """Steps `step` + 1 to `last`; all of them have been looked at when it returns."""
     run, self.metrics = self.run, metrics
@@ -172,8 +173,9 @@ class _Session:
       total_steps=last,
     )
     running: _Running | None = None
+    saved = step
     with self._train_batches(step) as batches, self.events.span("step"):
-      while step < last and not stop.reached(step):
+      while step < last and not peers.reached(step):
         with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
         step += 1
@@ -195,9 +197,11 @@ class _Session:
               self._evaluate(step, state)
             if kind:
               self._save(step, state, kind)
+              saved = step
       if running is not None:
-        # A signal ended the loop at a step that was not due.
         self._finish(running)
+      if saved < step:
+        # A signal ended the loop at a step that was not due.
         self._save(step, state, "temporary")
     with self.events.span("checkpoint"):
       self.checkpoints.wait()
