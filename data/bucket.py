@@ -22,9 +22,17 @@ def read(url: str) -> bytes | None:
   return bytes(found.value) if found.state == "value" else None
 
 
-def write(url: str, content: bytes) -> None:
+def read_newer(url: str, *, than: bytes) -> tuple[bytes, bytes] | None:
+  """Content and generation of an object; None if its generation is `than`, or it is not there."""
   folder, name = _split(url)
-  folder.write(name, content).result()
+  found = folder.read(name, if_not_equal=than).result()
+  return (bytes(found.value), found.stamp.generation) if found.state == "value" else None
+
+
+def write(url: str, content: bytes) -> bytes:
+  """Writes an object; returns its generation."""
+  folder, name = _split(url)
+  return folder.write(name, content).result().generation
 
 
 def generation(url: str) -> bytes:
@@ -45,9 +53,10 @@ def delete(url: str) -> None:
   folder.write(name, None).result()
 
 
-def names(url: str) -> list[str]:
-  """The names of all objects below URL/, without that prefix, sorted."""
-  return sorted(name.decode() for name in _open(url).list().result())
+def names(url: str, *, seconds: float | None = None) -> list[str]:
+  """The names of all objects below URL/, without that prefix, sorted; TimeoutError if they
+  are not told in so many seconds (None: it may take for ever)."""
+  return sorted(name.decode() for name in _open(url).list().result(timeout=seconds))
 
 
 def delete_below(url: str) -> None:

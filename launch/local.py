@@ -35,7 +35,7 @@ def main() -> int:
   processes = [
     _start(options.command, port, options.processes, i) for i in range(options.processes)
   ]
-  _pass_signals_on(processes)
+  passed_on = _pass_signals_on(processes)
   readers = [
     threading.Thread(target=_copy, args=(index, process), daemon=True)
     for index, process in enumerate(processes)
@@ -45,7 +45,7 @@ def main() -> int:
   statuses = _wait(processes, options.grace_seconds)
   for reader in readers:
     reader.join(timeout=5.0)
-  return combined(statuses)
+  return combined([STOPPED if -status in passed_on else status for status in statuses])
 
 
 def combined(statuses: list[int]) -> int:
@@ -74,15 +74,20 @@ def _die_with_parent() -> None:
   tell_at_parents_death(signal.SIGKILL)
 
 
-def _pass_signals_on(processes: list[subprocess.Popen[bytes]]) -> None:
+def _pass_signals_on(processes: list[subprocess.Popen[bytes]]) -> set[int]:
+  """The signals that came, as they come: who is ended by one has not begun, and has all saved."""
+  came: set[int] = set()
+
   def pass_on(number: int, frame: object) -> None:
     del frame
+    came.add(number)
     for process in processes:
       if process.poll() is None:
         process.send_signal(number)
 
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, pass_on)
+  return came
 
 
 def _copy(index: int, process: subprocess.Popen[bytes]) -> None:

@@ -28,11 +28,11 @@ for ((i = 1; i <= $#; i++)); do
     break
   fi
 done
-workdir=
+where=() # the supervisor looks where the processes write
 for argument in "${train[@]}"; do
-  [[ $argument == --workdir=* ]] && workdir=${argument#--workdir=}
+  [[ $argument == --workdir=* || $argument == --local_workdir=* ]] && where+=("$argument")
 done
-if [[ -z $workdir ]]; then
+if [[ " ${where[*]}" != *" --workdir="?* ]]; then
   echo "error: --workdir=FOLDER is not given" >&2
   exit 2
 fi
@@ -43,5 +43,5 @@ if [[ -z ${PYTHON:-} ]]; then
   [[ -x $PYTHON ]] || PYTHON=python3
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec "$PYTHON" -m launch.supervise --workdir="$workdir" "${supervise[@]}" -- \
+exec "$PYTHON" -m launch.supervise "${where[@]}" "${supervise[@]}" -- \
   "$PYTHON" -m launch.local --processes="$count" -- "$PYTHON" -m launch.train "${train[@]}"

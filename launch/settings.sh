@@ -108,9 +108,6 @@ quoted() {
   printf '%s\n' "${line# }"
 }
 
-# local_side WORKDIR: the folder that a supervisor looks into; of a URL as train/mirror.py names it.
-local_side() { if [[ $1 == *://* ]]; then echo "runs/${1#*://}"; else echo "$1"; fi; }
-
 _is_switch() { [[ $'\n'$SETTINGS =~ $'\n'"$1"\ +(true|false)\  ]]; }
 
 _read_flag() {

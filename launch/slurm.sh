@@ -97,7 +97,7 @@ submit() {
   line+=(--open-mode=append "--output=$folder/logs/batch.out")
   line+=("--export=$(exported)" "${more[@]}" "$code/launch/slurm_job.sh" "$folder" "$code")
   line+=("$python" -m launch.supervise "--max_restarts=${setting[max_restarts]}")
-  line+=("--backoff_seconds=${setting[backoff_seconds]}" "--workdir=$(local_side "$workdir")")
+  line+=("--backoff_seconds=${setting[backoff_seconds]}" "--workdir=$workdir")
   line+=(-- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")
   if is_on dry_run; then
     quoted "${line[@]}"

@@ -4,7 +4,8 @@ COMMAND's exit status decides: 0 complete, 75 everything is saved (again at once
 run, anything else again after a pause that doubles. A failure that comes three times at the same
 step, by WORKDIR/failure.json, will come again: that ends it. So do --max_restarts in a row without
 a newer checkpoint in WORKDIR/checkpoints. SIGTERM and Ctrl-C are passed on, and then it leaves with
-COMMAND's status: 75 if all is saved. Only the standard library: it starts in milliseconds.
+COMMAND's status: 75 if all is saved. Only the standard library: it starts in milliseconds; but for
+a bucket, which it asks for the newest checkpoint.
 """
 
 import argparse
@@ -18,9 +19,11 @@ import sys
 import time
 
 from train.exit_status import CANNOT_RUN, STOPPED
+from train.workdir import is_url, local_side
 
 INTERRUPTED = 128
 SAME_FAILURES = 3
+_BUCKET_SECONDS = 30.0
 
 
 @dataclasses.dataclass
@@ -54,24 +57,29 @@ class History:
 
 def main() -> int:
   parser = argparse.ArgumentParser(prog="python -m launch.supervise", description=__doc__)
-  parser.add_argument("--workdir", required=True, type=pathlib.Path)
+  parser.add_argument("--workdir", required=True, help="a folder, or a URL as gs://bucket/run")
+  parser.add_argument("--local_workdir", help="as COMMAND has it, for a URL")
   parser.add_argument("--max_restarts", type=int, default=20)
   parser.add_argument("--backoff_seconds", type=float, default=5.0)
   parser.add_argument("--max_backoff_seconds", type=float, default=300.0)
   parser.add_argument("command", nargs="+")
   options = parser.parse_args()
   history = History(options.max_restarts, options.backoff_seconds, options.max_backoff_seconds)
+  folder = local_side(options.local_workdir or options.workdir)
   history.step = newest_step(options.workdir)
   signals = _Signals()
   while True:
-    (options.workdir / "failure.json").unlink(missing_ok=True)
+    (folder / "failure.json").unlink(missing_ok=True)
     status = signals.run(options.command)
     if status == 0:
       return 0
     if signals.came:
       _say(f"{signals.came}: the command {ended(status)}")
+      # One that is ended by what was passed on has not begun, and has all saved.
+      if status < 0 and signals.came == signal.Signals(-status).name:
+        return STOPPED
       return status if status > 0 else INTERRUPTED - status
-    next_step = history.after(status, newest_step(options.workdir), read_failure(options.workdir))
+    next_step = history.after(status, newest_step(options.workdir), read_failure(folder))
     if isinstance(next_step, str):
       _say(f"the command {ended(status)}; giving up: {next_step}")
       return status if status > 0 else INTERRUPTED - status
@@ -83,17 +91,28 @@ def main() -> int:
       return STOPPED
 
 
-def newest_step(workdir: pathlib.Path) -> int:
-  """The step of the newest checkpoint, -1 if there is none."""
-  folder = workdir / "checkpoints"
-  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+def newest_step(workdir: str) -> int:
+  """The step of the newest checkpoint, -1 if there is none, or the bucket does not say."""
+  if is_url(workdir):
+    # What only a bucket needs takes a while, and has to be installed.
+    from data import bucket
+
+    try:
+      found = bucket.names(f"{workdir}/checkpoints", seconds=_BUCKET_SECONDS)
+      names = [name.removesuffix(".json") for name in found]
+    except (ValueError, TimeoutError) as error:
+      _say(f"{workdir} does not tell its checkpoints: {error}")
+      return -1
+  else:
+    folder = pathlib.Path(workdir, "checkpoints")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return max((int(name) for name in names if name.isdecimal()), default=-1)
 
 
-def read_failure(workdir: pathlib.Path) -> tuple[object, object] | None:
+def read_failure(folder: pathlib.Path) -> tuple[object, object] | None:
   """Step and error of the failure that the command has left, None if it left none."""
   try:
-    failure = json.loads((workdir / "failure.json").read_text())
+    failure = json.loads((folder / "failure.json").read_text())
     return failure["step"], failure["error"]
   except (OSError, ValueError, KeyError, TypeError):
     return None

@@ -143,7 +143,7 @@ run() {
   workdir=$(workdir)
   on_nodes - ssh "$(on_host run "$python" -m launch.supervise \
     "--max_restarts=${setting[max_restarts]}" "--backoff_seconds=${setting[backoff_seconds]}" \
-    "--workdir=$(local_side "$workdir")" -- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")"
+    "--workdir=$workdir" -- "$python" -m launch.train "--workdir=$workdir" "${job[@]}")"
 }
 
 check_job() {

@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import flags, logging
 
-from data import bucket, pipeline, vocabulary
+from data import pipeline, vocabulary
 from launch import distributed, host
 from launch.console import log_for_people
 from launch.overrides import refuse, run_app
@@ -27,9 +28,10 @@ from train.config import Run
 from train.events import process_start
 from train.exit_status import LOST, STOPPED
 from train.lock import InUseError
-from train.loop import fit
-from train.mirror import Mirror, local_side
+from train.loop import Outcome, fit
+from train.mirror import Mirror
 from train.peers import Peers
+from train.workdir import is_url, local_side
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -50,6 +52,16 @@ _VOCABULARY = flags.DEFINE_string(
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   log_for_people()
+  with faults.StopRequest(ask=Peers.leave_unbegun) as stop:
+    outcome = _train(run, overridden, stop)
+  if outcome == "stopped":
+    sys.exit(STOPPED)
+
+
+def _train(
+  run: Run, overridden: dict[str, tuple[Any, Any]], stop: faults.StopRequest
+) -> Outcome | None:
+  """How it ended; None if a step was only shown."""
   place = _WORKDIR.value
   workdir = local_side(_LOCAL_WORKDIR.value or place)
   try:
@@ -60,20 +72,28 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     logging.error("%s", error)
     sys.exit(LOST)
   host.keep_memory()
+  stop.ask = peers.ask_to_stop
   if peers.index == 0:
     for path, (before, now) in overridden.items():
       logging.info("override %s: %r -> %r", path, before, now)
   saves_to = f"{place.rstrip('/')}/checkpoints"
+  mirror = Mirror(workdir, place) if is_url(place) and peers.index == 0 else None
   with _reporting(workdir, peers):
     if _REPLAY_STEP.value is not None:
+      if mirror is not None:
+        mirror.fetch()
       _show(run, workdir, saves_to, _REPLAY_STEP.value)
-      return
+      return None
     workdir.mkdir(parents=True, exist_ok=True)
-    is_mirrored = bucket.is_url(place) and peers.index == 0
-    with Mirror(workdir, place) if is_mirrored else contextlib.nullcontext():
-      outcome = fit(run, workdir, peers, saves_to=saves_to, began=process_start())
-  if outcome == "stopped":
-    sys.exit(STOPPED)
+    with mirror or contextlib.nullcontext():
+      return fit(
+        run,
+        workdir,
+        peers,
+        saves_to=saves_to,
+        before_complete=mirror.copy if mirror else lambda: None,
+        began=process_start(),
+      )
 
 
 @contextlib.contextmanager
@@ -138,7 +158,8 @@ def _show(run: Run, workdir: pathlib.Path, saves_to: str, step: int) -> None:
     logging.info("the rows are of another vocabulary than %s: shown as ids", _VOCABULARY.value)
     words = None
   replayed = replay.replay(run, workdir, step, saves_to=saves_to)
-  sys.stdout.write("\n".join(replay.lines(replayed, run, words)) + "\n")
+  if jax.process_index() == 0:
+    sys.stdout.write("\n".join(replay.lines(replayed, run, words)) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,26 @@ Its URL goes into TENSORSTORE_GCS_HTTP_URL. Objects appear whole or not at all a
 consistent, as in the real one.
 """
 
+import contextlib
 import http.server
 import json
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
+
+import pytest
+
+
+@contextlib.contextmanager
+def serving() -> Iterator["Server"]:
+  """A server that this process, and those that it starts within, take for Google's."""
+  with pytest.MonkeyPatch.context() as patch:
+    server = Server()
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    yield server
+    server.shutdown()
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -1,48 +1,26 @@
-"""A workdir in a bucket: tokens, checkpoints and metrics, with a Cloud Storage on this machine."""
-
-import json
-import os
-import signal
-import time
+"""Checkpoints in a bucket, with a Cloud Storage on this machine."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from data import token_store
-from tests import checkpoint_process, tiny
-from tests.commands import Commands
-from tests.fake_gcs import Server
+from tests import checkpoint_process
+from tests.fake_gcs import serving
 from tests.test_checkpoint_processes import two_processes
-from train import checkpoint_bucket, mirror
+from train import checkpoint_bucket
 from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, restore
 from train.checkpoint_folder import DamagedCheckpointError, steps
 
 URL = "gs://bucket/run"
 PLACE = f"{URL}/checkpoints"
-CONFIG = """
-import dataclasses
-from tests import tiny_config
-from train.checkpoint import CheckpointConfig
-
-def get_config(source):
-  run = tiny_config.get_config({folder!r})
-  data = dataclasses.replace(run.data, sources=((source, 1.0),))
-  saving = CheckpointConfig(every_steps=5)
-  return dataclasses.replace(run, data=data, total_steps=20, checkpoint=saving)
-"""
 
 
 @pytest.fixture(scope="module")
 def server():
-  with pytest.MonkeyPatch.context() as patch:
-    server = Server()
-    patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
-    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+  with serving() as server, pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoint_bucket, "HEARTBEAT_SECONDS", 0.1)
     yield server
-    server.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -159,72 +137,3 @@ def test_two_processes_save_as_one_and_one_process_restores_them():
     expected = jax.jit(checkpoint_process.update)(expected)
   assert int(restored.state["step"]) == 40
   np.testing.assert_array_equal(restored.state["w_DF"], expected["w_DF"])
-
-
-def test_small_files_follow_and_come_back(server, tmp_path):
-  here, there = tmp_path / "here", tmp_path / "there"
-  (here / "tensorboard").mkdir(parents=True)
-  with mirror.Mirror(here, URL):
-    (here / "metrics.jsonl").write_text("1\n")
-    (here / "tensorboard/events").write_text("x")
-  assert server.names() == ["run/files/metrics.jsonl", "run/files/tensorboard/events"]
-  there.mkdir()
-  with mirror.Mirror(there, URL):
-    assert (there / "metrics.jsonl").read_text() == "1\n"
-    with (there / "metrics.jsonl").open("a") as file:
-      file.write("2\n")
-  with (here / "metrics.jsonl").open("a") as file:
-    file.write("other\n")
-  with mirror.Mirror(here, URL):
-    assert (here / "metrics.jsonl").read_text() == "1\n2\n"
-  (here / "metrics.jsonl").write_text("1\n2\n3\n")  # not copied when it was killed
-  with mirror.Mirror(here, URL):
-    assert (here / "metrics.jsonl").read_text() == "1\n2\n3\n"
-
-
-def test_a_run_in_a_bucket_ends_like_one_in_a_folder(server, tmp_path):
-  """Its tokens there too; killed, and gone on with by a machine that has none of its files."""
-  tiny.run(tmp_path)
-  store = token_store.TokenStore(str(tmp_path / "train"))
-  tokens = store.read(np.array([0]), store.manifest.num_tokens)[0]
-  documents = np.split(tokens, store.starts[1:])
-  token_store.write(
-    "gs://bucket/train",
-    documents,
-    store.manifest.vocabulary,
-    text_bytes=store.manifest.text_bytes,
-  )
-  (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path)))
-  config = f"--config={tmp_path / 'config.py'}"
-  commands = Commands()
-  try:
-    status, output = commands.run(
-      "launch.train",
-      [f"{config}:{tmp_path / 'train'}", f"--workdir={tmp_path / 'plain'}"],
-      tmp_path / "plain.txt",
-    )
-    assert status == 0, output
-    ours = [f"{config}:gs://bucket/train", f"--workdir={URL}"]
-    pid = commands.start(
-      "launch.train", [*ours, f"--local_workdir={tmp_path / 'first'}"], tmp_path / "first.txt"
-    )
-    deadline = time.monotonic() + 60
-    while not steps(PLACE):
-      assert time.monotonic() < deadline, (tmp_path / "first.txt").read_text()
-      time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    commands.wait()
-    status, output = commands.run(
-      "launch.train", [*ours, f"--local_workdir={tmp_path / 'second'}"], tmp_path / "second.txt"
-    )
-    assert status == 0, output
-  finally:
-    commands.close()
-  assert "restored" in output
-  metrics = server.objects["bucket", "run/files/metrics.jsonl"][0].decode().splitlines()
-  plain = (tmp_path / "plain/metrics.jsonl").read_text().splitlines()
-  losses = {r["step"]: r["train/loss"] for r in map(json.loads, metrics) if "train/loss" in r}
-  expected = {r["step"]: r["train/loss"] for r in map(json.loads, plain) if "train/loss" in r}
-  assert losses.items() <= expected.items()
-  assert max(losses) == max(expected)
-  assert {"run/files/config.json", "run/files/loss.png"} <= set(server.names())

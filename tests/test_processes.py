@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from tests import tiny
 from tests.commands import ROOT, Commands
 from tests.tolerances import assert_close
+from train import agreement
 from train.checkpoint_folder import steps
 from train.jsonl import read_jsonl
 
@@ -54,8 +56,11 @@ def wait_for(condition, seconds=90.0):
 class Job:
   """N processes of one command, each with its output in a file."""
 
-  def __init__(self, jobs, name, count, *changes, module="launch.train", first=(), second=None):
-    """`first` are arguments before all others, `second` what process 1 has instead of its own.
+  def __init__(
+    self, jobs, name, count, *changes, module="launch.train", first=(), second=None, tree=None
+  ):
+    """`first` are arguments before all others, `second` what process 1 has instead of its own,
+    `tree` where its sources are instead of here.
 
     With `second` the processes find each other as those of a Slurm job do, else by flags.
     """
@@ -69,9 +74,9 @@ class Job:
     changes = [*changes, f"--heartbeat_seconds={PATIENCE}"]
     self.pids = [
       jobs.commands.start(
-        module,
+        "tests.changed_train" if tree and index == 1 else module,
         [
-          *first,
+          *([str(tree)] if tree and index == 1 else first),
           *(second if second and index == 1 else jobs.arguments(name)),
           *changes,
           *([] if second else [f"--coordinator=127.0.0.1:{port}"]),
@@ -111,10 +116,10 @@ class Jobs:
       "--config.checkpoint.every_steps=10",
     ]
 
-  def disturbed(self, name, count=2, *changes, hangs_at=0):
-    """A job of 20 steps a second: there is time to do something to it."""
+  def disturbed(self, name, count=2, *changes, what="steps"):
+    """A job of 20 steps a second: there is time to do something to it, or to `what` it does."""
     changes = changes or ["--config.mesh.fsdp=2"]
-    return Job(self, name, count, *changes, module="tests.slow_train", first=[str(hangs_at)])
+    return Job(self, name, count, *changes, module="tests.slow_train", first=[what])
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +178,8 @@ def test_told_to_stop_all_save_at_one_step_and_any_number_goes_on(jobs, straight
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
 def test_one_gone_or_hanging_is_named_and_the_other_leaves_in_time(jobs, straight, who, number):
   name = f"{number.name}{who}"
-  job = jobs.disturbed(name).at_step(3)
+  job = jobs.disturbed(name)
+  wait_for(lambda: steps(job.workdir / "checkpoints"))
   os.kill(job.pids[who], number)
   start = time.monotonic()
   assert jobs.commands.wait(job.pids[1 - who]) == LOST, job.tail()
@@ -185,6 +191,34 @@ def test_one_gone_or_hanging_is_named_and_the_other_leaves_in_time(jobs, straigh
   assert re.search(rf"{re.escape(named)}.*(gone|not answered)", job.text(1 - who)), job.tail()
   # Where nothing answers any more it takes the time set; where a connection broke, a roll call.
   assert seconds < PATIENCE + 4.0
+  if number == signal.SIGSTOP:
+    return
+  # Fewer or more of them go on: the same batches, and the same losses but for the order of sums.
+  saved = max(steps(job.workdir / "checkpoints"))
+  count = 1 if who else 4
+  job = Job(jobs, name, count, f"--config.mesh.fsdp={count}")
+  assert job.statuses() == [0] * count, job.tail()
+  assert f"restored step {saved} from" in job.text(0)
+  assert_same_run(losses(job.workdir), straight[0])
+
+
+@pytest.mark.parametrize("what", ["compile", "evaluate", "save", "data"])
+def test_told_to_stop_in_the_midst_of_something_all_leave_with_all_saved(jobs, what):
+  more = [f"--config.data.eval_source={jobs.folder}/eval", "--config.eval_every=5"]
+  job = jobs.disturbed(f"in-{what}", 2, "--config.mesh.fsdp=2", *more, what=what)
+  who = 0 if what == "save" else 1  # process 0 finishes what all have written
+  wait_for(lambda: f"in {what}" in job.text(who))
+  os.kill(job.pids[1], signal.SIGTERM)
+  start = time.monotonic()
+  assert job.statuses() == [75, 75], job.tail()
+  assert time.monotonic() - start < 7.0
+  told = losses(job.workdir)
+  if what in ("compile", "data"):
+    assert not told
+    assert "SIGTERM on process 1 (host" in job.text(0)
+    assert "before the first step: there is nothing to save" in job.text(0)
+  else:
+    assert max(told) == max(steps(job.workdir / "checkpoints")) < 60
 
 
 def test_told_twice_a_process_ends_at_once_and_is_missed(jobs, straight):
@@ -201,7 +235,7 @@ def test_told_twice_a_process_ends_at_once_and_is_missed(jobs, straight):
 
 def test_no_progress_writes_every_stack_and_ends_all(jobs, straight):
   changes = ["--config.mesh.fsdp=2", "--config.watchdog.step_minutes=0.03"]
-  job = jobs.disturbed("hangs", 2, *changes, hangs_at=8)
+  job = jobs.disturbed("hangs", 2, *changes, what="hang=8")
   assert job.statuses() == [LOST, LOST], job.tail()
   stacks = (job.workdir / "stacks-1.txt").read_text()
   assert "no progress" in stacks
@@ -222,6 +256,22 @@ def test_processes_that_differ_are_refused_by_name(jobs, straight):
     assert "process 1 (host" in job.text(index)
     assert "optimizer.peak_lr is 0.5, not 0.01" in job.text(index)
     assert "data.sources[0].fingerprint is" in job.text(index)
+
+
+def test_a_source_file_that_differs_is_refused_by_name(jobs, tmp_path):
+  for folder in agreement._FOLDERS:
+    shutil.copytree(ROOT / folder, tmp_path / folder)
+  with (tmp_path / "models" / "griffin.py").open("a") as file:
+    file.write("# changed by hand\n")
+  (tmp_path / "train" / "step.py").rename(tmp_path / "train" / "steps.py")
+  job = Job(jobs, "tree", 2, "--config.mesh.fsdp=2", tree=tmp_path)
+  assert job.statuses() == [1, 1], job.tail()
+  for index in range(2):
+    line = next(line for line in job.text(index).splitlines() if "not all processes run" in line)
+    assert "the same as process 0 (host" in line
+    named = [f"file {name} differs" for name in ("models/griffin.py", "train/step.py")]
+    assert f"process 1 (host {socket.gethostname()}): {', '.join(named)}, file train/steps" in line
+  assert not steps(job.workdir / "checkpoints")
 
 
 def test_a_missing_process_is_named_with_the_time_waited(jobs):

@@ -106,6 +106,22 @@ def test_a_signal_is_passed_on_and_then_it_leaves_as_the_command_does(tmp_path, 
   assert f"{number.name}: the command ended with 75" in output
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_is_ended_by_the_signal_before_it_can_hear_it_has_all_saved(tmp_path, count):
+  script = f"import pathlib, time; pathlib.Path('{tmp_path}/ready').touch(); time.sleep(60)"
+  command = [sys.executable, "-S", "-c", script]
+  if count > 1:
+    command = [sys.executable, "-m", "launch.local", "-n", str(count), "--", *command]
+  process = _supervise(tmp_path, command=command)
+  end = time.monotonic() + 30
+  while not (tmp_path / "ready").exists():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+  os.kill(process.pid, signal.SIGTERM)
+  output, _ = process.communicate(timeout=30)
+  assert process.returncode == 75, output
+
+
 def test_the_status_of_a_job_is_that_of_the_process_that_says_most():
   assert combined([0, 0]) == 0
   assert combined([75, 75, 0]) == 75

@@ -89,7 +89,7 @@ def cloud(tmp_path, checkout):
 
 JOB = ("--", "--config=configs/griffin.py:1b", "--config.name=a b")
 TRAIN = (
-  "-m launch.supervise --max_restarts=100 --backoff_seconds=10 --workdir=runs/my-bucket/try "
+  "-m launch.supervise --max_restarts=100 --backoff_seconds=10 --workdir=gs://my-bucket/try "
   "-- .venv/bin/python -m launch.train --workdir=gs://my-bucket/try "
   "--config=configs/griffin.py:1b --config.name=a b"
 )

@@ -70,10 +70,20 @@ def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, 
     assert newest >= before
     gained += newest > before
   assert gained >= 3
+  # A disk that did not keep the ends of the files either: half lines, half a file.
+  for name, torn in [("metrics.jsonl", '{"step": 58, "train/lo'), ("events.jsonl", '{"time": 1')]:
+    with (workdir / name).open("a") as file:
+      file.write(torn)
+  (workdir / "config.json").write_text('{"name": "ti')
+  torn_run = history.read(workdir)
+  assert torn_run.step >= newest
+  assert ">restart<" in report_page.page([torn_run], command="")
   status, output = commands.run("launch.train", _arguments(folder, "killed"), folder / "output")
   assert status == 0, output
   assert f"restored step {newest}" in output
   assert _losses(workdir) == expected
+  told = [record["step"] for record in read_jsonl(workdir / "metrics.jsonl")]
+  assert told == sorted(expected)  # each once, in order
   log = goodput.read(workdir)
   assert log.outcome == "complete"
   assert log.starts[-1].step == newest

@@ -102,10 +102,18 @@ class Checkpoints:
   """The checkpoints of one run, for the processes that train it; use it in a `with`.
 
   Every method has to be called by all processes alike. A failed save raises SaveFailedError from
-  the next call of any method.
+  the next call of any method. Process 0 calls `before_complete` when all arrays are written and the
+  checkpoint does not count yet, in the thread that writes.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    config: CheckpointConfig,
+    *,
+    before_complete: Callable[[], object] = lambda: None,
+  ):
+    self._before_complete = before_complete
     self.directory = files.place(directory)
     self.config = config
     self._is_first = jax.process_index() == 0
@@ -276,7 +284,7 @@ class Checkpoints:
 
   def _make_checkpointer(self) -> Writer | ocp.AsyncCheckpointer:
     if isinstance(self.directory, BucketFolder):
-      return Writer(timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+      return Writer(timeout_seconds=_SAVE_TIMEOUT_SECONDS, before_complete=self._before_complete)
     options = ocp.AsyncOptions(
       timeout_secs=_SAVE_TIMEOUT_SECONDS, post_finalization_callback=self._flush
     )
@@ -311,6 +319,7 @@ class Checkpoints:
   def _flush(self) -> None:
     """Puts a finished, not yet renamed checkpoint on disk: the rename must not get there first."""
     assert isinstance(self.directory, pathlib.Path)
+    self._before_complete()
     for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
       for path, _, names in os.walk(folder):
         for name in names:

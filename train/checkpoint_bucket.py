@@ -17,6 +17,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,8 +106,8 @@ def _arrays_at(record: bytes) -> str:
 class Writer:
   """Writes one checkpoint at a time in the background; every process its own shards."""
 
-  def __init__(self, *, timeout_seconds: int):
-    self._timeout = timeout_seconds
+  def __init__(self, *, timeout_seconds: int, before_complete: Callable[[], object]):
+    self._timeout, self._before_complete = timeout_seconds, before_complete
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "write_checkpoint")
     self._writing: concurrent.futures.Future[None] | None = None
 
@@ -148,6 +149,7 @@ class Writer:
       write.result()
     self._wait_for_all(f"{arrays} written")
     if jax.process_index() == 0:
+      self._before_complete()
       bucket.write(f"{folder.url}.json", content)
       bucket.delete(f"{folder.parent}/{arrays}.tmp")
     self._wait_for_all(f"{arrays} complete")

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -36,21 +37,16 @@ def storage_advice(error: OSError, workdir: pathlib.Path) -> str:
 
 
 class StopRequest:
-  """Ctrl-C or SIGTERM: the first asks all processes to save and leave, the second ends this one.
+  """Ctrl-C or SIGTERM: the first calls `ask` with the signal's name, the second ends this process.
 
-  `with StopRequest(peers) as stop:` and then ask `stop.reached(step)` at every step; None is only
-  this process. `signal_name` is what came to this process, or None. A thread listens: the main one
-  may be in a collective that will not end.
+  Use it in a `with`. `ask` may be replaced within it. `signal_name` is what came, or None. A thread
+  listens: the main one may be in a collective that will not end.
   """
 
-  def __init__(self, peers: Peers | None = None):
+  def __init__(self, ask: Callable[[str], object] = lambda name: None):
+    self.ask = ask
     self.signal_name: str | None = None
-    self._peers = peers or Peers.alone()
     self._previous: dict[int, Any] = {}
-
-  def reached(self, step: int) -> bool:
-    """Whether to save and leave after `step` finished steps; the same on all processes."""
-    return self._peers.reached(step)
 
   def __enter__(self) -> "StopRequest":
     listening, self._wakeup = socket.socketpair()
@@ -76,9 +72,9 @@ class StopRequest:
           continue
         name = signal.Signals(received[0]).name
         if asked:
-          self._peers.leave(f"{name} again: ended at once", status=128 + received[0])
+          Peers.leave(f"{name} again: ended at once", status=128 + received[0])
         asked, self.signal_name = True, name
         logging.warning(
-          "%s: saving a checkpoint and leaving; once more ends the process at once", name
+          "%s: saving what is not saved yet and leaving; once more ends the process at once", name
         )
-        self._peers.ask_to_stop(name)
+        self.ask(name)

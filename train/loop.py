@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from data.rows import Batch
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
-from train import agreement, faults
+from train import agreement
 from train import events as event_log
 from train import program as programs
 from train.bad_steps import BadSteps, RollBack
@@ -35,6 +36,7 @@ from train.statistics import by_layer
 from train.step import StepMetrics
 from train.throughput import Throughput, mfu
 from train.watchdog import Watchdog
+from train.whole_file import write_whole
 
 Outcome = Literal["complete", "stopped"]
 
@@ -45,12 +47,14 @@ def fit(
   peers: Peers | None = None,
   *,
   saves_to: str | None = None,
+  before_complete: Callable[[], object] = lambda: None,
   began: float | None = None,
 ) -> Outcome:
   """Trains `run` in `workdir` with all processes of `peers` (None: this one), from its newest
   checkpoint if there is one; they are in the folder or URL `saves_to`, else in WORKDIR/checkpoints.
 
-  "complete" after the last step; "stopped" when a signal asked to leave and everything is saved.
+  "complete" after the last step; "stopped" when a peer was asked to and everything is saved.
+  `before_complete` is called on process 0 before a checkpoint counts, in the thread that writes.
   The event log counts from `began`, seconds since 1970; None is the moment of this call.
   Raises BadStepError, and ValueError for what a user can set right.
   """
@@ -70,7 +74,9 @@ def fit(
 
   with (
     Watchdog(workdir, run.watchdog, peers) as watchdog,
-    Checkpoints(saves_to or workdir / "checkpoints", run.checkpoint) as checkpoints,
+    Checkpoints(
+      saves_to or workdir / "checkpoints", run.checkpoint, before_complete=before_complete
+    ) as checkpoints,
     Events(workdir, began=began, about=_about(program)) as events,
   ):
     bad_steps = BadSteps(run.bad_steps, workdir, data=run.data, batch_size=run.batch_size)
@@ -92,7 +98,7 @@ def fit(
       if jax.process_index() == 0:
         # Not before: this run may have been refused.
         settings = json.dumps(flatten(run), indent=1, default=repr)
-        (workdir / "config.json").write_text(settings + "\n")
+        write_whole(workdir / "config.json", settings + "\n")
       if step >= (last := _last_step(run, bad_steps)):
         logging.info("the run is complete: step %d of %d", step, last)
         events.end("complete")
@@ -107,10 +113,10 @@ def fit(
         total_steps=last,
       )
       watchdog.begins("compiling")
-      with metrics, faults.StopRequest(peers) as stop:
+      with metrics:
         session = session or _Session(program, checkpoints, events, watchdog, bad_steps, record)
         try:
-          outcome = session.train(state, step, last, metrics, stop)
+          outcome = session.train(state, step, last, metrics, peers)
         except RollBack as back:
           bad_steps.pass_over(back, checkpoint=checkpoints.latest() or 0)
     events.end(outcome)
@@ -150,15 +156,15 @@ class _Session:
       evaluates = self.run.data.eval_source is not None
       lowered = programs.lower_eval_step(program) if evaluates else None
       self.eval_step = None if lowered is None else programs.compile_step(program, lowered)
-      lowered = programs.lower_statistics_step(program) if self.run.statistics.every else None
-      self.statistics_step = None if lowered is None else programs.compile_step(program, lowered)
     logging.info("compiled in %.1f s", time.monotonic() - start)
+    every = self.run.statistics.every
+    self.statistics_step = programs.compile_statistics_aside(program) if every else None
     self.flops = flops_per_token(self.run.model, self.run.data.row_length).train
     chip = topology.chip_of(jax.devices()[0].device_kind)
     self.peak_flops = None if chip is None else chip.peak_flops * program.mesh.size
 
   def train(
-    self, state: TrainState, step: int, last: int, metrics: Metrics, stop: faults.StopRequest
+    self, state: TrainState, step: int, last: int, metrics: Metrics, peers: Peers
   ) -> Outcome:
     """Steps `step` + 1 to `last`; all of them have been looked at when it returns."""
     run, self.metrics = self.run, metrics
@@ -168,8 +174,9 @@ class _Session:
       total_steps=last,
     )
     running: _Running | None = None
+    saved = step
     with self._train_batches(step) as batches, self.events.span("step"):
-      while step < last and not stop.reached(step):
+      while step < last and not peers.reached(step):
         with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
         step += 1
@@ -191,9 +198,11 @@ class _Session:
               self._evaluate(step, state)
             if kind:
               self._save(step, state, kind)
+              saved = step
       if running is not None:
-        # A signal ended the loop at a step that was not due.
         self._finish(running)
+      if saved < step:
+        # A signal ended the loop at a step that was not due.
         self._save(step, state, "temporary")
     with self.events.span("checkpoint"):
       self.checkpoints.wait()
@@ -243,7 +252,7 @@ class _Session:
   ) -> dict[str, Any] | None:
     if self.statistics_step is None or not self.run.statistics.due(step):
       return None
-    return self.statistics_step(state, batch, metrics.square_norms, metrics.weight)
+    return self.statistics_step.result()(state, batch, metrics.square_norms, metrics.weight)
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     assert self.eval_step is not None

@@ -22,6 +22,7 @@ from absl import logging
 
 from train import statistics
 from train.jsonl import truncate
+from train.whole_file import write_whole
 
 JSONL = "metrics.jsonl"
 
@@ -260,7 +261,7 @@ def _open_wandb(
 
   id_file = folder / "wandb_run_id"
   if not id_file.exists():
-    id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+    write_whole(id_file, uuid.uuid4().hex[:12] + "\n")
   try:
     run = wandb.init(
       project=config.wandb_project,

@@ -7,7 +7,7 @@ would wait in a collective for ever, or be aborted by jax without a name.
 
   alive/INDEX    a number that grows
   stop/INDEX     why this process wants all to save and leave
-  frozen/INDEX   the step it was at when it read that
+  frozen/INDEX   the step it was at when it read that; -1 before its first
   failure/INDEX  how it failed
   trouble/INDEX  the same, where another may have caused it
   verdict        why all have to leave now
@@ -25,11 +25,12 @@ from typing import Any, NoReturn
 import jax
 from absl import logging
 
-from train.exit_status import LOST
+from train.exit_status import LOST, STOPPED
 
 _MAX_BEAT_SECONDS = 1.0
 _BEATS_PER_TIMEOUT = 10
 _BEATS_OF_A_ROLL_CALL = 4
+_NOT_BEGUN = -1
 _ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -43,6 +44,7 @@ class Peers:
     by process index; `seconds` is how long a process may not be heard of."""
     self.index, self.hosts, self.seconds = index, hosts, seconds
     self.step = 0  # the last that `reached` was told of
+    self._has_begun = False  # it was told of one
     self._client, self._coordinator = client, coordinator
     self._beat = min(_MAX_BEAT_SECONDS, seconds / _BEATS_PER_TIMEOUT)
     self._closed = threading.Event()
@@ -76,16 +78,20 @@ class Peers:
     return f"process {index} (host {self.hosts[index]})"
 
   def ask_to_stop(self, reason: str) -> None:
-    """Makes `reached` true at the same step on all processes; may be called in a signal handler."""
+    """Makes `reached` true at the same step on all processes. Before any of them has come to its
+    first step there is nothing to save: then they end at once."""
     if self._client is None:
-      self.stop_reason, self._stop_at = reason, 0
+      with self._changed:
+        self.stop_reason, self._stop_at = reason, 0
+        if not self._has_begun:
+          self.leave_unbegun(reason)
     else:
       self._say.setdefault(f"stop/{self.index}", f"{reason} on {self.name(self.index)}")
 
   def reached(self, step: int) -> bool:
     """Whether to leave after `step` finished steps, the same on all; to be asked at every step."""
     with self._changed:
-      self.step = step
+      self.step, self._has_begun = step, True
       while self._freezing:
         self._changed.wait(1.0)
       return self._stop_at is not None and step >= self._stop_at
@@ -99,7 +105,13 @@ class Peers:
     told = self._read(name)
     return [told[str(index)] for index in range(self.count)]
 
-  def leave(self, message: str, *, status: int = LOST) -> NoReturn:
+  @classmethod
+  def leave_unbegun(cls, reason: str) -> NoReturn:
+    """Ends this process, which has no step to save, so that it is started again."""
+    cls.leave(f"{reason} before the first step: there is nothing to save", status=STOPPED)
+
+  @staticmethod
+  def leave(message: str, *, status: int = LOST) -> NoReturn:
     """Ends this process, now: at its exit jax would wait for the others for minutes."""
     logging.error("%s", message)
     sys.stdout.flush()
@@ -157,13 +169,28 @@ class Peers:
         return
       with self._changed:
         self._freezing, self.stop_reason = True, min(reasons.items())[1]
+        at = self.step if self._has_begun else _NOT_BEGUN
       logging.warning("%s: all save a checkpoint and leave", self.stop_reason)
-      self._tell(f"frozen/{self.index}", str(self.step))
+      self._tell(f"frozen/{self.index}", str(at))
     steps = self._read("frozen")
     if len(steps) == self.count:
+      last = max(map(int, steps.values()))
+      if last == _NOT_BEGUN:
+        self._leave_with_all()
       with self._changed:
-        self._freezing, self._stop_at = False, max(map(int, steps.values())) + 1
+        self._freezing, self._stop_at = False, last + 1
         self._changed.notify_all()
+
+  def _leave_with_all(self) -> NoReturn:
+    """Process 0 is the last: with it the service ends, and who is still there would miss it."""
+    self._tell(f"alive/{self.index}", "done")
+    end = time.monotonic() + self.seconds
+    while self.index == 0 and time.monotonic() < end:
+      if set(self._read("alive").values()) == {"done"}:
+        time.sleep(self._beat)  # the last may still be about to end
+        break
+      time.sleep(0.02)
+    self.leave_unbegun(self.stop_reason)
 
   def _judge(self) -> None:
     """Process 0 says who is gone, or whose failure it is, and is the last to leave."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -152,6 +153,14 @@ def lower_statistics_step(program: Program) -> jax.stages.Lowered:
   with _placed(program):
     jitted = jax.jit(step, out_shardings=replicated)
     return jitted.lower(program.abstract, _abstract_batch(program), square_norms, weight)
+
+
+def compile_statistics_aside(program: Program) -> Future[jax.stages.Compiled]:
+  """The statistics step, compiled in a thread: it is needed so late that no step waits for it."""
+  thread = ThreadPoolExecutor(1, "compile_statistics")
+  compiled = thread.submit(lambda: compile_step(program, lower_statistics_step(program)))
+  thread.shutdown(wait=False)
+  return compiled
 
 
 def lower_row_losses(program: Program) -> jax.stages.Lowered:

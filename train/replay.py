@@ -24,6 +24,7 @@ from train.bad_steps import BadSteps, named_norms
 from train.checkpoint import restore
 from train.checkpoint_folder import Place, place, read_content, steps
 from train.config import Run
+from train.first_process import of_first_process
 from train.jsonl import read_jsonl
 from train.loop import within_the_data
 from train.metrics import JSONL
@@ -69,10 +70,10 @@ def replay(run: Run, workdir: pathlib.Path, step: int, *, saves_to: str | None =
   if not 1 <= step <= run.total_steps:
     raise ValueError(f"--replay_step {step} is not a step of the run: 1 .. {run.total_steps}")
   program = programs.build(run)
-  record, told = _record_of(workdir, step)
+  found = _found(workdir, step)
   directory = place(saves_to or workdir / "checkpoints")
   bad_steps = BadSteps(run.bad_steps, workdir, data=run.data, batch_size=run.batch_size)
-  state, start = _before(program, directory, bad_steps, step, record)
+  state, start = _before(program, directory, bad_steps, step, found.passed_over)
   train_step = programs.compile_step(program, programs.lower_train_step(program))
   row_losses = programs.compile_step(program, programs.lower_row_losses(program))
   logging.info("running from step %d to step %d", start, step)
@@ -105,8 +106,8 @@ def replay(run: Run, workdir: pathlib.Path, step: int, *, saves_to: str | None =
     is_applied=bool(metrics.is_applied),
     rows=[ReplayedRow(*row) for row in zip(addresses, contents, losses_B.tolist(), strict=True)],
     gradients=_by_badness(metrics.square_norms, float(metrics.weight)),
-    told=told,
-    record=record,
+    told=found.told,
+    record=found.record,
   )
 
 
@@ -144,17 +145,37 @@ def lines(replayed: Replayed, run: Run, words: Vocabulary | None, *, limit: int 
   return text
 
 
-def _record_of(workdir: pathlib.Path, step: int) -> tuple[pathlib.Path | None, float | None]:
-  """The last record of a bad step, if it was one, and the loss that the run told of the step."""
-  found = sorted((workdir / "bad_steps").glob(f"{step:08d}-*.json"))
-  if found:
-    return found[-1], float(json.loads(found[-1].read_text())["loss"])
+class _Found(NamedTuple):
+  """What the run has left of the step: the loss it told; if it was a bad one, the last record of it
+  and the batches that were passed over by then."""
+
+  told: float | None
+  record: pathlib.Path | None
+  passed_over: list[int] | None
+
+
+def _found(workdir: pathlib.Path, step: int) -> _Found:
+  """The same on every process, whatever its machine has of the workdir."""
+  text = _read_first(workdir, step) if jax.process_index() == 0 else ""
+  told, record, passed_over = json.loads(of_first_process(text))
+  return _Found(
+    told=None if told is None else float(told),
+    record=None if record is None else pathlib.Path(record),
+    passed_over=passed_over,
+  )
+
+
+def _read_first(workdir: pathlib.Path, step: int) -> str:
+  records = sorted((workdir / "bad_steps").glob(f"{step:08d}-*.json"))
+  if records:
+    record = json.loads(records[-1].read_text())
+    return json.dumps([record["loss"], str(records[-1]), record["passed_over"]])
   told = [
-    float(record["train/loss"])
+    record["train/loss"]
     for record in read_jsonl(workdir / JSONL)
     if record["step"] == step and "train/loss" in record
   ]
-  return None, told[-1] if told else None
+  return json.dumps([told[-1] if told else None, None, None])
 
 
 def _before(
@@ -162,16 +183,18 @@ def _before(
   directory: Place,
   bad_steps: BadSteps,
   step: int,
-  record: pathlib.Path | None,
+  wanted: list[int] | None,
 ) -> tuple[Any, int]:
-  """State and step of the newest checkpoint before `step` that led to it; `bad_steps` is begun."""
+  """State and step of the newest checkpoint before `step` that led to it; `bad_steps` is begun.
+
+  `wanted` are the batches that were passed over then; None: those that are now.
+  """
   now = run_record(program.run, program.model)
 
   def check(saved: dict[str, Any]) -> None:
     for change in compare_records(saved, now):
       logging.info("changed since the checkpoint: %s", change)
 
-  wanted = None if record is None else json.loads(record.read_text())["passed_over"]
   for found in reversed([other for other in steps(directory) if other < step]):
     saved = read_content(directory / f"{found:08d}")["run"]
     check(saved)
