@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.layers.projection import project
-from train.program import _COMPILER_OPTIONS
+from sharding.xla_flags import XlaFlags
 
 BATCH, TIME = 4, 96
 PRODUCTS = {
@@ -26,7 +26,7 @@ def test_a_cpu_copies_no_activation_for_a_gradient(name):
   x, w = jnp.ones((BATCH, TIME, *inputs)), jnp.ones(weights)
   y, transposed = jax.vjp(product, x, w)
   program = jax.jit(lambda x, w, dy: jax.vjp(product, x, w)[1](dy))
-  text = program.lower(x, w, y).compile(_COMPILER_OPTIONS["cpu"]).as_text()
+  text = program.lower(x, w, y).compile(XlaFlags().resolved("cpu")).as_text()
   shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
   sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in shapes]
   assert max(sizes, default=0) <= w.size < min(x.size, y.size)
