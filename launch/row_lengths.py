@@ -130,8 +130,9 @@ def _compare(name: str) -> None:
   if not count.isdecimal():
     raise ValueError(f"row_lengths: machine {name!r} is not CHIP:HOW_MANY, such as v5p:16")
   machine = machines.of_chips(chip, int(count))
-  if _COMPILE.value and (_REMAT.value is None or not machine.is_compilable):
-    raise ValueError(f"row_lengths: --compile needs --remat and a TPU, not {machine}")
+  if _COMPILE.value and (_REMAT.value is None or machine.uncompilable is not None):
+    why = machine.uncompilable or "--remat is missing"
+    raise ValueError(f"row_lengths: --compile needs --remat and a compiler for {machine}: {why}")
   results = []
   print(f"{machine}, {_SIZE.value}: tokens/s on all chips, and over the first's")
   for row_length in map(int, _ROWS.value):
@@ -174,7 +175,9 @@ def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
     layout = best_layout(run, machine)
   else:
     mesh = MeshShape(fsdp=machine.num_devices)
-    layout = Layout(mesh=mesh, zero_stage=3, remat=_REMAT.value, num_microbatches=1)
+    layout = Layout(
+      mesh=mesh, zero_stage=3, remat=REMATS[REMATS.index(_REMAT.value)], num_microbatches=1
+    )
   run = layout.of(run)
   return [plans.modelled(run, machine), *([plans.compiled(run, machine)] if _COMPILE.value else [])]
 

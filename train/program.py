@@ -105,8 +105,9 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
 
 def compile_step(program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   """A lowered step of `program`, compiled with its flags; ValueError for one that XLA has not."""
+  flags: dict[str, Any] = dict(program.flags)  # JAX's type has no numbers, which XLA takes
   try:
-    return lowered.compile(dict(program.flags))
+    return lowered.compile(flags)
   except jax.errors.JaxRuntimeError as error:
     unknown = re.search(r"No such compile option: '(\w+)'", str(error))
     if unknown is None:

@@ -12,7 +12,7 @@ sums are float32.
               rounded once to x's dtype
 
 "auto" is pallas_tpu on TPU from v4 on, and einsum elsewhere. A kernel runs on whole arrays or
-inside jax.shard_map; each shard has whole blocks.
+inside jax.shard_map (with check_vma=False: `tracks_varying`); each shard has whole blocks.
 """
 
 import jax
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.block_diagonal import pallas_tpu
-from kernels.varying import varying_alike
 
 IMPLEMENTATIONS = ("einsum", "pallas_tpu")
 # Whose matrix units a Pallas kernel cannot give bfloat16.
@@ -34,6 +33,11 @@ def resolve(requested: str) -> str:
   if dispatch.target_kind() in _WITHOUT_BFLOAT16:
     defaults = {**defaults, "tpu": "einsum"}
   return dispatch.resolve("block_diagonal", requested, available=IMPLEMENTATIONS, defaults=defaults)
+
+
+def tracks_varying(implementation: str) -> bool:
+  """Whether jax.shard_map can check over which axes its arrays vary (check_vma)."""
+  return implementation != "pallas_tpu"  # whose scratch memory is of no axis in the interpreter
 
 
 def products(
@@ -57,7 +61,7 @@ def products(
     )
   b_G2J = b_G2J.astype(jnp.float32)
   if resolve(implementation) == "pallas_tpu":
-    return _fused(*varying_alike(x_BTR, w_GI2J, b_G2J))
+    return _fused(x_BTR, w_GI2J, b_G2J)
   y_BTG2J = (_merged if is_whole else _batched)(x_BTR, w_GI2J) + b_G2J
   return y_BTG2J[..., 0, :].reshape(x_BTR.shape), y_BTG2J[..., 1, :].reshape(x_BTR.shape)
 

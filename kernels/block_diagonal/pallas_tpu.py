@@ -190,7 +190,10 @@ def _within(z_PL, bands: Bands, num_tokens: int | None):
     token_PL = jax.lax.broadcasted_iota(jnp.int32, z_PL.shape, 0)
     is_token_PL = token_PL < num_tokens - pl.program_id(1) * z_PL.shape[0]
     inside = is_token_PL if inside is None else inside & is_token_PL
-  return z_PL if inside is None else jnp.where(inside, z_PL, jnp.zeros_like(z_PL))
+  if inside is None:
+    return z_PL
+  # In float32: Mosaic has no mask for bfloat16 that is the same in all rows.
+  return jnp.where(inside, z_PL.astype(jnp.float32), 0).astype(z_PL.dtype)
 
 
 def _forward_kernel(x_ref, w_ref, b_ref, r_ref, i_ref, *, bands: Bands):

@@ -14,6 +14,7 @@ import json
 import sys
 import types
 from importlib import metadata
+from typing import Any
 
 from kernels.cycle_estimate import CHIPS, estimated_cycles, sharding_on  # isort: skip
 
@@ -51,7 +52,7 @@ def pair_cycles(chip: str, head_size: int) -> tuple[float, float, int]:
   def loss(*arrays):
     return jnp.sum(splash_tpu.attention(*arrays, window=None).astype(jnp.float32))
 
-  library = splash_tpu.splash
+  library: Any = splash_tpu.splash
   plain = library.pl
   library.pl = types.SimpleNamespace(**{**vars(plain), "when": _When(plain.when)})
   try:

@@ -9,12 +9,10 @@ timed. On CPU, with libtpu there.
 
 import datetime
 import json
-import math
 import re
 import sys
-from collections.abc import Iterator
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +22,15 @@ from jax.sharding import SingleDeviceSharding
 from kernels import block_diagonal
 from models.layers import rg_lru, segments
 from sharding import machine
+from sharding.program_text import Instruction, arrays_of, computations_of, size_of
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # Width of the model and of the recurrence: configs/griffin.py, 1b, 7b and 14b.
 _WIDTHS = ((2048, 2560), (4096, 4096), (5120, 5632))
 _BATCH, _TIME = 8, 2048
-_BYTES = {"bf16": 2, "pred": 1}
 # What a fusion that computes nothing consists of.
 _MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 _MOVES |= {"copy", "transpose", "reshape", "slice", "concatenate", "pad", "convert"}
-
-
-class Instruction(NamedTuple):
-  """A line of a compiled program."""
-
-  name: str
-  result: str  # shapes and layouts
-  opcode: str
-  operands: tuple[str, ...]
-  line: str
-
-  @property
-  def result_bytes(self) -> list[int]:
-    """Of every array of the result."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", self.result)
-    return [
-      _BYTES.get(kind, 4) * math.prod(int(size) for size in shape.split(",") if size)
-      for kind, shape in arrays
-    ]
 
 
 def compiled(
@@ -66,11 +45,12 @@ def compiled(
 
   def forward(params, x_BTD, segments_BT):
     row, _ = segments.segments(segments_BT, segments.initial_state(batch))
-    y_BTD, _ = nnx.merge(graph, params)(x_BTD, row, None)
+    block: Any = nnx.merge(graph, params)
+    y_BTD, _ = block(x_BTD, row, None)
     return y_BTD
 
   def with_gradients(params, x_BTD, segments_BT, dy_BTD):
-    y_BTD, vjp = jax.vjp(lambda *z: forward(*z, segments_BT), params, x_BTD)
+    y_BTD, vjp = jax.vjp(lambda w, x: forward(w, x, segments_BT), params, x_BTD)
     return y_BTD, vjp(dy_BTD)
 
   x_BTD = jax.ShapeDtypeStruct((batch, time, width), jnp.bfloat16)
@@ -85,28 +65,26 @@ def compiled(
   return jax.jit(run).lower(*arguments).compile()
 
 
-def instructions(text: str) -> Iterator[Instruction]:
+def instructions(text: str) -> list[Instruction]:
   """Those of the program that runs, without those inside its fusions."""
-  pattern = r"\s*(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)"
-  for line in text[text.index("\nENTRY ") :].splitlines():
-    if match := re.match(pattern, line):
-      operands = re.findall(r"%[\w.\-]+", match[4].split("), ")[0])
-      yield Instruction(match[1], match[2], match[3], tuple(operands), line)
+  computations, entry = computations_of(text)
+  return list(computations[entry].values())
+
+
+def result_bytes(one: Instruction) -> int:
+  """Of all arrays that it makes."""
+  return size_of(arrays_of(one.shape))
 
 
 def moves(text: str, least_bytes: int) -> list[Instruction]:
   """What only moves an array of at least so many bytes to another place or layout."""
-  inside = {}
-  for computation in text.split("\n\n"):
-    if match := re.match(r"\s*(%[\w.\-]+) \(", computation):
-      opcodes = re.findall(r" = .*? ([\w\-]+)\(", computation)
-      inside[match[1]] = set(opcodes)
+  computations, entry = computations_of(text)
   found = []
-  for one in instructions(text):
+  for one in computations[entry].values():
     is_move = one.opcode in ("copy", "transpose", "reshape")
-    if one.opcode == "fusion" and (called := re.search(r"calls=(%[\w.\-]+)", one.line)):
-      is_move = inside[called[1]] <= _MOVES
-    if is_move and max(one.result_bytes) >= least_bytes:
+    if one.opcode == "fusion" and (called := re.search(r"calls=%?([\w.\-]+)", one.rest)):
+      is_move = {inside.opcode for inside in computations[called[1]].values()} <= _MOVES
+    if is_move and result_bytes(one) >= least_bytes:
       found.append(one)
   return found
 
@@ -121,7 +99,10 @@ def main(chips: list[str]) -> None:
           program = compiled(
             config, device, width=width, batch=_BATCH, time=_TIME, backward=backward
           )
-          text, states = program.as_text(), _BATCH * _TIME * rnn_width
+          text, memory = program.as_text(), program.memory_analysis()
+          assert text is not None
+          assert memory is not None
+          states = _BATCH * _TIME * rnn_width
           moved = moves(text, 2 * states)
           cycles = re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("\nENTRY ") :])
           record = {
@@ -134,8 +115,8 @@ def main(chips: list[str]) -> None:
             "bytes_per_state": round(_bytes_accessed(program) / states, 1),
             "moves": len(moved),
             # Each is read and written.
-            "moved_bytes_per_state": round(2 * sum(map(_result_bytes, moved)) / states, 1),
-            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "moved_bytes_per_state": round(2 * sum(map(result_bytes, moved)) / states, 1),
+            "temporary_bytes": memory.temp_size_in_bytes,
             "estimated_cycles_without_kernels": sum(map(int, cycles)),
             "jax": jax.__version__,
             "libtpu": metadata.version("libtpu"),
@@ -144,10 +125,6 @@ def main(chips: list[str]) -> None:
           }
           sys.stdout.write(json.dumps(record) + "\n")
           sys.stdout.flush()
-
-
-def _result_bytes(one: Instruction) -> int:
-  return sum(one.result_bytes)
 
 
 def _bytes_accessed(program: jax.stages.Compiled) -> float:
