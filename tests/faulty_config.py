@@ -18,8 +18,9 @@ import numpy as np
 
 from data import token_store, vocabulary
 from data.pipeline import DataConfig
+from sharding.xla_flags import XlaFlags
 from tests import tiny_config
-from train import checkpoint, loss, program
+from train import checkpoint, loss
 from train.bad_steps import BadStepPolicy
 from train.checkpoint import CheckpointConfig
 from train.config import Run
@@ -49,7 +50,6 @@ def get_config(argument: str) -> Run:
   from the checkpoint of step 30 on."""
   folder, _, fault = argument.partition(",")
   _break_marked_batches()
-  program._CPU_OPTIONS["xla_backend_optimization_level"] = 0  # it runs for a second
   if fault:
     _from_step(30, FAULTS[fault])
   run = tiny_config.get_config(folder)
@@ -58,6 +58,7 @@ def get_config(argument: str) -> Run:
     data=data(pathlib.Path(folder)),
     checkpoint=CheckpointConfig(every_steps=10),
     bad_steps=BadStepPolicy(spike_window=8),
+    xla_flags=XlaFlags(set="xla_backend_optimization_level=0"),  # it runs for a second
   )
 
 
