@@ -15,6 +15,8 @@ def keep_memory() -> None:
   By default every step gets its hundreds of megabytes of temporaries from the kernel, page by page,
   and gives them back: a tenth of its time (docs/benchmarks.md). glibc can keep what was freed, but
   only of the main thread; so that is where steps then run. Nothing changes for other devices.
+
+  Not for one process of several: it would wait for the others in the main thread, deaf to signals.
   """
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":

@@ -71,7 +71,8 @@ def _train(
   except MissingProcessError as error:
     logging.error("%s", error)
     sys.exit(LOST)
-  host.keep_memory()
+  if peers.count == 1:
+    host.keep_memory()
   stop.ask = peers.ask_to_stop
   if peers.index == 0:
     for path, (before, now) in overridden.items():
