@@ -336,12 +336,10 @@ class _Decoder:
         x_BTD = logical.constrain(x_BTD, "batch", "time", "width")
         return x_BTD, state if seen is None else seen
 
-      state = None if states is None else states[run.name]
+      xs = (params[run.name], None if states is None else states[run.name])
+      is_scanned = not 1 < run.length <= written_out
       x_BTD, new_states[run.name] = self._scan(
-        self._rematerialized(block),
-        x_BTD,
-        (params[run.name], state),
-        is_scanned=not 1 < run.length <= written_out,
+        block, x_BTD, xs, is_scanned=is_scanned, around=self._rematerialized
       )
     return x_BTD, new_states
 
@@ -365,13 +363,28 @@ class _Decoder:
     return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
   def _scan(
-    self, body: Callable[..., Any], x_BTD: jax.Array, xs: Any, *, is_scanned: bool = True
+    self,
+    body: Callable[..., Any],
+    x_BTD: jax.Array,
+    xs: Any,
+    *,
+    is_scanned: bool = True,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda step: step,
   ) -> tuple[jax.Array, Any]:
+    """jax.lax.scan of around(body), or its steps written out.
+
+    A written step takes all of `xs` and cuts its part out within `around`: what is kept for the
+    backward pass is then `xs` as it lies, where a part would be kept gathered over ZeRO's axis.
+    """
     if self.config.layers == "scan" and is_scanned:
-      return jax.lax.scan(body, x_BTD, xs)
+      return jax.lax.scan(around(body), x_BTD, xs)
     outputs = []
     for index in range(jax.tree.leaves(xs)[0].shape[0]):
-      x_BTD, output = body(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
+
+      def step(x_BTD: jax.Array, xs: Any, index: int = index) -> tuple[jax.Array, Any]:
+        return body(x_BTD, jax.tree.map(lambda leaf: leaf[index], xs))
+
+      x_BTD, output = around(step)(x_BTD, xs)
       outputs.append(output)
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
