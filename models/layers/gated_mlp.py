@@ -46,7 +46,7 @@ class GatedMLP(nnx.Module):
     dtype = x_BTD.dtype
     with jax.named_scope("mlp"):
       w_up_D2F, b_up_2F = self.w_up_D2F[...].astype(dtype), self.b_up_2F[...].astype(dtype)
-      gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, b_up_2F)
+      gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, b_up_2F, axis="mlp")
       gated_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
       y_BTD = project(gated_BTF, self.w_down_FD[...].astype(dtype))
       return y_BTD + self.b_down_D[...].astype(dtype)

@@ -5,6 +5,7 @@ made of anything else. So where arrays are whole, these are products of matrices
 split over devices they are not, since split dimensions cannot be merged where they lie.
 """
 
+import functools
 import math
 
 import jax
@@ -27,13 +28,52 @@ def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
   return y_RO.reshape(*x_BTI.shape[:2], *w_IO.shape[inputs:])
 
 
-def branches(x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array) -> tuple[jax.Array, ...]:
+def branches(
+  x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array, *, axis: str
+) -> tuple[jax.Array, ...]:
   """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; "projection" to a remat policy.
 
   As many products as branches, each with its bias: of one product a TPU writes the result with and
   without bias, cuts the branches out of it, and joins their gradients again for every product of
-  the backward pass (docs/benchmarks.md).
+  the backward pass (docs/benchmarks.md). `axis` is what sharding/rules.py calls F; where F is
+  split, the branches' gradients with respect to x are added before they are summed over devices.
   """
+  is_split = logical.is_split() and logical.num_shards(axis) > 1
+  y_KBTF = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
   return tuple(
-    checkpoint_name(project(x_BTD, w_DKF[:, k]) + b_F, "projection") for k, b_F in enumerate(b_KF)
+    checkpoint_name(y_BTF + b_F, "projection") for y_BTF, b_F in zip(y_KBTF, b_KF, strict=True)
   )
+
+
+def _products(x_BTD: jax.Array, w_DKF: jax.Array) -> list[jax.Array]:
+  return [project(x_BTD, w_DKF[:, k]) for k in range(w_DKF.shape[1])]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _summed_once(x_BTD: jax.Array, w_DKF: jax.Array, axis: str) -> list[jax.Array]:
+  """`_products` where F is split: autodiff has one all-reduce of dx for each of them."""
+  del axis
+  return _products(x_BTD, w_DKF)
+
+
+def _summed_once_forward(x_BTD, w_DKF, axis):
+  return _summed_once(x_BTD, w_DKF, axis), (x_BTD, w_DKF)
+
+
+def _summed_once_backward(axis, kept, dy_KBTF):
+  x_BTD, w_DKF = kept
+
+  def dx_of_shard(w_DKF, *dy_KBTF):
+    dx_BTD = sum(jnp.einsum("btf,df->btd", dy, w_DKF[:, k]) for k, dy in enumerate(dy_KBTF))
+    return jax.lax.psum(dx_BTD, logical.mesh_axis(axis))
+
+  dx = logical.on_shards(
+    dx_of_shard,
+    in_axes=((None, None, axis), *[("batch", "time", axis)] * len(dy_KBTF)),
+    out_axes=("batch", "time", "width"),
+  )
+  (dw_DKF,) = jax.vjp(functools.partial(_products, x_BTD), w_DKF)[1](dy_KBTF)
+  return dx(w_DKF, *dy_KBTF), dw_DKF
+
+
+_summed_once.defvjp(_summed_once_forward, _summed_once_backward)

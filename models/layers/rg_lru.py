@@ -130,7 +130,7 @@ class RecurrentBlock(nnx.Module):
       state = self.initial_state(x_BTD.shape[0], 0, dtype)
     with jax.named_scope("recurrent"):
       w_in_D2R, b_in_2R = self.w_in_D2R[...].astype(dtype), self.b_in_2R[...].astype(dtype)
-      gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, b_in_2R)
+      gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, b_in_2R, axis="rnn")
       gelu_BTR = jax.nn.gelu(gate_BTR, approximate=True)
       conv_BTR = self._conv(in_BTR, segments, state)
       h_BTR, h_BR = self._recur(conv_BTR, segments, state)
