@@ -117,9 +117,10 @@ def _calls(instruction: Instruction, computations: Computations) -> list[tuple[s
 
 
 def _trips(instruction: Instruction, computations: Computations) -> int | None:
-  """The trip count of a while loop: as annotated, or n of a condition that is `i < n`.
+  """The trip count of a while loop: as annotated, or of a condition that is `i < n`.
 
-  Loops of jax.lax.scan count from 0 by 1; None where the condition says something else.
+  Counters start at 0; None where the condition says something else. Loops of jax.lax.scan count by
+  1, those of a product whose operand travels meanwhile in steps that the body tells.
   """
   if known := _TRIP_COUNT.search(instruction.rest):
     return int(known[1])
@@ -130,9 +131,40 @@ def _trips(instruction: Instruction, computations: Computations) -> int | None:
   if last.opcode != "compare" or "direction=LT" not in last.rest:
     return None
   index, bound = (instructions[name] for name in last.operands)
-  is_counter = index.opcode == "get-tuple-element" and index.shape.startswith("s32[]")
-  constant = re.match(r"(\d+)\)", bound.rest) if bound.opcode == "constant" else None
-  return int(constant[1]) if is_counter and constant else None
+  is_counter = index.opcode == "get-tuple-element" and re.match(r"[su]32\[\]", index.shape)
+  end = _constant(bound)
+  if not is_counter or end is None:
+    return None
+  step = _step(index, instruction, computations)
+  if step is None and index.shape.startswith("s32"):
+    step = 1
+  return None if step is None else -(-end // step)
+
+
+def _step(index: Instruction, loop: Instruction, computations: Computations) -> int | None:
+  """What the body adds to the counter, the element `index` of the loop's tuple."""
+  body = re.search(r"body=%?([\w.\-]+)", loop.rest)
+  assert body is not None, f"no body in {loop.rest[:200]}"
+  instructions = computations[body[1]]
+  position = _element(index)
+  new = instructions.get(list(instructions.values())[-1].operands[position])
+  if new is None or new.opcode != "add":
+    return None
+  terms = [instructions[name] for name in new.operands]
+  is_counter = [term.opcode == "get-tuple-element" and _element(term) == position for term in terms]
+  steps = [_constant(term) for term, counts in zip(terms, is_counter) if not counts]
+  return steps[0] if len(steps) == 1 else None
+
+
+def _element(taken: Instruction) -> int:
+  found = re.search(r"index=(\d+)", taken.rest)
+  assert found is not None, f"no index in {taken.rest[:200]}"
+  return int(found[1])
+
+
+def _constant(one: Instruction) -> int | None:
+  found = re.match(r"(\d+)\)", one.rest) if one.opcode == "constant" else None
+  return int(found[1]) if found else None
 
 
 def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,5 +1,7 @@
 """Collectives are read from compiled programs: small ones of our own, and each form of the text."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,6 +212,22 @@ def test_groups_are_read_in_every_form(written, groups):
     if one.name == "reduce"
   ]
   assert {tuple(sorted(group)) for group in reduce.groups} == set(groups)
+
+
+@pytest.mark.parametrize(
+  ("step", "counter", "times"), [(2, "u32", 3), (1, "u32", 6), (4, "s32", 2), (None, "u32", None)]
+)
+def test_a_loop_that_counts_by_more_than_one_is_counted(step, counter, times):
+  """As the loops into which XLA cuts a product, to send its operand meanwhile."""
+  new = "%counted" if step else "%p.5"
+  counts = f"""  %count = s32[]{{:T(128)}} get-tuple-element(%p.5), index=0
+  %by = s32[]{{:T(128)}} constant({step})
+  %counted = s32[]{{:T(128)}} add(%count, %by)
+  ROOT %next = (s32[]{{:T(128)}}, f32[8]{{0}}) tuple({new}, %element.1)"""
+  program = re.sub(r"  ROOT %next = .*", counts, _PROGRAM).replace("RGROUPS", "{}")
+  program = program.replace("s32[]", f"{counter}[]")
+  found = collectives.read(program, make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))
+  assert [one.times for one in found if one.name == "link"] == [times]
 
 
 def test_what_is_not_understood_is_an_error():
