@@ -7,6 +7,7 @@ split over devices they are not, since split dimensions cannot be merged where t
 
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,10 @@ def branches(
   split, the branches' gradients with respect to x are added before they are summed over devices.
   """
   is_split = logical.is_split() and logical.num_shards(axis) > 1
-  y_KBTF = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
+  products = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
   return tuple(
-    checkpoint_name(y_BTF + b_F, "projection") for y_BTF, b_F in zip(y_KBTF, b_KF, strict=True)
+    checkpoint_name(y_BTF + b_F, "projection")
+    for y_BTF, b_F in zip(cast(list[jax.Array], products), b_KF, strict=True)
   )
 
 
