@@ -344,8 +344,11 @@ class _Decoder:
     return x_BTD, new_states
 
   def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
-    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
-    prevent_cse = self.config.layers == "unroll"
+    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be. The
+    # blocks of a group are in one loop: each waits for its gradient before it is computed again, or
+    # what is computed of all is held at once.
+    beside_others = len(self.config.pattern) > 1 and self.config.remat == "block"
+    prevent_cse = self.config.layers == "unroll" or beside_others
     policies = jax.checkpoint_policies
     match self.config.remat:
       case "none":
