@@ -35,7 +35,7 @@ _OPTIMIZATION_LEVEL = Flag(
 _FUSION_EMITTERS = Flag(
   name="xla_cpu_use_fusion_emitters",
   value=False,
-  reason="The older emitters compile in 0.6 of the time, for steps 5% slower.",
+  reason="The older emitters compile in two thirds of the time; steps take as long.",
   source="docs/benchmarks.md",
 )
 
