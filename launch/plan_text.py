@@ -188,6 +188,7 @@ def _program(plan: Plan) -> Iterable[str]:
   program = plan.program
   if program is None:
     return
+  yield ""
   yield "the compiled step by part    TFLOP        GB       ms  compiler's estimate, ms"
   rows = sorted(program.parts.items(), key=lambda item: -item[1].seconds)
   for name, part in [*rows, ("total", program.total)]:
@@ -211,8 +212,8 @@ def expected(plan: Plan) -> str:
   """What a step is expected to take with kernels as fast as published ones."""
   times = plan.roofline
   return (
-    f"expected {1e3 * times.expected_seconds:,.1f} ms, MFU {times.expected_mfu:.1%}: half way, "
-    "with kernels at the shares of their peaks that are known (sharding/topology.py)"
+    f"expected {1e3 * times.expected_seconds:,.1f} ms, MFU {times.expected_mfu:.1%}: half of what "
+    "can hide hidden, kernels at the shares of their peaks that are known (sharding/topology.py)"
   )
 
 
