@@ -21,10 +21,9 @@ UNFUSED_SCANS = ("reference", "associative", "chunked")
 _UNFUSED_ATTENTION = ("reference", "banded")
 # Found by compiling for TPU; docs/plans.jsonl has the errors that are left. Arrays alive at the
 # peak of a block's backward pass: of the MLP's width, of the stream's, and float32 ones of the
-# recurrence's. What is kept of matrix products takes this much more than their results.
-_MLP_WORKING = 11
-_STREAM_WORKING = 8
-_PRODUCTS_KEPT = 1.15
+# recurrence's.
+_MLP_WORKING = 9
+_STREAM_WORKING = 6
 _UNFUSED_WORKING = 15
 _FUSED_WORKING = 11
 
@@ -115,10 +114,10 @@ def of_block(
     case "block":
       saved, again = kept, forward
     case "matmuls":
-      saved = kept + _PRODUCTS_KEPT * sum(part.products for part in parts)
+      saved = kept + sum(part.products for part in parts)
       again = elementwise
     case _:
-      saved = kept + sum(_PRODUCTS_KEPT * part.products + part.batched for part in parts)
+      saved = kept + sum(part.products + part.batched for part in parts)
       again = elementwise
   working = _STREAM_WORKING * width * itemsize + sum(part.working for part in parts)
   return Activations(saved=saved, forward=forward, again=again, working=working)

@@ -96,6 +96,7 @@ RECOMMENDED: dict[str, dict[str, Layout]] = {
     "14b": _layout(8, 1, 3, "matmuls", 64),
     "2b": _layout(8, 1, 2, "none", 8),
     "9b": _layout(8, 1, 3, "matmuls", 32),
+    "long-row-1b": _layout(1, 1, 1, "block", 4, sequence=8),
   },
 }
 
