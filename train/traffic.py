@@ -83,7 +83,8 @@ def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
     case "matmuls":
       again, attention_again = _gate_flops(run), keys
     case _:
-      again, attention_again = 0.0, 0.0
+      is_kept = resolved_kernels(run.model, platform).block_diagonal == "einsum"
+      again, attention_again = 0.0 if is_kept else _gate_flops(run), 0.0
   return Executed(
     # Logits are formed again from x.
     matmul=3.0 * linear + flops.logits + again,
@@ -109,7 +110,7 @@ def _visited(run: Run, platform: str) -> float:
 
 
 def _gate_flops(run: Run) -> float:
-  """The gates' products, which remat "matmuls" does not keep."""
+  """The gates' products, which remat "matmuls" does not keep, nor "none" those of a kernel."""
   total = 0.0
   for block in run.model.blocks:
     mixer = block.mixer
