@@ -98,6 +98,25 @@ def test_a_compiler_has_seen_every_preset_on_every_machine_once():
   assert seen == sorted((name, f"{chip}-{chips}") for name, chip, chips in _CASES)
 
 
+@pytest.mark.parametrize(
+  ("name", "chip", "chips"), [("transformer-100m", "v5p", 128), ("hawk-400m", "v5e", 256)]
+)
+def test_the_cheapest_presets_compile_as_recorded(name, chip, chips):
+  """If this fails, the program is another: plan all of docs/plans.jsonl again."""
+  machine = machines.of_chips(chip, chips)
+  layout = recommended(_preset(name), chip=chip, num_chips=chips)
+  assert layout is not None
+  plan = plans.compiled(layout.of(_preset(name)), machine)
+  (record,) = [
+    one for one in _recorded() if (one["config"], one["machine"]) == (name, str(machine))
+  ]
+  assert plan.fits
+  assert plan.memory.total == pytest.approx(record["memory_bytes"]["total"], rel=0.02)
+  sent = {(one.kind, one.axes): one.bytes for one in plan.collectives}
+  recorded = {(one["kind"], tuple(one["axes"])): one["bytes"] for one in record["collectives"]}
+  assert sent == pytest.approx(recorded, rel=0.02)
+
+
 def _machine(record):
   """The machine of "v5e:16x16", "2 slices of v5e:16x16" or 8 GPUs."""
   if topology.chip_named(record["chip"]).platform == "gpu":
