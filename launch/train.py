@@ -24,6 +24,7 @@ from launch.rendezvous import MissingProcessError
 from train import faults, replay
 from train.bad_steps import BadStepError
 from train.checkpoint import SaveFailedError
+from train.checkpoint_folder import DamagedCheckpointError
 from train.config import Run
 from train.events import process_start
 from train.exit_status import LOST, STOPPED
@@ -122,9 +123,10 @@ def _reporting(workdir: pathlib.Path, peers: Peers) -> Iterator[None]:
     if told is None:
       raise
     logging.error("%s", told)
-    if isinstance(error, SaveFailedError):
+    if isinstance(error, SaveFailedError | DamagedCheckpointError):
       # At once: threads of a save that failed wait for the rest of it, for as long as one may take,
-      # and would keep the process. Everything else is closed.
+      # and would keep the process; reads of a damaged checkpoint that are under way would each tell
+      # of themselves as Python ends. Everything else is closed.
       logging.flush()
       os._exit(1)
     sys.exit(1)
