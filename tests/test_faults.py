@@ -1,6 +1,7 @@
 """Bad disks and two jobs in one folder, in the real program; and what comes after."""
 
 import os
+import pathlib
 import shutil
 import signal
 
@@ -82,12 +83,19 @@ def test_a_truncated_newest_checkpoint_is_refused_or_the_one_before_is_used(good
   assert steps(directory) == [10, 20, 30, 40, 50, 60]
 
 
+def _is_stopped(pid: int) -> bool:
+  """Whether every thread of a process has taken SIGSTOP: kill() does not wait for that."""
+  stats = [path.read_text() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")]
+  return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def test_a_second_job_on_a_workdir_is_refused_and_touches_nothing(good, tmp_path):
   """And neither a lock that a killed job left, nor a lock that does not hold, is an obstacle."""
   workdir = good.folder / "two"
   pid = good.start("two", "--config.total_steps=2000")
   wait_for(lambda: steps(workdir / "checkpoints"))
   os.kill(pid, signal.SIGSTOP)
+  wait_for(lambda: _is_stopped(pid))
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
   other = Commands()
   try:
