@@ -3,9 +3,9 @@
   python -m launch.sweep --config=configs/scaling.py:mini --workdir=runs/mini     # all of them
   python -m launch.train --config=configs/scaling.py:mini/hawk/w64/1e12 --workdir=runs/one
 
-  tiny, mini, small   isoFLOP on the shipped corpus, bytes, one device, float32: 2e13 FLOPs in all,
-               half an hour on one core; 7e14, an hour on eight; 2e16, a day there or an accelerator
-               (`make train` prepares the corpus)
+  mini, small  isoFLOP on the shipped corpus, bytes, one device, float32: 6.6e13 FLOPs in all, an
+               hour or two of one core; 1.7e16, a day of eight (`make train` prepares the
+               corpus)
   isoflop      isoFLOP at the published sizes: for each budget the five nearest to 20 tokens for
                each parameter (arXiv:2203.15556), which lie on both sides of it
   optimal      the published sizes with the published tokens (arXiv:2402.19427, Table 2)
@@ -21,7 +21,7 @@ no recipe; ours is made of published rules, the same for the three families, not
   schedule             cosine to a tenth, as long as the run: arXiv:2203.15556, appendix B
   warm-up              as many tokens as parameters, after arXiv:2406.19146; at most a tenth (ours)
 
-The rules were fitted at 1e17 FLOPs and more: for tiny and mini they are extrapolated.
+The rules were fitted at 1e17 FLOPs and more: for mini and small they are extrapolated.
 """
 
 import math
@@ -65,17 +65,11 @@ _MINIATURES = {
 }
 # FLOP budget -> widths on both sides of its best one. Ours, by what was measured.
 _BUDGETS = {
-  "tiny": {
-    3e10: (8, 12, 16, 24),
+  "mini": {
     1e11: (8, 12, 16, 24, 32),
     3e11: (12, 16, 24, 32, 48),
     1e12: (16, 24, 32, 48, 64),
-  },
-  "mini": {
-    1e12: (16, 24, 32, 48, 64),
     3e12: (24, 32, 48, 64, 96),
-    1e13: (32, 48, 64, 96, 128),
-    3e13: (48, 64, 96, 128, 192),
   },
   "small": {
     1e13: (32, 48, 64, 96, 128),
@@ -83,7 +77,7 @@ _BUDGETS = {
     1e15: (96, 128, 192, 256, 384),
   },
 }
-_ROW_LENGTHS = {"tiny": 128, "mini": 256, "small": 256}
+_ROW_LENGTH = 256  # of mini and small, ours: some sentences
 _ISOFLOP = (1e19, 3e19, 1e20, 3e20)
 _NUM_SIZES = 5
 
@@ -108,7 +102,7 @@ def get_config(name: str = "mini/griffin/w64/1e12") -> Run:
 def _cells(grid: str) -> list[tuple[str, str, float | None]]:
   """(family, size, FLOP budget or None for the published tokens) of every run."""
   match grid:
-    case "tiny" | "mini" | "small":
+    case "mini" | "small":
       budgets = _BUDGETS[grid]
       sizes = {
         budget: [f"w{width}" for width in _outwards(widths)] for budget, widths in budgets.items()
@@ -119,7 +113,7 @@ def _cells(grid: str) -> list[tuple[str, str, float | None]]:
       sizes = {None: [name for name in SIZES if name != "14b"]}
     case _:
       raise ValueError(
-        f"configs/scaling.py: grid {grid!r} is none of tiny, mini, small, isoflop, optimal"
+        f"configs/scaling.py: grid {grid!r} is none of mini, small, isoflop, optimal"
       )
   return [
     (family, size, budget)
@@ -159,8 +153,6 @@ def _point(grid: str, family: str, size: str, budget: float | None) -> Point:
 
 
 def _miniature(name: str, family: str, width: int, budget: float, grid: str) -> Run:
-  # Ours: rows that hold a few sentences, and a window of half a row as the paper has it.
-  row_length = _ROW_LENGTHS[grid]
   rnn_width, num_blocks = _MINIATURES[width]
   size = Size(
     width=width,
@@ -174,7 +166,7 @@ def _miniature(name: str, family: str, width: int, budget: float, grid: str) -> 
     family,
     size,
     vocab_size=256,
-    window=row_length // 2,
+    window=_ROW_LENGTH // 2,  # half a row, as the paper has it
     num_gate_blocks=_GATE_BLOCKS,
     dtype="float32",
     remat="none",
@@ -185,8 +177,8 @@ def _miniature(name: str, family: str, width: int, budget: float, grid: str) -> 
     data=DataConfig(
       sources=(("runs/corpus/train", 1.0),),
       eval_source="runs/corpus/eval",
-      eval_rows=131_072 // row_length,
-      row_length=row_length,
+      eval_rows=131_072 // _ROW_LENGTH,
+      row_length=_ROW_LENGTH,
     ),
     flops=budget,
     rounds_rows=round,

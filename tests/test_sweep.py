@@ -282,7 +282,7 @@ def test_a_plan_for_chips_has_time_and_cost(sweep):
   assert f"cost {cost:,.2f} (" in total
 
 
-@pytest.mark.parametrize("grid", ["mini", "isoflop", "optimal"])
+@pytest.mark.parametrize("grid", ["mini", "small", "isoflop", "optimal"])
 def test_the_shipped_grids_keep_their_promises(grid):
   module, _ = load_module("configs/scaling.py")
   points = module.get_sweep(grid)
@@ -300,7 +300,7 @@ def test_the_shipped_grids_keep_their_promises(grid):
   assert all(set(runs) == {"griffin", "hawk", "transformer"} for runs in by_size.values())
   budgets = {budget for _, budget in by_size}
   assert all(sum(key[1] == budget for key in by_size) >= 4 for budget in budgets)
-  if grid == "mini":
+  if grid in ("mini", "small"):
     for runs in by_size.values():
       counts = [count_params(run.model).total for run in runs.values()]
       assert max(counts) / min(counts) < 1.06
@@ -323,7 +323,7 @@ def test_the_published_rules_are_as_published():
   run = load("configs/scaling.py:isoflop/hawk/400m/1e19")
   assert run.optimizer.peak_lr == pytest.approx(1.31e-3, rel=0.01)
   assert (run.batch_size, run.data.row_length) == (256, 2048)
-  small = load("configs/scaling.py:mini/hawk/w64/1e13")
+  small = load("configs/scaling.py:small/hawk/w64/1e13")
   assert small.batch_size * small.data.row_length == pytest.approx(5220, abs=128)
   with pytest.raises(ValueError, match="there is no run"):
     load("configs/scaling.py:mini/hawk/w64/1e99")
