@@ -1,0 +1,67 @@
+"""`python -m kernels.check`: it tells a right kernel from a wrong one."""
+
+import numpy as np
+import pytest
+
+from kernels import check, linear_scan
+
+# One channel tile and a bit; one head size that every kernel of attention has.
+_SHAPES, _HEADS = ((2, 37, 40),), (128,)
+
+
+def _is_right(capsys) -> tuple[bool, list[str]]:
+  is_right = check.check(case for case in check.cases(_SHAPES, _HEADS))
+  return is_right, capsys.readouterr().out.splitlines()
+
+
+def test_what_runs_here_is_right(capsys):
+  is_right, lines = _is_right(capsys)
+  assert is_right
+  assert {tuple(line.split()[:2]) for line in lines} == {
+    *(("rg_lru", name) for name in ("reference", "associative", "chunked")),
+    *(("linear_scan", name) for name in ("reference", "associative", "chunked")),
+    ("local_attention", "reference"),
+    ("local_attention", "banded"),
+    ("block_diagonal", "einsum"),
+  }
+
+
+@pytest.mark.parametrize(
+  ("error", "said"),
+  [
+    (lambda y, hT: (y.at[:, -1, -1].add(1.0), hT), "WRONG: "),
+    (lambda y, hT: (y.at[0, 0, 0].set(np.nan), hT), "WRONG: nan "),
+    (lambda y, hT: (y[:, :-1], hT), "FAILED: "),
+  ],
+)
+def test_a_wrong_kernel_is_named(monkeypatch, capsys, error, said):
+  """One element of many, a NaN, and what does not run at all."""
+  scan = linear_scan._SCANS["chunked"]
+  wrong = lambda *arrays, reverse: error(*scan(*arrays, reverse=reverse))  # noqa: E731
+  monkeypatch.setitem(linear_scan._SCANS, "chunked", wrong)
+  is_right, lines = _is_right(capsys)
+  assert not is_right
+  named = [line for line in lines if "WRONG" in line or "FAILED" in line]
+  assert all(said in line for line in named)
+  assert {tuple(line.split()[:2]) for line in named} == {
+    ("rg_lru", "chunked"),
+    ("linear_scan", "chunked"),
+  }
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu", "splash_tpu"])
+def test_accelerators_kernels_are_held_in_the_interpreter(name):
+  """The calls that a device will get: what can be said of them without one."""
+  held = [
+    case
+    for case in check.cases(_SHAPES, _HEADS)
+    if name in case.implementations and case.dtype == "bfloat16" and "None" not in case.text
+  ]
+  assert {case.kernel for case in held} == {
+    "pallas_gpu": {"rg_lru", "linear_scan", "local_attention"},
+    "pallas_tpu": {"rg_lru", "linear_scan", "block_diagonal"},
+    "splash_tpu": {"local_attention"},
+  }[name]
+  for case in held:
+    found = check.differences(case, name, check.expected_of(case))
+    assert max(found.values()) <= 1, (case.kernel, found)
