@@ -69,7 +69,6 @@ def operations(text: str) -> list[Operation]:
       if runs is None:
         raise ValueError(f"program_cost: how often {one.name} runs depends on data")
       cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
-      is_kernel = 'custom_call_target="tpu_custom_call"' in one.rest
       found.append(
         Operation(
           name=one.name,
@@ -78,10 +77,19 @@ def operations(text: str) -> list[Operation]:
           flops=_flops(one, instructions, computations),
           bytes=_bytes(one, instructions, computations),
           cycles=int(cycles[1]) if cycles else None,
-          kernel=re.sub(r"[.\d]+$", "", one.name) if is_kernel else None,
+          kernel=_kernel(one),
         )
       )
   return found
+
+
+def _kernel(one: Instruction) -> str | None:
+  """The name of a custom kernel: on TPU the instruction's, on GPU one in JAX's path of names."""
+  if 'custom_call_target="tpu_custom_call"' in one.rest:
+    return re.sub(r"[.\d]+$", "", one.name)
+  if 'custom_call_target="__gpu$xla.gpu.triton"' in one.rest:
+    return one.op_name.split("/")[-2]
+  return None
 
 
 def _is_note(one: Instruction) -> bool:

@@ -61,6 +61,24 @@ def test_a_fused_product_of_a_tpu_program():
   assert (kernel.kernel, kernel.cycles, kernel.bytes) == ("scan", None, 2 * 512 * 640)
 
 
+_GPU = """HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[8,2048,6,128], k: bf16[8,2048,128]) -> bf16[8,2048,6,128] {
+  %q = bf16[8,2048,6,128]{3,2,1,0} parameter(0)
+  %k = bf16[8,2048,128]{2,1,0} parameter(1)
+  ROOT %pallas_call.59 = bf16[8,2048,6,128]{3,2,1,0} custom-call(%q, %k), \
+custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(step)/attention/cond/branch_0_fun/local_attention_forward/pallas_call"}
+}
+"""
+
+
+def test_a_triton_kernel_is_known_by_its_name():
+  (kernel,) = operations(_GPU)
+  assert kernel.kernel == "local_attention_forward"
+  assert kernel.bytes == 2 * 8 * 2048 * 128 * (6 + 1 + 6)
+
+
 def test_a_batch_that_is_a_dilated_window_is_multiplied_once():
   """A product of 16 blocks: the window of 16 meets an element once for each block."""
   written = "window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf"

@@ -22,7 +22,16 @@ from train.roofline import Executed, Transfer
 
 # Products that a kernel of attention forms, of queries with the keys they visit; the backward
 # kernels' shares of the peak are for 5 products in all, of which each counts its part.
-_PRODUCTS = {"splash_mqa_fwd": 2.0, "splash_mqa_dkv": 5 * 4 / 7, "splash_mqa_dq": 5 * 3 / 7}
+_KEYS, _QUERIES = 5 * 4 / 7, 5 * 3 / 7
+_PRODUCTS = {
+  "splash_mqa_fwd": 2.0,
+  "splash_mqa_dkv": _KEYS,
+  "splash_mqa_dq": _QUERIES,
+  "local_attention_forward": 2.0,
+  "local_attention_backward_keys": _KEYS,
+  "local_attention_backward_queries": _QUERIES,
+}
+_FORWARD = ("splash_mqa_fwd", "local_attention_forward")
 _PARTS = ("loss", "mlp", "gates", "conv", "scan", "recurrent", "attention")
 
 
@@ -116,7 +125,7 @@ def program_cost(
 
 def _attention(one: Operation) -> str | None:
   """Which kernel of attention it is; ValueError for one that is not known."""
-  if one.kernel is None or "splash" not in one.kernel:
+  if one.kernel is None or not ("splash" in one.kernel or "attention" in one.kernel):
     return None
   for name in _PRODUCTS:
     if one.kernel.startswith(name):
@@ -144,8 +153,8 @@ def _cost(one: Operation, chip: Chip) -> PartCost:
 
 def _kernel_cost(one: Operation, chip: Chip, kernel: str, product: float) -> PartCost:
   """Of all calls of an attention kernel; `product` are the FLOPs of one product in them."""
-  is_forward = kernel == "splash_mqa_fwd"
-  share = chip.reached.attention_forward if is_forward else chip.reached.attention_backward
+  reached = chip.reached
+  share = reached.attention_forward if kernel in _FORWARD else reached.attention_backward
   seconds = _PRODUCTS[kernel] * product / (share * chip.peak_flops)
   return PartCost(
     flops=_PRODUCTS[kernel] * product,
