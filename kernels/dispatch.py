@@ -40,6 +40,21 @@ def target_kind() -> str:
   return jax.devices()[0].device_kind if target is None else target[1]
 
 
+def runs_triton() -> bool:
+  """Whether programs are made for GPUs that our Triton kernels are for: NVIDIA's from Ampere on."""
+  if _target.get() is not None or jax.default_backend() != "gpu":
+    return target_platform() == "gpu"
+  device = jax.devices()[0]
+  if "cuda" not in device.client.platform_version.lower():
+    return False
+  return float(device.compute_capability) >= 8.0
+
+
+def gpu_defaults(defaults: Mapping[str, str], *, otherwise: str) -> Mapping[str, str]:
+  """`defaults`, with `otherwise` for GPUs that do not run our Triton kernels."""
+  return defaults if runs_triton() else {**defaults, "gpu": otherwise}
+
+
 def resolve(
   kernel: str, requested: str, *, available: tuple[str, ...], defaults: Mapping[str, str]
 ) -> str:

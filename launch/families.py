@@ -1,9 +1,8 @@
-"""The three families for a comparison: on rows of one length, fused kernels, a good layout."""
+"""The three families for a comparison: on rows of one length, in a good layout."""
 
 import dataclasses
 
 from sharding.machine import Machine
-from train.activations import Kernels
 from train.config import Run
 from train.layouts import Layout
 from train.search import SAFE_MARGIN, search
@@ -32,10 +31,3 @@ def best_layout(run: Run, machine: Machine) -> Layout:
       f"fits {machine}; use more chips or fewer --tokens_per_chip"
     )
   return found[0].layout
-
-
-def with_fused_kernels(run: Run, platform: str) -> Run:
-  """`run` with the kernels that are the default on a TPU, and by name only on a GPU."""
-  if platform != "gpu":
-    return run
-  return dataclasses.replace(run, model=Kernels("pallas_gpu", "pallas_gpu", "einsum").of(run.model))

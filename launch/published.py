@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from launch.families import best_layout, with_fused_kernels, with_rows
+from launch.families import best_layout, with_rows
 from launch.overrides import load, refuse
 from sharding import machine as machines
 from train import plan as plans
@@ -79,7 +79,7 @@ _STEP_TIMES = (
 
 def _plan(config: str, chip: str, chips: int, *, row_length: int, tokens_per_chip: int) -> Plan:
   machine = machines.of_chips(chip, chips)
-  run = with_fused_kernels(load(f"configs/{config}"), machine.chip.platform)
+  run = load(f"configs/{config}")
   tokens = max(tokens_per_chip, row_length // machine.num_devices)
   run = with_rows(run, machine, row_length=row_length, tokens_per_chip=tokens)
   return plans.modelled(best_layout(run, machine).of(run), machine)

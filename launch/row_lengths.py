@@ -24,7 +24,7 @@ import jax
 from absl import app, flags
 
 from launch import line_chart, svg
-from launch.families import FAMILIES, best_layout, with_fused_kernels, with_rows
+from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load, refuse
 from models.flops import count_params
 from sharding import machine as machines
@@ -169,7 +169,7 @@ def _record(results: list[dict[str, Any]]) -> None:
 
 def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
   """By the model, and compiled if that is asked for."""
-  run = with_fused_kernels(load(config), machine.chip.platform)
+  run = load(config)
   run = with_rows(run, machine, row_length=row_length, tokens_per_chip=_TOKENS.value)
   if _REMAT.value is None:
     layout = best_layout(run, machine)

@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import pytest
 
 from kernels import block_diagonal, dispatch, linear_scan, local_attention, rg_lru
@@ -75,3 +76,42 @@ def test_a_state_for_another_platform_asks_for_no_kernel_of_this_one(caplog, tmp
 def test_gates_on_old_tpus_are_xlas(kind, expected):
   with dispatch.targeting("tpu", device_kind=kind):
     assert block_diagonal.resolve("auto") == expected
+
+
+class _Device:
+  """A GPU that is not here."""
+
+  device_kind = "some GPU"
+
+  def __init__(self, platform_version, compute_capability):
+    self.client, self.compute_capability = self, compute_capability
+    self.platform_version = platform_version
+
+
+@pytest.mark.parametrize(
+  ("version", "capability", "is_default"),
+  [
+    ("PJRT C API\ncuda 13000", "8.0", True),
+    ("PJRT C API\ncuda 13000", "9.0", True),
+    ("PJRT C API\ncuda 12090", "12.0", True),
+    ("PJRT C API\ncuda 12090", "7.5", False),
+    ("PJRT C API\nrocm 60300", "gfx942", False),
+  ],
+)
+def test_triton_kernels_are_the_default_from_ampere_on(
+  monkeypatch, version, capability, is_default
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [_Device(version, capability)])
+  expected = ["pallas_gpu"] * 3 if is_default else ["chunked", "chunked", "banded"]
+  resolved = [linear_scan.resolve("auto"), rg_lru.resolve("auto")]
+  assert [*resolved, local_attention.resolve("auto", head_size=128)] == expected
+  assert local_attention.resolve("auto", head_size=96) == "banded"
+
+
+def test_a_gpu_that_is_planned_for_runs_triton_kernels():
+  with dispatch.targeting("gpu"):
+    assert rg_lru.resolve("auto") == "pallas_gpu"
+    assert local_attention.resolve("auto", head_size=256) == "pallas_gpu"
+    assert local_attention.resolve("auto", head_size=192) == "banded"
+  assert rg_lru.resolve("auto") == "reference"

@@ -1,4 +1,4 @@
-"""The linear recurrence as a Triton kernel, for Hopper and Ampere; it has not run on either yet.
+"""The linear recurrence as a Triton kernel, for Hopper and Ampere; compiled for them, not run yet.
 
 Letters of this file: K channels of a program. A program is one warp that steps
 through one chunk of one row, a channel a thread; the state stays in a register, and the loads of

@@ -21,8 +21,8 @@ weights: kept are q, k, v, the output and one number per query and head.
               prompt) is computed as banded says, by its shape alone
   pallas_gpu  the same in Triton kernels for Hopper and Ampere; head sizes 16, 32, 64, 128 and 256
 
-"auto" is banded on CPU, and on GPU until pallas_gpu has run on one; on TPU it is splash_tpu, or
-banded where the head size is no multiple of 128. The kernels run on whole arrays, or inside
+"auto" is splash_tpu on TPU, pallas_gpu on NVIDIA's GPUs from Ampere on, and banded where the head
+size is none of theirs, on other GPUs, and on CPU. The kernels run on whole arrays, or inside
 jax.shard_map with check_vma=False (`tracks_varying`). splash_tpu lowers for TPU alone; pallas_gpu
 is interpreted, slowly, on CPU.
 
@@ -47,7 +47,7 @@ _ATTENTIONS = {
   "pallas_gpu": pallas_gpu.attention,
 }
 IMPLEMENTATIONS = tuple(_ATTENTIONS)
-_DEFAULTS = {"cpu": "banded", "gpu": "banded", "tpu": "splash_tpu"}
+_DEFAULTS = {"cpu": "banded", "gpu": "pallas_gpu", "tpu": "splash_tpu"}
 
 
 def resolve(requested: str, *, head_size: int) -> str:
@@ -56,17 +56,20 @@ def resolve(requested: str, *, head_size: int) -> str:
   One of the kernels by name, with a head size that it cannot do, is a ValueError.
   """
   fits_splash = head_size % splash_tpu.LANES == 0
+  fits_gpu = head_size in pallas_gpu.HEAD_SIZES
   if requested == "splash_tpu" and not fits_splash:
     raise ValueError(
       "local_attention: splash_tpu needs a head size that is a multiple of "
       f"{splash_tpu.LANES}, not {head_size}; name reference, banded or auto"
     )
-  if requested == "pallas_gpu" and head_size not in pallas_gpu.HEAD_SIZES:
+  if requested == "pallas_gpu" and not fits_gpu:
     raise ValueError(
       f"local_attention: pallas_gpu needs a head size of {pallas_gpu.HEAD_SIZES}, not {head_size}; "
       "name reference, banded or auto"
     )
-  defaults = _DEFAULTS if fits_splash else dict.fromkeys(_DEFAULTS, "banded")
+  fits = {"cpu": True, "gpu": fits_gpu, "tpu": fits_splash}
+  defaults = {platform: _DEFAULTS[platform] if fits[platform] else "banded" for platform in fits}
+  defaults = dispatch.gpu_defaults(defaults, otherwise="banded")
   return dispatch.resolve(
     "local_attention", requested, available=IMPLEMENTATIONS, defaults=defaults
   )

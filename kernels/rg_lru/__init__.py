@@ -52,13 +52,14 @@ _FUSED = {
   "pallas_gpu": Fused(pallas_gpu.forward, pallas_gpu.backward),
 }
 IMPLEMENTATIONS = tuple(dict.fromkeys((*linear_scan.IMPLEMENTATIONS, *_FUSED)))
-# gpu: chunked until pallas_gpu has run on one.
-_DEFAULTS = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "chunked"}
+# Those of accelerators by the bytes that they move (pallas_tpu.py, pallas_gpu.py): not measured.
+_DEFAULTS = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def resolve(requested: str) -> str:
   """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
-  return dispatch.resolve("rg_lru", requested, available=IMPLEMENTATIONS, defaults=_DEFAULTS)
+  defaults = dispatch.gpu_defaults(_DEFAULTS, otherwise="chunked")
+  return dispatch.resolve("rg_lru", requested, available=IMPLEMENTATIONS, defaults=defaults)
 
 
 def tracks_varying(implementation: str) -> bool:
