@@ -81,6 +81,15 @@ class DecoderConfig:
     """Every block's config, first to last."""
     return tuple(itertools.islice(itertools.cycle(self.pattern), self.num_blocks))
 
+  @property
+  def blocks_wait(self) -> bool:
+    """Whether a block's gradient has to be there before the block is computed again.
+
+    With remat "block" the blocks of a group are in one loop: without that, what is computed of all
+    is held at once. Nothing is then shared between the forward pass and what is computed again.
+    """
+    return self.remat == "block" and len(self.pattern) > 1
+
 
 _CHOICES = {
   "embedding_scale": ("none", "sqrt_width"),
@@ -345,11 +354,8 @@ class _Decoder:
     return x_BTD, new_states
 
   def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
-    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be. The
-    # blocks of a group are in one loop: each waits for its gradient before it is computed again, or
-    # what is computed of all is held at once.
-    beside_others = len(self.config.pattern) > 1 and self.config.remat == "block"
-    prevent_cse = self.config.layers == "unroll" or beside_others
+    # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
+    prevent_cse = self.config.layers == "unroll" or self.config.blocks_wait
     policies = jax.checkpoint_policies
     match self.config.remat:
       case "none":

@@ -190,8 +190,7 @@ def _between_shards(run: Run, mesh: MeshShape, platform: str) -> Iterator[_Sent]
         raise TypeError(f"traffic: no rule for the mixer {type(mixer).__qualname__}")
     number = sum(block.mixer == mixer for block in run.model.blocks)
     found += once
-    if run.model.remat == "block" and len(run.model.pattern) > 1:
-      # What is computed again waits for its gradient, and shares nothing with the forward pass.
+    if run.model.blocks_wait:
       each += once
     found += [_Sent(one.kind, number * one.times, number * one.bytes) for one in each]
   for kind in ("all-gather", "reduce-scatter", "collective-permute"):
