@@ -4,8 +4,7 @@
   python -m launch.train --config=configs/scaling.py:mini/hawk/w64/1e12 --workdir=runs/one
 
   mini, small  isoFLOP on the shipped corpus, bytes, one device, float32: 6.6e13 FLOPs in all, an
-               hour or two of one core; 1.7e16, a day of eight (`make train` prepares the
-               corpus)
+               hour on two cores; 1.7e16, a day of eight (`make train` prepares the corpus)
   isoflop      isoFLOP at the published sizes: for each budget the five nearest to 20 tokens for
                each parameter (arXiv:2203.15556), which lie on both sides of it
   optimal      the published sizes with the published tokens (arXiv:2402.19427, Table 2)
