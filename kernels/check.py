@@ -180,7 +180,7 @@ def check(cases: Iterator[Case]) -> bool:
   for case in cases:
     expected = expected_of(case)
     for name in filter(timing.runs_here, case.implementations):
-      what = f"{case.kernel:16}{name:12}{case.dtype:9} {case.text:24}"
+      what = f"{case.kernel:16}{name:15}{case.dtype:9} {case.text:24}"
       try:
         found = differences(case, name, expected)
       # Whatever the compiler or the device raises is what is looked for.

@@ -45,10 +45,9 @@ class DecoderConfig:
   as RecurrentGemma does; logit_cap c bounds logits as c tanh(logits / c). dtype is that of
   activations, param_dtype that of matrices and vectors alike, but for norms, gate biases and decay:
   those are float32. remat: what the backward pass computes again. "none": nothing but elementwise
-  work, whose results would fill memory for longer than they take to make, and what a kernel makes
-  of the gates' small products; "matmuls": attention, scans and those products by whatever means;
-  "block": everything, keeping only block inputs. layers "unroll" writes every block out: for tests
-  and tiny models.
+  work and the gates' small products, whose results would fill memory for longer than they take to
+  make; "matmuls": attention and scans too; "block": everything, keeping only block inputs. layers
+  "unroll" writes every block out: for tests and tiny models.
   """
 
   vocab_size: int
@@ -360,7 +359,7 @@ class _Decoder:
     match self.config.remat:
       case "none":
         policy = policies.save_from_both_policies(
-          policies.dots_saveable,
+          policies.dots_with_no_batch_dims_saveable,  # not the gates'
           policies.save_only_these_names("projection", "scan", "attention"),
         )
       case "block":

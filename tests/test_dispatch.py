@@ -103,8 +103,10 @@ def test_triton_kernels_are_the_default_from_ampere_on(
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [_Device(version, capability)])
-  expected = ["pallas_gpu"] * 3 if is_default else ["chunked", "chunked", "banded"]
-  resolved = [linear_scan.resolve("auto"), rg_lru.resolve("auto")]
+  expected = ["chunked", "chunked", "einsum", "banded"]
+  if is_default:
+    expected = ["pallas_gpu", "pallas_gpu", "einsum_rounded", "pallas_gpu"]
+  resolved = [kernel.resolve("auto") for kernel in (linear_scan, rg_lru, block_diagonal)]
   assert [*resolved, local_attention.resolve("auto", head_size=128)] == expected
   assert local_attention.resolve("auto", head_size=96) == "banded"
 

@@ -1,9 +1,12 @@
 """`python -m kernels.check`: it tells a right kernel from a wrong one."""
 
+import functools
+
 import numpy as np
 import pytest
 
-from kernels import check, linear_scan
+from kernels import check, linear_scan, local_attention
+from kernels.local_attention import splash_tpu
 
 # One channel tile and a bit; one head size that every kernel of attention has.
 _SHAPES, _HEADS = ((2, 37, 40),), (128,)
@@ -23,6 +26,7 @@ def test_what_runs_here_is_right(capsys):
     ("local_attention", "reference"),
     ("local_attention", "banded"),
     ("block_diagonal", "einsum"),
+    ("block_diagonal", "einsum_rounded"),
   }
 
 
@@ -50,8 +54,10 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys, error, said):
 
 
 @pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu", "splash_tpu"])
-def test_accelerators_kernels_are_held_in_the_interpreter(name):
+def test_accelerators_kernels_are_held_in_the_interpreter(monkeypatch, name):
   """The calls that a device will get: what can be said of them without one."""
+  interpreter = functools.partial(splash_tpu.attention, interpret=True)
+  monkeypatch.setitem(local_attention._ATTENTIONS, "splash_tpu", interpreter)
   held = [
     case
     for case in check.cases(_SHAPES, _HEADS)

@@ -57,6 +57,7 @@ def _block(rnn_width=48, blocks=4, width=24, **settings):
   [
     *[(scan, "einsum") for scan in ("reference", "associative", "chunked", "pallas_tpu")],
     ("pallas_tpu", "pallas_tpu"),
+    ("pallas_gpu", "einsum_rounded"),
   ],
 )
 def test_block_is_the_papers(scan, gates):

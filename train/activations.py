@@ -160,11 +160,9 @@ def _recurrent(
   if splits_rows:
     rg *= 2
   elementwise = a * (2 * r + 3 * r) + rg
-  # What a kernel makes of x is made again.
-  kept = gates if kernels.block_diagonal == "einsum" else 0.0
   return _Part(
     products=a * (2 * r + width),
-    batched=kept + a * r,
+    batched=a * r,
     forward=a * (2 * width + 4 * r) + gates + elementwise,
     elementwise=elementwise,
     working=_FLOAT32 * r * (_FUSED_WORKING if is_fused else _UNFUSED_WORKING),

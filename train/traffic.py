@@ -83,8 +83,7 @@ def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
     case "matmuls":
       again, attention_again = _gate_flops(run), keys
     case _:
-      is_kept = resolved_kernels(run.model, platform).block_diagonal == "einsum"
-      again, attention_again = 0.0 if is_kept else _gate_flops(run), 0.0
+      again, attention_again = _gate_flops(run), 0.0
   return Executed(
     # Logits are formed again from x.
     matmul=3.0 * linear + flops.logits + again,

@@ -5,34 +5,48 @@
 The R = G x I channels of x are G blocks, and block g of result k is x_g @ w[g, :, k] + b[g, k]. The
 sums are float32.
 
-  einsum      XLA's batched product, and results in float32. On TPU the compiler puts time where
-              channels were, copies x before it, and both results behind it back. A CPU does that
-              once instead of for every product where batch and time can be merged (`is_whole`)
-  pallas_tpu  rows of channels in and out, nothing copied; results, and the gradients of x and w,
-              rounded once to x's dtype
+  einsum          XLA's batched product, and results in float32. On TPU the compiler puts time where
+                  channels were, copies x before it, and both results behind it back. A CPU does
+                  that once instead of for every product where batch and time can be merged
+                  (`is_whole`)
+  einsum_rounded  the same with results in the dtype of x, rounded by the product
+  pallas_tpu      rows of channels in and out, nothing copied; results, and the gradients of x and
+                  w, rounded once to x's dtype
 
-"auto" is pallas_tpu on TPU from v4 on, and einsum elsewhere. A kernel runs on whole arrays or
-inside jax.shard_map (with check_vma=False: `tracks_varying`); each shard has whole blocks.
+"auto" is pallas_tpu on TPU from v4 on, einsum_rounded on GPUs that have the RG-LRU's kernel, which
+takes what is rounded, and einsum elsewhere. A kernel runs on whole arrays or inside
+jax.shard_map (with check_vma=False: `tracks_varying`); each shard has whole blocks. The others are
+for the partitioner (`is_partitioned`).
 """
+
+import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.block_diagonal import pallas_tpu
+from kernels.block_diagonal import einsum_rounded, pallas_tpu
 
-IMPLEMENTATIONS = ("einsum", "pallas_tpu")
+# Those with a backward pass of their own: forward(x, w, b), backward(x, w, dr, di).
+_FUSED = {"einsum_rounded": einsum_rounded, "pallas_tpu": pallas_tpu}
+IMPLEMENTATIONS = ("einsum", *_FUSED)
 # Whose matrix units a Pallas kernel cannot give bfloat16.
 _WITHOUT_BFLOAT16 = ("TPU v2", "TPU v3")
-_DEFAULTS = {"cpu": "einsum", "tpu": "pallas_tpu", "gpu": "einsum"}
+_DEFAULTS = {"cpu": "einsum", "tpu": "pallas_tpu", "gpu": "einsum_rounded"}
 
 
 def resolve(requested: str) -> str:
   """The implementation that `requested` stands for on this platform; see kernels/dispatch.py."""
-  defaults = _DEFAULTS
+  defaults = dispatch.gpu_defaults(_DEFAULTS, otherwise="einsum")
   if dispatch.target_kind() in _WITHOUT_BFLOAT16:
     defaults = {**defaults, "tpu": "einsum"}
   return dispatch.resolve("block_diagonal", requested, available=IMPLEMENTATIONS, defaults=defaults)
+
+
+def is_partitioned(implementation: str) -> bool:
+  """Whether the compiler's partitioner splits it over devices, with no need of jax.shard_map."""
+  return implementation != "pallas_tpu"
 
 
 def tracks_varying(implementation: str) -> bool:
@@ -60,8 +74,10 @@ def products(
       f"[batch, time, {blocks * size}], {expected} and {(blocks, 2, size)}"
     )
   b_G2J = b_G2J.astype(jnp.float32)
-  if resolve(implementation) == "pallas_tpu":
-    return _fused(x_BTR, w_GI2J, b_G2J)
+  implementation = resolve(implementation)
+  if implementation in _FUSED:
+    results = _fused(implementation, x_BTR, w_GI2J, b_G2J)
+    return cast(tuple[jax.Array, jax.Array], results)
   y_BTG2J = (_merged if is_whole else _batched)(x_BTR, w_GI2J) + b_G2J
   return y_BTG2J[..., 0, :].reshape(x_BTR.shape), y_BTG2J[..., 1, :].reshape(x_BTR.shape)
 
@@ -80,17 +96,17 @@ def _merged(x_BTR, w_GI2J):
   return y_GNO.swapaxes(0, 1).reshape(batch, time, blocks, results, size)
 
 
-@jax.custom_vjp
-def _fused(x_BTR, w_GI2J, b_G2J):
-  return pallas_tpu.forward(x_BTR, w_GI2J, b_G2J)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(implementation, x_BTR, w_GI2J, b_G2J):
+  return _FUSED[implementation].forward(x_BTR, w_GI2J, b_G2J)
 
 
-def _fused_forward(x_BTR, w_GI2J, b_G2J):
-  return pallas_tpu.forward(x_BTR, w_GI2J, b_G2J), (x_BTR, w_GI2J)
+def _fused_forward(implementation, x_BTR, w_GI2J, b_G2J):
+  return _FUSED[implementation].forward(x_BTR, w_GI2J, b_G2J), (x_BTR, w_GI2J)
 
 
-def _fused_backward(residuals, cotangents):
-  return pallas_tpu.backward(*residuals, *cotangents)
+def _fused_backward(implementation, residuals, cotangents):
+  return _FUSED[implementation].backward(*residuals, *cotangents)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -194,7 +194,7 @@ class RecurrentBlock(nnx.Module):
     products = functools.partial(
       block_diagonal.products, implementation=self.gates, is_whole=not logical.is_split()
     )
-    if self.gates != "einsum":  # which the partitioner understands
+    if not block_diagonal.is_partitioned(self.gates):
       row = ("batch", "time", "rnn")
       products = logical.on_shards(
         products,
