@@ -42,7 +42,7 @@ _TOKENS = flags.DEFINE_integer(
   "tokens_per_chip", 16384, "Of a batch; at least a row each.", lower_bound=1
 )
 _REMAT = flags.DEFINE_enum("remat", None, REMATS, "One layout for all, with this remat.")
-_COMPILE = flags.DEFINE_bool("compile", False, "Compile each step; needs --remat, and the compiler of the chip.")
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile each step; needs --remat, and a compiler.")
 _JSON = flags.DEFINE_string("json", None, "A file that gets a line for each result.")
 _SVG = flags.DEFINE_string("svg", None, "A picture of the last machine, from all in --json.")
 

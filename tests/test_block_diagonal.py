@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import block_diagonal
@@ -101,6 +102,26 @@ def test_matrices_hold_every_weight_once():
     assert packed.shape == (bands.num_tiles, bands.num_rows, 256)
     np.testing.assert_array_equal(np.sort(packed[packed > 0]), np.asarray(w_GI2J).ravel())
     np.testing.assert_array_equal(bands.unpacked(packed), w_GI2J)
+
+
+@pytest.mark.parametrize("name", ["einsum, split", "einsum_rounded"])
+def test_the_partitioner_splits_rows_tokens_and_blocks_and_moves_none(name):
+  """What is summed over devices are the gradients of the weights, and nothing else is sent."""
+  assert block_diagonal.is_partitioned(name)
+  arrays, dy = _inputs(4, 6, 8, 20, "float32")
+  mesh = make_mesh(MeshShape(data=2, sequence=2, tensor=2))
+  row = NamedSharding(mesh, P("data", "sequence", "tensor"))
+  blocks = NamedSharding(mesh, P("tensor"))
+  run = jax.jit(
+    functools.partial(_run, products=_products(name)),
+    in_shardings=((row, blocks, blocks), (row, row)),
+    out_shardings=(row, row, row, blocks, blocks),
+  )
+  for result, expected in zip(run(arrays, dy), _run(arrays, dy, _by_definition), strict=True):
+    assert_close(result, expected, dtype="float32", reduction=40)
+  text = run.lower(arrays, dy).compile().as_text()
+  assert "all-reduce" in text
+  assert not any(kind in text for kind in ("all-gather", "all-to-all", "collective-permute"))
 
 
 def test_shards_are_the_whole():

@@ -156,8 +156,8 @@ def test_flops_are_those_that_the_compiler_counts(family):
   assert expected <= counted <= 1.06 * expected
 
 
-# Of a Hawk block's seven products (two in, gates, out, two up, down), "none" and "matmuls" make that
-# of the gates again, "block" all but the last, whose result no gradient needs.
+# Of a Hawk block's seven products (two in, gates, out, two up, down), "none" and "matmuls" make
+# that of the gates again, "block" all but the last, whose result no gradient needs.
 @pytest.mark.parametrize(("remat", "again"), [("none", 1), ("matmuls", 1), ("block", 6)])
 def test_remat_makes_again_the_products_that_it_says(remat, again):
   config = dataclasses.replace(TINY["hawk"], remat=remat, layers="unroll")
