@@ -204,6 +204,9 @@ class Peers:
       patience = now - self._trouble_since
       if patience < self._beat * _BEATS_OF_A_ROLL_CALL + 0.5:
         return
+      # What one told as it died may be heard a beat after the trouble that its death made; who
+      # lives is heard of every beat.
+      patience -= 2 * self._beat
     gone = [i for i, (value, at) in self._seen.items() if value != "done" and now - at >= patience]
     if not gone and not troubles:
       return
