@@ -186,7 +186,8 @@ def check(cases: Iterator[Case]) -> bool:
       # Whatever the compiler or the device raises is what is looked for.
       except Exception as error:
         is_right = False
-        sys.stdout.write(f"{what} FAILED: {type(error).__name__}: {str(error).splitlines()[0]}\n")
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        sys.stdout.write(f"{what} FAILED: {line}\n")
         continue
       worst = max(found, key=lambda key: np.nan_to_num(found[key], nan=np.inf))
       is_right &= (is_close := found[worst] <= 1)

@@ -169,8 +169,8 @@ def _record(results: list[dict[str, Any]]) -> None:
 
 def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
   """By the model, and compiled if that is asked for."""
-  run = load(config)
-  run = with_rows(run, machine, row_length=row_length, tokens_per_chip=_TOKENS.value)
+  tokens = _TOKENS.value
+  run = with_rows(load(config), machine, row_length=row_length, tokens_per_chip=tokens)
   if _REMAT.value is None:
     layout = best_layout(run, machine)
   else:

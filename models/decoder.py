@@ -356,19 +356,16 @@ class _Decoder:
     # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
     prevent_cse = self.config.layers == "unroll" or self.config.blocks_wait
     policies = jax.checkpoint_policies
-    match self.config.remat:
-      case "none":
-        policy = policies.save_from_both_policies(
-          policies.dots_with_no_batch_dims_saveable,  # not the gates'
-          policies.save_only_these_names("projection", "scan", "attention"),
-        )
-      case "block":
-        policy = policies.nothing_saveable
-      case "matmuls":
-        policy = policies.save_from_both_policies(
-          policies.dots_with_no_batch_dims_saveable,
-          policies.save_only_these_names("projection"),
-        )
+    if self.config.remat == "block":
+      policy = policies.nothing_saveable
+    else:
+      kept = ("projection",)
+      if self.config.remat == "none":
+        kept += ("scan", "attention")
+      policy = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,  # not the gates'
+        policies.save_only_these_names(*kept),
+      )
     return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
   def _scan(

@@ -134,7 +134,7 @@ def test_shards_are_the_whole():
     mesh=mesh,
     in_specs=(row, P("tensor"), P("tensor")),
     out_specs=(row, row),
-    check_vma=block_diagonal.tracks_varying("pallas_tpu"),
+    check_vma=False,
   )
   actual = jax.jit(_run, static_argnums=2)(arrays, dy, on_shards)
   for result, expected in zip(actual, _run(arrays, dy, _by_definition), strict=True):

@@ -13,7 +13,7 @@ _SHAPES, _HEADS = ((2, 37, 40),), (128,)
 
 
 def _is_right(capsys) -> tuple[bool, list[str]]:
-  is_right = check.check(case for case in check.cases(_SHAPES, _HEADS))
+  is_right = check.check(check.cases(_SHAPES, _HEADS))
   return is_right, capsys.readouterr().out.splitlines()
 
 

@@ -76,7 +76,7 @@ class _Part(NamedTuple):
   elementwise or inside its kernel; what it holds at once in the backward pass."""
 
   products: float  # results that remat "matmuls" keeps
-  batched: float  # results that "none" keeps beside: gates, attention, states
+  batched: float  # results that "none" keeps beside: attention, states
   forward: float
   elementwise: float
   working: float

@@ -76,14 +76,11 @@ def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
   """FLOPs of one token with what is computed again; the model's are `flops.train`."""
   keys = flops.attention_keys
   linear = flops.forward - keys
-  match run.model.remat:
-    case "block":
-      # All but each block's last product, a third of the MLP: nothing needs its result again.
-      again, attention_again = linear - flops.logits - flops.mlp / 3, keys
-    case "matmuls":
-      again, attention_again = _gate_flops(run), keys
-    case _:
-      again, attention_again = _gate_flops(run), 0.0
+  attention_again = 0.0 if run.model.remat == "none" else keys
+  again = _gate_flops(run)
+  if run.model.remat == "block":
+    # All but each block's last product, a third of the MLP: nothing needs its result again.
+    again = linear - flops.logits - flops.mlp / 3
   return Executed(
     # Logits are formed again from x.
     matmul=3.0 * linear + flops.logits + again,
@@ -109,7 +106,7 @@ def _visited(run: Run, platform: str) -> float:
 
 
 def _gate_flops(run: Run) -> float:
-  """The gates' products, which remat "matmuls" does not keep, nor "none" those of a kernel."""
+  """The gates' products, which no remat keeps."""
   total = 0.0
   for block in run.model.blocks:
     mixer = block.mixer

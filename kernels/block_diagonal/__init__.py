@@ -14,9 +14,9 @@ sums are float32.
                   w, rounded once to x's dtype
 
 "auto" is pallas_tpu on TPU from v4 on, einsum_rounded on GPUs that have the RG-LRU's kernel, which
-takes what is rounded, and einsum elsewhere. A kernel runs on whole arrays or inside
-jax.shard_map (with check_vma=False: `tracks_varying`); each shard has whole blocks. The others are
-for the partitioner (`is_partitioned`).
+takes what is rounded, and einsum elsewhere. pallas_tpu runs on whole arrays or inside
+jax.shard_map with check_vma=False, since its scratch memory is of no axis in the interpreter; each
+shard has whole blocks. The others are for the partitioner (`is_partitioned`).
 """
 
 import functools
@@ -47,11 +47,6 @@ def resolve(requested: str) -> str:
 def is_partitioned(implementation: str) -> bool:
   """Whether the compiler's partitioner splits it over devices, with no need of jax.shard_map."""
   return implementation != "pallas_tpu"
-
-
-def tracks_varying(implementation: str) -> bool:
-  """Whether jax.shard_map can check over which axes its arrays vary (check_vma)."""
-  return implementation != "pallas_tpu"  # whose scratch memory is of no axis in the interpreter
 
 
 def products(
