@@ -6,12 +6,14 @@ for machines that are not here (launch/plan.py).
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from absl import logging
 
+_NEWEST_GPU = "NVIDIA H100 80GB HBM3"
 _target: ContextVar[tuple[str, str] | None] = ContextVar("target", default=None)
 
 
@@ -23,9 +25,19 @@ def targeting(platform: str, *, device_kind: str = "") -> Iterator[None]:
   """
   token = _target.set((platform, device_kind))
   try:
-    yield
+    with _seen_by_triton(device_kind or _NEWEST_GPU) if platform == "gpu" else nullcontext():
+      yield
   finally:
     _target.reset(token)
+
+
+def _seen_by_triton(device_kind: str) -> AbstractContextManager[Any]:
+  """Where there is no GPU, Pallas asks the mesh in use for the kind that it writes Triton for."""
+  if jax.default_backend() == "gpu" or jax.__version_info__ < (0, 11):
+    return nullcontext()
+  device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def target_platform() -> str:
