@@ -9,26 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import linear_scan, rg_lru
+from kernels import dispatch, linear_scan, rg_lru
 from kernels.linear_scan import pallas_gpu as plain
 from kernels.rg_lru import measure
 from kernels.rg_lru import pallas_gpu as fused
 from tests.tolerances import assert_close
 
 
-@pytest.fixture(params=["one pass", "chunks"])
+@pytest.fixture(params=["long chunks", "short chunks"])
 def mode(request, monkeypatch):
-  """Few steps unrolled, which compile sooner; rows whole, or in chunks of 8 tokens and more."""
-  monkeypatch.setattr(plain, "_STEPS", 4)
-  monkeypatch.setattr(fused, "_FORWARD_STEPS", 4)
-  monkeypatch.setattr(fused, "_BACKWARD_STEPS", 2)
-  if request.param == "one pass":
-    monkeypatch.setattr(plain, "_ONE_PASS", 0)
-  else:
-    monkeypatch.setattr(plain, "_SHORTEST_CHUNK", 8)
+  """Rows in chunks of 16 or 4 tokens; few steps side by side, which compile sooner."""
+  steps = 16 if request.param == "long chunks" else 4
+  monkeypatch.setattr(plain, "STEPS", steps)
+  monkeypatch.setattr(fused, "STEPS", steps)
+  monkeypatch.setattr(fused, "_BACKWARD_STEPS", steps)
+  monkeypatch.setattr(plain, "GROUP", 2)
+  monkeypatch.setattr(plain, "_WINDOWS", (2, 3))
 
 
-in_one_pass_and_in_chunks = pytest.mark.usefixtures("mode")
+in_long_and_in_short_chunks = pytest.mark.usefixtures("mode")
 
 # One token; tails of steps, chunks and channels; whole chunks and channels.
 SHAPES = [(1, 1, 3), (2, 37, 40), (1, 64, 32)]
@@ -45,7 +44,7 @@ def _scan_results(scan, reverse, dtype, shape):
   return jax.jit(functools.partial(scan, reverse=reverse))(x_BTD, a_BTD, h0_BD)
 
 
-@in_one_pass_and_in_chunks
+@in_long_and_in_short_chunks
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
   ("dtype", "shape"), [("float32", shape) for shape in SHAPES] + [("bfloat16", (2, 37, 40))]
@@ -99,7 +98,7 @@ def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
   return y_BTR, hT_BR, *gradients
 
 
-@in_one_pass_and_in_chunks
+@in_long_and_in_short_chunks
 @pytest.mark.parametrize(
   ("dtype", "shape", "starts"),
   [
@@ -121,7 +120,7 @@ def test_values_and_every_gradient_are_those_of_the_reference(dtype, shape, star
     assert_close(actual, expected, dtype=kind, reduction=16)
 
 
-@in_one_pass_and_in_chunks
+@in_long_and_in_short_chunks
 def test_decays_of_exactly_zero_and_one():
   """softplus(-200) is 0 in float32, and exp(-8 * 200 * sigmoid(r)) as well."""
   x, r, i, _, is_start, h0, dy, dhT = _inputs((1, 37, 40), "float32", "none")
@@ -132,7 +131,7 @@ def test_decays_of_exactly_zero_and_one():
     assert_close(actual, expected, dtype="float32", reduction=16)
 
 
-@in_one_pass_and_in_chunks
+@in_long_and_in_short_chunks
 def test_a_document_changes_no_bit_of_the_next():
   x, r, i, decay, _, h0, dy, dhT = _inputs((1, 37, 32), "float32", "none")
   is_start = jnp.zeros((1, 37), bool).at[:, 18].set(True)
@@ -147,54 +146,65 @@ def test_a_document_changes_no_bit_of_the_next():
   assert not other_grads[4].any()
 
 
-BIG = [((8, 2048, 2560), 1), ((1, 65536, 2560), 16)]
-
-
 def _struct(shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _lowered(f, *arrays) -> str:
-  return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  with dispatch.targeting("gpu"):
+    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 _KERNEL = "custom_call @__gpu$xla.gpu.triton"
+BIG = [(8, 2048, 2560), (1, 65536, 2560)]
 
 
 # Triton's IR is made here, machine code where a GPU is.
-@pytest.mark.parametrize(("shape", "chunks"), BIG)
-def test_the_fused_kernels_lower_for_cuda_and_write_no_float32_activation(shape, chunks):
+@pytest.mark.parametrize("shape", BIG, ids=str)
+def test_the_fused_kernels_lower_for_cuda_and_write_no_float32_activation(shape):
   x, h0 = _struct(shape), _struct(shape[::2], jnp.float32)
   inputs = (x, x, x, _struct(shape[2:], jnp.float32), _struct(shape[:2], jnp.bool_), h0)
   for f, more in ((fused.forward, ()), (fused.backward, (x, x, h0))):
     text = _lowered(f, *inputs, *more)
-    assert text.count(_KERNEL) == (1 if chunks == 1 else 2)
+    assert text.count(_KERNEL) == 1
     assert "x".join(map(str, shape)) + "xbf16" in text
     assert "x".join(map(str, shape)) + "xf32" not in text
 
 
-@pytest.mark.parametrize(("shape", "chunks"), [*BIG, ((2, 1001, 1536), 3), ((3, 77, 5632), 1)])
-def test_the_scan_lowers_for_cuda(shape, chunks):
+@pytest.mark.parametrize("shape", [*BIG, (2, 1001, 1536), (3, 77, 5632)], ids=str)
+def test_the_scan_lowers_for_cuda(shape):
   arrays = (_struct(shape), _struct(shape, jnp.float32), _struct(shape[::2], jnp.float32))
   for reverse in (False, True):
     text = _lowered(functools.partial(plain.scan, reverse=reverse), *arrays)
-    assert text.count(_KERNEL) == (1 if chunks == 1 else 2)
+    assert text.count(_KERNEL) == 1
 
 
 @pytest.mark.parametrize(
-  ("shape", "chunks", "chunk"),
+  ("shape", "grid", "window"),
   [
-    ((8, 2048, 2560), 1, 2048),
-    ((1, 65536, 2560), 16, 4096),
-    ((1, 1_048_576, 640), 64, 16384),
-    ((1, 1000, 64), 3, 336),
-    ((1, 1, 64), 1, 16),
-    ((32, 1001, 1536), 1, 1008),
+    ((8, 2048, 2560), (40, 8, 64), 4),
+    ((1, 65536, 2560), (40, 1, 2048), 12),
+    ((2, 1001, 1000), (16, 2, 32), 12),
+    ((1, 1, 64), (1, 1, 1), 12),
   ],
 )
-def test_rows_are_cut_where_rows_and_channels_are_few(shape, chunks, chunk):
-  tiles = plain.Tiles.of(shape, steps=16)
-  assert (tiles.num_chunks, tiles.chunk) == (chunks, chunk)
+def test_every_chunk_of_a_row_has_a_program(shape, grid, window):
+  """Chunks last, so that none waits for one that cannot start; few in a row learn from few."""
+  tiles = plain.Tiles.of(shape, steps=32)
+  assert (tiles.grid, tiles.window) == (grid, window)
+
+
+def test_a_row_of_more_chunks_than_a_grid_has_is_refused():
+  with pytest.raises(ValueError, match=r"2097153 tokens of a row .* axis sequence"):
+    plain.Tiles.of((1, 65_535 * 32 + 33, 64), steps=32)
+
+
+def test_flags_are_packed_in_the_order_of_the_recurrence(monkeypatch):
+  monkeypatch.setattr(plain, "GROUP", 4)
+  flags_BT = jnp.zeros((1, 10), bool).at[0, jnp.array([0, 5, 9])].set(True)
+  tiles = plain.Tiles.of((1, 10, 1), steps=8)
+  assert tiles.packed(flags_BT, reverse=False).tolist() == [[0b0001, 0b0010, 0b0010, 0]]
+  assert tiles.packed(flags_BT, reverse=True).tolist() == [[0b0001, 0b0001, 0b0010, 0]]
 
 
 def test_measuring_works_anywhere(capsys):
