@@ -1,13 +1,14 @@
-"""Flash attention (arXiv:2205.14135) as Triton kernels, for Hopper and Ampere; not run there yet.
+"""Flash attention (arXiv:2205.14135) as Triton kernels, for Hopper and Ampere.
 
 Letters of this file: C queries of a block, M keys of a block. A program has a block of queries of
 one head and goes over the keys that it can reach, a block at a time; backward, another one has a
-block of keys and goes over the queries that reach it, of every head, so that the gradients of the
-one key and value are summed in float32 registers. Logits of one block alone exist.
+block of keys and goes over the queries that reach it, of a group of heads, so that the gradients of
+the one key and value are summed in float32 registers; sums of groups are added outside. Logits of
+one block alone exist. Of blocks whose keys are all near, the documents alone are compared.
 
-Compiled ahead of time for H100 and A100 (2026-11-25, jax 0.10.2, ptxas 13.5, no device): the
-products are the tensor cores', keys are copied a block ahead; up to head size 128 no register is
-spilled, at 256 0.3 KB a thread.
+On an H100 (docs/h100_attention.jsonl): 315 TFLOP/s forward and 258 backward at rows of 2048, 16
+heads of 128. cuDNN's kernels, which know no documents, reach 437 and 315 there. Up to head size 128
+no register is spilled, at 256 80 bytes a thread in one of the three kernels (ptxas 13.5).
 """
 
 import functools
@@ -20,11 +21,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels import gpu_math
+
 # Triton's blocks are powers of two, tensor cores' at least 16; wider heads do not fit registers.
 HEAD_SIZES = (16, 32, 64, 128, 256)
 # Finite, so that a row that sees nothing in a block has weights and no NaN; exp2 of it is 0.
 _HIDDEN = -1e30
 _BLOCK = 64
+# Programs of unequal length that an H100 (132 multiprocessors) can be kept busy with to the end.
+_PROGRAMS = 1024
 
 
 class _Layout(NamedTuple):
@@ -35,7 +40,13 @@ class _Layout(NamedTuple):
   heads: int
   size: int
   window: int
-  block: int
+  query_block: int
+  key_block: int
+
+  @property
+  def scale(self) -> float:
+    """Of logits, to units of log 2."""
+    return self.size**-0.5 * math.log2(math.e)
 
   @property
   def offset(self) -> int:
@@ -60,7 +71,7 @@ def attention(
   window = keys if window is None else min(window, keys)
   # Two blocks each of keys and values, and two of queries, have to fit shared memory.
   block = _BLOCK if size * q_BTNH.dtype.itemsize <= 256 * 2 else _BLOCK // 2
-  layout = _Layout(time, keys, heads, size, window, block)
+  layout = _Layout(time, keys, heads, size, window, block, block)
   arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
   return cast(jax.Array, _attend(*arrays, layout))
 
@@ -77,9 +88,10 @@ def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
     _outputs,
     inputs,
     (q_BTNH, jax.ShapeDtypeStruct((batch, layout.heads, layout.time), jnp.float32)),
-    (pl.cdiv(layout.time, layout.block), layout.heads, batch),
+    (pl.cdiv(layout.time, layout.query_block), layout.heads, batch),
     layout,
     num_warps=4 if layout.size <= 128 else 8,
+    num_stages=_stages(q_BTNH),
     name="local_attention_forward",
   )
   # A remat policy can keep what is named, rather than attend again.
@@ -90,7 +102,7 @@ def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
 
 def _backward(layout, kept, do_BTNH):
   *inputs, o_BTNH, log_sum_BNT = kept
-  q_BTNH, k_BSH, v_BSH, _, _ = inputs
+  q_BTNH, k_BSH, *_ = inputs
   # sum_m w_m dw_m, from the output: o is what the weights make of v.
   mean_BNT = jnp.einsum("BTNH,BTNH->BNT", do_BTNH.astype(jnp.float32), o_BTNH.astype(jnp.float32))
   arrays = (*inputs, do_BTNH, log_sum_BNT, mean_BNT)
@@ -99,36 +111,55 @@ def _backward(layout, kept, do_BTNH):
     _query_gradients,
     arrays,
     (q_BTNH,),
-    (pl.cdiv(layout.time, layout.block), layout.heads, batch),
+    (pl.cdiv(layout.time, layout.query_block), layout.heads, batch),
     layout,
     num_warps=4 if layout.size <= 128 else 8,
+    num_stages=2,
     name="local_attention_backward_queries",
   )
-  dk_BSH, dv_BSH = _call(
+  layout = layout._replace(query_block=layout.query_block // 2)
+  key_blocks = pl.cdiv(layout.keys, layout.key_block)
+  groups = _head_groups(layout.heads, programs=key_blocks * batch)
+  shape = (batch, groups, layout.keys, layout.size)
+  dtype = k_BSH.dtype if groups == 1 else jnp.float32
+  dk_BGSH, dv_BGSH = _call(
     _key_gradients,
     arrays,
-    (k_BSH, v_BSH),
-    (pl.cdiv(layout.keys, layout.block), batch),
+    2 * (jax.ShapeDtypeStruct(shape, dtype),),
+    (key_blocks, groups, batch),
     layout,
     # Two sums [M, H] lie in their registers.
-    num_warps=4 if layout.size <= 64 else 8,
+    num_warps=4 if layout.size <= 128 else 8,
+    num_stages=_stages(q_BTNH),
     name="local_attention_backward_keys",
   )
+  dk_BSH, dv_BSH = (jnp.sum(x, axis=1).astype(k_BSH.dtype) for x in (dk_BGSH, dv_BGSH))
   return dq_BTNH, dk_BSH, dv_BSH, None, None
+
+
+def _stages(q_BTNH: jax.Array) -> int:
+  """Blocks of a loop that are in shared memory at once: as many as fit, up to three."""
+  return 3 if q_BTNH.shape[-1] * q_BTNH.dtype.itemsize <= 128 * 2 else 2
+
+
+def _head_groups(heads: int, *, programs: int) -> int:
+  """Into how many groups the heads of a block of keys are dealt: as few as give enough programs."""
+  divisors = (groups for groups in range(1, heads + 1) if heads % groups == 0)
+  return next((groups for groups in divisors if groups * programs >= _PROGRAMS), heads)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, arrays, like, grid, layout, *, num_warps, name):
+def _call(kernel, arrays, like, grid, layout, *, num_warps, num_stages, name):
   """One program of `kernel` for each place of the grid; results are shaped as `like`."""
 
   def call(interpret, *arrays):
     return pl.pallas_call(
-      functools.partial(kernel, layout=layout),
+      functools.partial(kernel, layout=layout, math=gpu_math.of(interpret=interpret)),
       grid=grid,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-      compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+      compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
       interpret=interpret,
       name=name,
     )(*arrays)
@@ -139,96 +170,144 @@ def _call(kernel, arrays, like, grid, layout, *, num_warps, name):
   )
 
 
-def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout):
+def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout, math):
+  scale = layout.scale
   queries = _Queries.of(pl.program_id(2), pl.program_id(1), pl.program_id(0), layout)
   q_CH, documents_C = queries.load(q_ref), queries.load_documents(qd_ref)
 
-  def one_block(index, carry):
+  def one_block(index, carry, *, is_inner):
     o_CH, largest_C, sum_C = carry
     keys = _Keys.of(queries.row, index, layout)
     k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
-    logits_CM = _logits(q_CH, k_MH, documents_C, documents_M, queries, keys, layout)
-    next_C = jnp.maximum(largest_C, jnp.max(logits_CM, axis=1))
-    weights_CM = jnp.exp2(logits_CM - next_C[:, None])
-    shrink_C = jnp.exp2(largest_C - next_C)
+    visible_CM = documents_C[:, None] == documents_M[None]
+    if not is_inner:
+      visible_CM &= _is_near(queries.index_C[:, None], keys.index_M[None], layout)
+    logits_CM = jnp.where(visible_CM, _dot(q_CH, k_MH, trans_b=True), _HIDDEN)
+    next_C = jnp.maximum(largest_C, jnp.max(logits_CM, axis=1) * scale)
+    # Where nothing was seen yet, nothing has a weight.
+    shift_C = jnp.where(next_C > 0.01 * _HIDDEN, next_C, 0.0)
+    weights_CM = math.exp2(math.fma(logits_CM, scale, -shift_C[:, None]))
+    shrink_C = math.exp2(largest_C - next_C)
     o_CH = o_CH * shrink_C[:, None] + _dot(weights_CM.astype(v_MH.dtype), v_MH)
     return o_CH, next_C, sum_C * shrink_C + jnp.sum(weights_CM, axis=1)
 
-  zeros_C = jnp.zeros((layout.block,), jnp.float32)
-  zeros_CH = jnp.zeros((layout.block, layout.size), jnp.float32)
+  zeros_C = jnp.zeros((layout.query_block,), jnp.float32)
+  zeros_CH = jnp.zeros((layout.query_block, layout.size), jnp.float32)
   carry = (zeros_CH, zeros_C + _HIDDEN, zeros_C)
-  o_CH, largest_C, sum_C = jax.lax.fori_loop(*queries.key_blocks(layout), one_block, carry)
+  o_CH, largest_C, sum_C = _over_blocks(queries.key_blocks(layout), one_block, carry)
   queries.store(o_ref, o_CH / sum_C[:, None])
   queries.store_number(log_sum_ref, largest_C + jnp.log2(sum_C))
 
 
 def _query_gradients(
-  q_ref, k_ref, v_ref, qd_ref, kd_ref, do_ref, log_sum_ref, mean_ref, dq_ref, *, layout
+  q_ref, k_ref, v_ref, qd_ref, kd_ref, do_ref, log_sum_ref, mean_ref, dq_ref, *, layout, math
 ):
+  scale = layout.scale
   queries = _Queries.of(pl.program_id(2), pl.program_id(1), pl.program_id(0), layout)
   q_CH, documents_C = queries.load(q_ref), queries.load_documents(qd_ref)
   do_CH, log_sum_C = queries.load(do_ref), queries.load_number(log_sum_ref)
   mean_C = queries.load_number(mean_ref)
 
-  def one_block(index, dq_CH):
+  def one_block(index, dq_CH, *, is_inner):
     keys = _Keys.of(queries.row, index, layout)
     k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
-    logits_CM = _logits(q_CH, k_MH, documents_C, documents_M, queries, keys, layout)
-    weights_CM = jnp.exp2(logits_CM - log_sum_C[:, None])
+    visible_CM = documents_C[:, None] == documents_M[None]
+    if not is_inner:
+      visible_CM &= _is_near(queries.index_C[:, None], keys.index_M[None], layout)
+    logits_CM = math.fma(_dot(q_CH, k_MH, trans_b=True), scale, -log_sum_C[:, None])
+    weights_CM = jnp.where(visible_CM, math.exp2(logits_CM), 0.0)
     dlogits_CM = weights_CM * (_dot(do_CH, v_MH, trans_b=True) - mean_C[:, None])
     return dq_CH + _dot(dlogits_CM.astype(k_MH.dtype), k_MH)
 
-  dq_CH = jnp.zeros((layout.block, layout.size), jnp.float32)
-  dq_CH = jax.lax.fori_loop(*queries.key_blocks(layout), one_block, dq_CH)
+  dq_CH = jnp.zeros((layout.query_block, layout.size), jnp.float32)
+  dq_CH = _over_blocks(queries.key_blocks(layout), one_block, dq_CH)
   queries.store(dq_ref, dq_CH * layout.size**-0.5)
 
 
 def _key_gradients(
-  q_ref, k_ref, v_ref, qd_ref, kd_ref, do_ref, log_sum_ref, mean_ref, dk_ref, dv_ref, *, layout
+  q_ref,
+  k_ref,
+  v_ref,
+  qd_ref,
+  kd_ref,
+  do_ref,
+  log_sum_ref,
+  mean_ref,
+  dk_ref,
+  dv_ref,
+  *,
+  layout,
+  math,
 ):
-  keys = _Keys.of(pl.program_id(1), pl.program_id(0), layout)
+  scale = layout.scale
+  keys = _Keys.of(pl.program_id(2), pl.program_id(0), layout)
   k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
-  first, last = keys.query_blocks(layout)
+  blocks = keys.query_blocks(layout)
 
-  def one_block(index, head, carry):
+  # All of it with keys as rows: what a product takes from registers cannot be transposed.
+  def one_block(index, carry, *, is_inner, head):
     dk_MH, dv_MH = carry
     queries = _Queries.of(keys.row, head, index, layout)
     q_CH, documents_C = queries.load(q_ref), queries.load_documents(qd_ref)
     do_CH, log_sum_C = queries.load(do_ref), queries.load_number(log_sum_ref)
     mean_C = queries.load_number(mean_ref)
-    logits_CM = _logits(q_CH, k_MH, documents_C, documents_M, queries, keys, layout)
-    weights_CM = jnp.exp2(logits_CM - log_sum_C[:, None])
-    dlogits_CM = weights_CM * (_dot(do_CH, v_MH, trans_b=True) - mean_C[:, None])
-    dk_MH += _dot(dlogits_CM.astype(q_CH.dtype), q_CH, trans_a=True)
-    return dk_MH, dv_MH + _dot(weights_CM.astype(do_CH.dtype), do_CH, trans_a=True)
+    visible_MC = documents_M[:, None] == documents_C[None]
+    if not is_inner:
+      visible_MC &= _is_near(queries.index_C[None], keys.index_M[:, None], layout)
+    logits_MC = math.fma(_dot(k_MH, q_CH, trans_b=True), scale, -log_sum_C[None])
+    weights_MC = jnp.where(visible_MC, math.exp2(logits_MC), 0.0)
+    dlogits_MC = weights_MC * (_dot(v_MH, do_CH, trans_b=True) - mean_C[None])
+    dk_MH += _dot(dlogits_MC.astype(q_CH.dtype), q_CH)
+    return dk_MH, dv_MH + _dot(weights_MC.astype(do_CH.dtype), do_CH)
 
   def one_head(head, carry):
-    return jax.lax.fori_loop(first, last, functools.partial(_swapped, one_block, head), carry)
+    return _over_blocks(blocks, functools.partial(one_block, head=head), carry)
 
-  zeros_MH = jnp.zeros((layout.block, layout.size), jnp.float32)
-  dk_MH, dv_MH = jax.lax.fori_loop(0, layout.heads, one_head, (zeros_MH, zeros_MH))
-  keys.store(dk_ref, dk_MH * layout.size**-0.5)
-  keys.store(dv_ref, dv_MH)
-
-
-def _swapped(f, head, index, carry):
-  return f(index, head, carry)
+  group, heads = pl.program_id(1), layout.heads // dk_ref.shape[1]
+  zeros_MH = jnp.zeros((layout.key_block, layout.size), jnp.float32)
+  first = group * heads
+  dk_MH, dv_MH = jax.lax.fori_loop(first, first + heads, one_head, (zeros_MH, zeros_MH))
+  keys.store(dk_ref, group, dk_MH * layout.size**-0.5)
+  keys.store(dv_ref, group, dv_MH)
 
 
-def _dot(a, b, *, trans_a=False, trans_b=False):
+def _over_blocks(blocks, one_block, carry):
+  """The carry after all blocks; among inner ones documents alone decide what is seen."""
+  num_before = blocks.inner - blocks.first
+
+  def outer(number, carry):
+    skipped = jnp.where(number < num_before, 0, blocks.behind - blocks.inner)
+    return one_block(blocks.first + number + skipped, carry, is_inner=False)
+
+  inner = functools.partial(one_block, is_inner=True)
+  carry = jax.lax.fori_loop(blocks.inner, blocks.behind, inner, carry)
+  return jax.lax.fori_loop(0, num_before + blocks.last - blocks.behind, outer, carry)
+
+
+def _dot(a, b, *, trans_b=False):
   # Float32 operands would be rounded to TF32.
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
+  return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
 
-def _logits(q_CH, k_MH, documents_C, documents_M, queries, keys, layout):
-  """Scaled logits in units of log 2, float32; _HIDDEN where a query does not see a key."""
-  distance_CM = (queries.index_C + layout.offset)[:, None] - keys.index_M[None]
-  visible_CM = (distance_CM >= 0) & (distance_CM <= layout.window)
-  visible_CM &= documents_C[:, None] == documents_M[None]
-  visible_CM &= queries.is_real_C[:, None] & keys.is_real_M[None]
-  logits_CM = _dot(q_CH, k_MH, trans_b=True) * (layout.size**-0.5 * math.log2(math.e))
-  return jnp.where(visible_CM, logits_CM, _HIDDEN)
+def _is_near(queries, keys, layout):
+  """Whether a key is there, not behind the query and within its window."""
+  distance = queries + layout.offset - keys
+  return (distance >= 0) & (distance <= layout.window) & (keys < layout.keys)
+
+
+class _Blocks(NamedTuple):
+  """Blocks from `first` to `last`, of which all pairs from `inner` to `behind` are near."""
+
+  first: Any
+  inner: Any
+  behind: Any
+  last: Any
+
+  @classmethod
+  def of(cls, first, inner, behind, last):
+    inner = jnp.clip(inner, first, last)
+    return cls(first, inner, jnp.clip(behind, inner, last), last)
 
 
 class _Queries(NamedTuple):
@@ -243,17 +322,20 @@ class _Queries(NamedTuple):
 
   @classmethod
   def of(cls, row, head, index, layout):
-    first, block = index * layout.block, layout.block
+    block = layout.query_block
+    first = index * block
     index_C = first + jax.lax.iota(jnp.int32, block)
     return cls(row, head, pl.ds(first, block), index_C, index_C < layout.time, first)
 
   def key_blocks(self, layout):
-    """The first block of keys within reach, and the one behind the last."""
-    start = self.first + layout.offset
-    stop = jnp.minimum(start + layout.block, layout.keys)
-    return (
-      jnp.maximum(start - layout.window, 0) // layout.block,
-      pl.cdiv(stop, layout.block),
+    """Blocks of keys within reach."""
+    start, block = self.first + layout.offset, layout.key_block
+    stop = start + layout.query_block
+    return _Blocks.of(
+      jnp.maximum(start - layout.window, 0) // block,
+      pl.cdiv(jnp.maximum(stop - 1 - layout.window, 0), block),
+      jnp.minimum(start + 1, layout.keys) // block,
+      pl.cdiv(jnp.minimum(stop, layout.keys), block),
     )
 
   def _mask(self, size):
@@ -288,17 +370,20 @@ class _Keys(NamedTuple):
 
   @classmethod
   def of(cls, row, index, layout):
-    first, block = index * layout.block, layout.block
+    block = layout.key_block
+    first = index * block
     index_M = first + jax.lax.iota(jnp.int32, block)
     return cls(row, pl.ds(first, block), index_M, index_M < layout.keys, first)
 
   def query_blocks(self, layout):
-    """The first block of queries that reach these keys, and the one behind the last."""
-    first = self.first - layout.offset
-    stop = jnp.clip(first + layout.block + layout.window, 0, layout.time)
-    return (
-      jnp.maximum(first, 0) // layout.block,
-      pl.cdiv(stop, layout.block),
+    """Blocks of queries that reach these keys; what fills up the last is zero and gives zero."""
+    start, block = self.first - layout.offset, layout.query_block
+    stop = start + layout.key_block
+    return _Blocks.of(
+      jnp.maximum(start, 0) // block,
+      pl.cdiv(jnp.maximum(stop - 1, 0), block),
+      jnp.maximum(start + layout.window + 1, 0) // block,
+      pl.cdiv(jnp.clip(stop + layout.window, 0, layout.time), block),
     )
 
   def _mask(self, size):
@@ -307,9 +392,9 @@ class _Keys(NamedTuple):
   def load(self, ref):
     return plgpu.load(ref.at[self.row, self.span, :], mask=self._mask(ref.shape[2]), other=0)
 
-  def store(self, ref, x_MH):
-    mask_MH = self._mask(ref.shape[2])
-    plgpu.store(ref.at[self.row, self.span, :], x_MH.astype(ref.dtype), mask=mask_MH)
+  def store(self, ref, group, x_MH):
+    mask_MH = self._mask(ref.shape[3])
+    plgpu.store(ref.at[self.row, group, self.span, :], x_MH.astype(ref.dtype), mask=mask_MH)
 
   def load_documents(self, ref):
     return plgpu.load(ref.at[self.row, self.span], mask=self.is_real_M, other=0)
