@@ -32,9 +32,9 @@ from data.pipeline import DataConfig
 from data.rows import Batch
 from launch import host
 from launch.overrides import refuse, run_app
+from launch.step_times import peak_bytes, run_steps
 from models.flops import count_params, flops_per_token
 from sharding import topology
-from sharding.mesh import row_share
 from train import program as programs
 from train.config import Run
 from train.program import Program
@@ -60,16 +60,8 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   compiled = programs.compile_step(program, programs.lower_train_step(program))
   compile_seconds = time.perf_counter() - start
 
-  state = programs.initialize(program)
-  share = row_share(program.mesh.devices, jax.process_index())
-  batch = programs.to_devices(_random_batch(run, num_shares=share.count), program.mesh)
-  seconds = []
-  for _ in range(_WARMUP.value + _STEPS.value):
-    start = time.perf_counter()
-    state, metrics = compiled(state, batch, NO_LIMITS)
-    jax.block_until_ready((state, metrics))
-    seconds.append(time.perf_counter() - start)
-  step_seconds = statistics.median(seconds[_WARMUP.value :])
+  timed = run_steps(program, compiled, warmup=_WARMUP.value, steps=_STEPS.value)
+  step_seconds = statistics.median(timed.seconds)
   tokens_per_second = run.batch_size * run.data.row_length / step_seconds
 
   device = jax.devices()[0]
@@ -79,12 +71,12 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     "tokens_per_second": round(tokens_per_second, 1),
     "step_seconds": {
       "median": step_seconds,
-      "min": min(seconds[_WARMUP.value :]),
-      "max": max(seconds[_WARMUP.value :]),
+      "min": min(timed.seconds),
+      "max": max(timed.seconds),
       "steps": _STEPS.value,
     },
     "compile_seconds": round(compile_seconds, 2),
-    "peak_bytes": _peak_bytes(compiled),
+    "peak_bytes": peak_bytes(compiled),
     "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "loader_tokens_per_second": round(_loader_tokens_per_second(run), 1),
     "mfu": chip
@@ -93,7 +85,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
       tokens_per_second=tokens_per_second,
       peak_flops=chip.peak_flops * program.mesh.size,
     ),
-    "loss": float(metrics.loss),
+    "loss": float(timed.metrics.loss),
     "parameters": count_params(run.model).total,
     "train_flops_per_token": flops,
     "config": run.name,
@@ -109,7 +101,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     "command": shlex.join(["python", "-m", "launch.bench", *sys.argv[1:]]),
   }
   if _STATISTICS.value:
-    result["statistics"] = _statistics(program, compiled, state, batch)
+    result["statistics"] = _statistics(program, compiled, timed.state, timed.batch)
   print(json.dumps(result, default=repr))
 
 
@@ -136,30 +128,6 @@ def _statistics(
     "share": round(of_a_step / every, 5) if every else None,
     "compile_seconds": round(compile_seconds, 2),
   }
-
-
-def _peak_bytes(compiled: jax.stages.Compiled) -> int:
-  """Bytes per device while the step runs."""
-  memory = compiled.memory_analysis()
-  assert memory is not None
-  new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return (
-    memory.argument_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes
-    + new_outputs
-  )
-
-
-def _random_batch(run: Run, *, num_shares: int) -> Batch:
-  """Rows of random tokens in documents of random length, a few to a row."""
-  rng = np.random.default_rng(0)
-  shape = (run.batch_size // num_shares, run.data.row_length)
-  window = rng.integers(0, run.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
-  starts = rng.random(shape) < 4 / run.data.row_length
-  segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
-  weights = np.concatenate([segments[:, 1:] == segments[:, :-1], np.ones((shape[0], 1), bool)], 1)
-  return Batch(window[:, :-1], window[:, 1:], segments, weights.astype(np.float32))
 
 
 def _loader_tokens_per_second(run: Run) -> float:

@@ -10,12 +10,12 @@ from train.search import SAFE_MARGIN, search
 FAMILIES = ("transformer", "hawk", "griffin")
 
 
-def with_rows(run: Run, machine: Machine, *, row_length: int, tokens_per_chip: int) -> Run:
+def with_rows(run: Run, *, num_devices: int, row_length: int, tokens_per_chip: int) -> Run:
   """`run` on rows of that length; ValueError where the tokens are no whole number of rows."""
-  rows, rest = divmod(tokens_per_chip * machine.num_devices, row_length)
+  rows, rest = divmod(tokens_per_chip * num_devices, row_length)
   if rest or not rows:
     raise ValueError(
-      f"families: {tokens_per_chip} tokens for each of {machine.num_devices} chips are no whole "
+      f"families: {tokens_per_chip} tokens for each of {num_devices} chips are no whole "
       f"number of rows of {row_length}; change --tokens_per_chip or --rows"
     )
   data = dataclasses.replace(run.data, row_length=row_length)

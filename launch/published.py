@@ -81,7 +81,8 @@ def _plan(config: str, chip: str, chips: int, *, row_length: int, tokens_per_chi
   machine = machines.of_chips(chip, chips)
   run = load(f"configs/{config}")
   tokens = max(tokens_per_chip, row_length // machine.num_devices)
-  run = with_rows(run, machine, row_length=row_length, tokens_per_chip=tokens)
+  devices = machine.num_devices
+  run = with_rows(run, num_devices=devices, row_length=row_length, tokens_per_chip=tokens)
   return plans.modelled(best_layout(run, machine).of(run), machine)
 
 

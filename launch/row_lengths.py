@@ -2,6 +2,7 @@
 
   python -m launch.row_lengths --size=1b --machine=v5p:4 --remat=none --compile \
     --json=docs/row_lengths.jsonl --svg=docs/row_lengths.svg
+  python -m launch.row_lengths --size=1b --measure --json=docs/row_lengths.jsonl
   python -m launch.row_lengths --size=1b --machine=v5p:16,v5e:16,h100:8
 
 Batches have as many tokens whatever the row length. With --remat all three have one layout (fsdp
@@ -9,15 +10,22 @@ over all devices, ZeRO stage 3); without, each has its own best (train/search.py
 kernels. With --compile the real step is compiled for the chip and its time follows from the program
 (train/compiled_cost.py: twice, at rates that kernels are known to reach, and by the compiler's own
 estimate); otherwise from the planner's models (train/roofline.py). Nothing is run.
+
+With --measure the steps run on the devices at hand, in one layout as with --remat. All are compiled
+first, some side by side, and then timed one after another.
 """
 
 import dataclasses
 import datetime
+import itertools
 import json
 import pathlib
 import shlex
+import statistics
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,13 +34,20 @@ from absl import app, flags
 from launch import line_chart, svg
 from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load, refuse
-from models.flops import count_params
+from launch.step_times import peak_bytes, run_steps
+from models.flops import count_params, flops_per_token
 from sharding import machine as machines
+from sharding import topology
 from sharding.machine import Machine
 from sharding.mesh import MeshShape
 from train import plan as plans
+from train import program as programs
+from train.config import Run
+from train.footprint import resolved_kernels
 from train.layouts import REMATS, Layout, layout_of
 from train.plan import Plan
+from train.program import Program
+from train.throughput import mfu
 
 _SIZE = flags.DEFINE_string("size", "1b", "A published size: 100m ... 14b.")
 _MACHINE = flags.DEFINE_list("machine", ["v5p:16"], "CHIP:HOW_MANY, several with commas.")
@@ -43,6 +58,10 @@ _TOKENS = flags.DEFINE_integer(
 )
 _REMAT = flags.DEFINE_enum("remat", None, REMATS, "One layout for all, with this remat.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile each step; needs --remat, and a compiler.")
+_MEASURE = flags.DEFINE_bool("measure", False, "Run the steps on the devices at hand.")
+_TIMED_STEPS = flags.DEFINE_integer("timed_steps", 8, "With --measure.", lower_bound=1)
+_WARMUP_STEPS = 2
+_COMPILERS = 4
 _JSON = flags.DEFINE_string("json", None, "A file that gets a line for each result.")
 _SVG = flags.DEFINE_string("svg", None, "A picture of the last machine, from all in --json.")
 
@@ -76,10 +95,59 @@ def result(plan: Plan) -> dict[str, Any]:
   return found
 
 
+def measured(
+  program: Program, compiled: jax.stages.Compiled, compile_seconds: float, *, steps: int
+) -> dict[str, Any]:
+  """What is recorded of a step that ran here. Tokens/s are of all devices."""
+  run, devices = program.run, program.mesh.devices
+  kind = devices.flat[0].device_kind
+  chip = topology.chip_of(kind)
+  timed = run_steps(program, compiled, warmup=_WARMUP_STEPS, steps=steps)
+  step_seconds = statistics.median(timed.seconds)
+  tokens_per_second = run.batch_size * run.data.row_length / step_seconds
+  flops = flops_per_token(run.model, run.data.row_length).train
+  peak = None if chip is None else chip.peak_flops * devices.size
+  return {
+    "config": run.name,
+    "machine": machine_here(),
+    "row_length": run.data.row_length,
+    "batch_size": run.batch_size,
+    "parameters_without_embedding": count_params(run.model).rest,
+    **dataclasses.asdict(layout_of(run, devices.size)),
+    "layers": run.model.layers,
+    "kernels": dict(resolved_kernels(run.model, program.platform)._asdict()),
+    "how": "measured",
+    "tokens_per_second": tokens_per_second,
+    "step_seconds": {
+      "median": step_seconds,
+      "min": min(timed.seconds),
+      "max": max(timed.seconds),
+      "steps": steps,
+    },
+    "mfu": peak
+    and mfu(flops_per_token=flops, tokens_per_second=tokens_per_second, peak_flops=peak),
+    "train_flops_per_token": flops,
+    "peak_bytes": peak_bytes(compiled),
+    "compile_seconds": compile_seconds,
+    "loss": float(timed.metrics.loss),
+    "device": kind,
+  }
+
+
+def machine_here() -> str:
+  """The devices at hand, as machines that are planned for are called."""
+  kind, count = jax.devices()[0].device_kind, len(jax.devices())
+  chip = topology.chip_of(kind)
+  if chip is None or chip.platform != "gpu":
+    return f"{count} x {kind}"
+  return str(machines.of_chips(chip.key, count))
+
+
 def picture(results: list[dict[str, Any]], title: str) -> str:
-  """Tokens/s over row length, a line for each family: of compiled steps where there are any, with
-  dots for the compiler's own estimate and faint lines for the model."""
-  are_compiled = any(one["how"] == "compiled" for one in results)
+  """Tokens/s over row length, a line for each family: measured where anything was, with faint lines
+  for what is compiled; else of compiled steps where there are any, with dots for the compiler's own
+  estimate and faint lines for the model."""
+  ways = {one["how"] for one in results}
   lines = []
   for family, color in zip(FAMILIES, svg.COLORS):
     of_family = [one for one in results if one["config"].startswith(family)]
@@ -89,14 +157,21 @@ def picture(results: list[dict[str, Any]], title: str) -> str:
       found = {one["row_length"]: one.get(key) for one in of_family if one["how"] == how}
       return [(float(row), found[row]) for row in sorted(found) if found[row] is not None]
 
+    compiled = points("compiled", "tokens_per_second")
+    if "measured" in ways:
+      lines += [
+        line_chart.Line(compiled, color, style="faint"),
+        line_chart.Line(points("measured", "tokens_per_second"), color, label=family),
+      ]
+      continue
     model = points("model", "tokens_per_second")
-    if not are_compiled:
+    if "compiled" not in ways:
       lines.append(line_chart.Line(model, color, label=family))
       continue
     estimates = points("compiled", "tokens_per_second_estimated")
     lines += [
       line_chart.Line(model, color, style="faint"),
-      line_chart.Line(points("compiled", "tokens_per_second"), color, label=family),
+      line_chart.Line(compiled, color, label=family),
       line_chart.Line(estimates, color, label=f"{family}, compiler's", style="dots"),
     ]
   return line_chart.chart(
@@ -118,6 +193,9 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"row_lengths: {argv[1]!r} is no flag of this command; see --help")
+    if _MEASURE.value:
+      _measure()
+      return
     jax.config.update("jax_platforms", "cpu")
     for name in _MACHINE.value:
       _compare(name)
@@ -144,6 +222,37 @@ def _compare(name: str) -> None:
     for each in zip(*found):
       _tell(each)
       results += each
+  _draw(str(machine), results)
+
+
+def _measure() -> None:
+  """Compiles all steps, then times each."""
+  rows, families = [int(row) for row in _ROWS.value], _FAMILIES.value
+  devices = len(jax.devices())
+
+  def compiled(row_length: int, family: str) -> tuple[Program, jax.stages.Compiled, float]:
+    run = load(f"configs/{family}.py:{_SIZE.value}")
+    run = with_rows(run, num_devices=devices, row_length=row_length, tokens_per_chip=_TOKENS.value)
+    program = programs.build(_one_layout(run, devices, _REMAT.value or "none"))
+    lowered = programs.lower_train_step(program)
+    start = time.perf_counter()
+    return program, programs.compile_step(program, lowered), time.perf_counter() - start
+
+  with ThreadPoolExecutor(_COMPILERS) as pool:
+    steps = list(pool.map(lambda each: compiled(*each), itertools.product(rows, families)))
+  print(f"{machine_here()}, {_SIZE.value}: tokens/s on all devices, and over the first's")
+  results = []
+  for first in range(0, len(steps), len(families)):
+    found = []
+    for each in steps[first : first + len(families)]:
+      found.append(measured(*each, steps=_TIMED_STEPS.value))
+      _record(found[-1:])
+    _tell(found)
+    results += found
+  _draw(machine_here(), results)
+
+
+def _draw(machine: str, results: list[dict[str, Any]]) -> None:
   if _JSON.value is not None:
     text = pathlib.Path(_JSON.value).read_text(encoding="utf-8")
     results = [json.loads(line) for line in text.splitlines()]
@@ -151,7 +260,7 @@ def _compare(name: str) -> None:
     wanted = [
       one
       for one in results
-      if one["machine"] == str(machine) and one["config"].endswith(f"-{_SIZE.value}")
+      if one["machine"] == machine and one["config"].endswith(f"-{_SIZE.value}")
     ]
     drawn = picture(wanted, f"{_SIZE.value} on {machine}")
     pathlib.Path(_SVG.value).write_text(drawn + "\n", encoding="utf-8")
@@ -170,16 +279,19 @@ def _record(results: list[dict[str, Any]]) -> None:
 def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
   """By the model, and compiled if that is asked for."""
   tokens = _TOKENS.value
-  run = with_rows(load(config), machine, row_length=row_length, tokens_per_chip=tokens)
+  run = with_rows(
+    load(config), num_devices=machine.num_devices, row_length=row_length, tokens_per_chip=tokens
+  )
   if _REMAT.value is None:
-    layout = best_layout(run, machine)
+    run = best_layout(run, machine).of(run)
   else:
-    mesh = MeshShape(fsdp=machine.num_devices)
-    layout = Layout(
-      mesh=mesh, zero_stage=3, remat=REMATS[REMATS.index(_REMAT.value)], num_microbatches=1
-    )
-  run = layout.of(run)
+    run = _one_layout(run, machine.num_devices, _REMAT.value)
   return [plans.modelled(run, machine), *([plans.compiled(run, machine)] if _COMPILE.value else [])]
+
+
+def _one_layout(run: Run, num_devices: int, remat: str) -> Run:
+  mesh, kept = MeshShape(fsdp=num_devices), REMATS[REMATS.index(remat)]
+  return Layout(mesh=mesh, zero_stage=3, remat=kept, num_microbatches=1).of(run)
 
 
 def _tell(found: Sequence[dict[str, Any]]) -> None:

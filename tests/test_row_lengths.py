@@ -7,14 +7,19 @@ import pytest
 from launch import families, row_lengths
 from launch.overrides import load
 from sharding import machine as machines
+from sharding.mesh import MeshShape
+from tests import tiny
 from tests.test_plan import ROOT
 from train import plan as plans
+from train import program as programs
 
 
 def _tokens_per_second(family, row_length):
   run = load(f"{ROOT}/configs/{family}.py:1b")
   machine = machines.of_chips("v5p", 16)
-  run = families.with_rows(run, machine, row_length=row_length, tokens_per_chip=16384)
+  run = families.with_rows(
+    run, num_devices=machine.num_devices, row_length=row_length, tokens_per_chip=16384
+  )
   layout = families.best_layout(run, machine)
   return row_lengths.result(plans.modelled(layout.of(run), machine))
 
@@ -31,6 +36,31 @@ def test_rows_cost_a_transformer_and_not_a_recurrence():
 def test_rows_that_do_not_divide_the_batch_are_refused():
   with pytest.raises(ValueError, match="no whole number of rows of 3000"):
     _tokens_per_second("hawk", 3000)
+
+
+def test_a_step_that_ran_here_is_recorded_with_what_it_ran_on(tmp_path):
+  run = tiny.run(tmp_path, mesh=MeshShape(fsdp=8))
+  program = programs.build(run)
+  compiled = programs.compile_step(program, programs.lower_train_step(program))
+  found = row_lengths.measured(program, compiled, 1.5, steps=3)
+  seconds = found["step_seconds"]
+  assert seconds["min"] <= seconds["median"] <= seconds["max"]
+  assert found["tokens_per_second"] == pytest.approx(8 * 16 / seconds["median"])
+  assert found["how"] == "measured"
+  assert found["machine"] == "8 x cpu"
+  assert found["mfu"] is None  # of a CPU no peak is known
+  assert found["mesh"]["fsdp"] == 8
+  assert found["loss"] > 0
+
+
+def test_what_the_readme_shows_of_an_h100_is_drawn_from_what_was_recorded():
+  lines = (ROOT / "docs" / "row_lengths.jsonl").read_text().splitlines()
+  results = [json.loads(line) for line in lines]
+  machine = "1 x H100 SXM"
+  wanted = [one for one in results if one["machine"] == machine and one["config"].endswith("-1b")]
+  assert sum(one["how"] == "measured" for one in wanted) == 12
+  drawn = row_lengths.picture(wanted, f"1b on {machine}")
+  assert (ROOT / "docs" / "row_lengths_h100.svg").read_text() == drawn + "\n"
 
 
 def test_the_picture_has_a_line_for_each_family():

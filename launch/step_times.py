@@ -1,0 +1,62 @@
+"""How long a compiled training step takes on the devices at hand, on rows of random tokens."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from data.rows import Batch
+from sharding.mesh import row_share
+from train import program as programs
+from train.config import Run
+from train.program import Program
+from train.state import TrainState
+from train.step import NO_LIMITS, StepMetrics
+
+
+class Steps(NamedTuple):
+  """Seconds of each timed step, each waited for; and what is left behind the last."""
+
+  seconds: list[float]
+  state: TrainState
+  batch: Batch
+  metrics: StepMetrics
+
+
+def run_steps(program: Program, compiled: jax.stages.Compiled, *, warmup: int, steps: int) -> Steps:
+  """`steps` timed ones after `warmup` others, all on one batch, from the initial state."""
+  state = programs.initialize(program)
+  share = row_share(program.mesh.devices, jax.process_index())
+  batch = programs.to_devices(random_batch(program.run, num_shares=share.count), program.mesh)
+  seconds = []
+  for _ in range(warmup + steps):
+    start = time.perf_counter()
+    state, metrics = compiled(state, batch, NO_LIMITS)
+    jax.block_until_ready((state, metrics))
+    seconds.append(time.perf_counter() - start)
+  return Steps(seconds[warmup:], state, batch, metrics)
+
+
+def random_batch(run: Run, *, num_shares: int) -> Batch:
+  """Rows of random tokens in documents of random length, a few to a row."""
+  rng = np.random.default_rng(0)
+  shape = (run.batch_size // num_shares, run.data.row_length)
+  window = rng.integers(0, run.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
+  starts = rng.random(shape) < 4 / run.data.row_length
+  segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
+  weights = np.concatenate([segments[:, 1:] == segments[:, :-1], np.ones((shape[0], 1), bool)], 1)
+  return Batch(window[:, :-1], window[:, 1:], segments, weights.astype(np.float32))
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+  """Bytes per device while the step runs."""
+  memory = compiled.memory_analysis()
+  assert memory is not None
+  new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+    + new_outputs
+  )
