@@ -100,10 +100,10 @@ def _is_note(one: Instruction) -> bool:
 def _flops(
   one: Instruction, instructions: dict[str, Instruction], computations: Computations
 ) -> float:
+  if one.opcode in program_text.FUSIONS:
+    called = computations[_called(one)]
+    return sum(_flops(inner, called, computations) for inner in called.values())
   match one.opcode:
-    case "fusion":
-      called = computations[_called(one)]
-      return sum(_flops(inner, called, computations) for inner in called.values())
     case "convolution":
       return _convolution(one, instructions)
     case "dot":
@@ -145,14 +145,14 @@ def _meetings(written: str, axis: int, size: int, out: int) -> int:
 def _bytes(
   one: Instruction, instructions: dict[str, Instruction], computations: Computations
 ) -> float:
-  if one.opcode.endswith("-start"):
+  if one.opcode.endswith("-start") and one.opcode not in program_text.FUSIONS:
     # A tuple of what is read and what is written.
     return memory_bytes(one.shape)
   if one.opcode in _SLICES:
     return 2 * memory_bytes(one.shape)
   if one.opcode == "dynamic-update-slice":
     return 2 * memory_bytes(instructions[one.operands[1]].shape)
-  if one.opcode != "fusion":
+  if one.opcode not in program_text.FUSIONS:
     read = sum(memory_bytes(instructions[name].shape) for name in set(one.operands))
     return read + memory_bytes(one.shape)
   inner = computations[_called(one)]

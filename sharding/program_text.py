@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 Computations = dict[str, dict[str, "Instruction"]]
 
+# "-start": one that others run beside, as compilers for GPUs write it since jax 0.11.
+FUSIONS = ("fusion", "fusion-start")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -81,7 +83,7 @@ def fused(computations: Computations) -> set[str]:
     called
     for instructions in computations.values()
     for instruction in instructions.values()
-    if instruction.opcode == "fusion"
+    if instruction.opcode in FUSIONS
     for called, _ in _calls(instruction, computations)
   }
 

@@ -79,6 +79,34 @@ def test_a_triton_kernel_is_known_by_its_name():
   assert kernel.bytes == 2 * 8 * 2048 * 128 * (6 + 1 + 6)
 
 
+_ASYNCHRONOUS = """HloModule step, is_scheduled=true
+
+%fused (p.0: f32[24,512,384], p.1: s32[], p.2: f32[512,384]) -> f32[24,512,384] {
+  %p.0 = f32[24,512,384]{2,1,0} parameter(0)
+  %p.2 = f32[512,384]{1,0} parameter(2)
+  %part = f32[1,512,384]{2,1,0} bitcast(%p.2)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %all = f32[24,512,384]{2,1,0} dynamic-update-slice(%p.0, %part, %p.1, %zero, %zero)
+}
+
+ENTRY %main (a: f32[24,512,384], i: s32[], x: f32[512,384]) -> f32[24,512,384] {
+  %a = f32[24,512,384]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[512,384]{1,0} parameter(2)
+  %start = ((f32[24,512,384]{2,1,0}, s32[], f32[512,384]{1,0}), f32[24,512,384]{2,1,0}, u32[]) \
+fusion-start(%a, %i, %x), kind=kLoop, calls=%fused
+  ROOT %done = f32[24,512,384]{2,1,0} fusion-done(%start)
+}
+"""
+
+
+def test_a_fusion_that_others_run_beside_is_one_operation():
+  (found,) = program_cost.operations(_ASYNCHRONOUS)
+  assert found.name == "start"
+  assert found.bytes == 2 * 512 * 384 * 4 + 4
+
+
 def test_a_batch_that_is_a_dilated_window_is_multiplied_once():
   """A product of 16 blocks: the window of 16 meets an element once for each block."""
   written = "window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf"
