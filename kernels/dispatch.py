@@ -25,15 +25,15 @@ def targeting(platform: str, *, device_kind: str = "") -> Iterator[None]:
   """
   token = _target.set((platform, device_kind))
   try:
-    with _seen_by_triton(device_kind or _NEWEST_GPU) if platform == "gpu" else nullcontext():
+    with _seen_by_triton(platform, device_kind or _NEWEST_GPU):
       yield
   finally:
     _target.reset(token)
 
 
-def _seen_by_triton(device_kind: str) -> AbstractContextManager[Any]:
+def _seen_by_triton(platform: str, device_kind: str) -> AbstractContextManager[Any]:
   """Where there is no GPU, Pallas asks the mesh in use for the kind that it writes Triton for."""
-  if jax.default_backend() == "gpu" or jax.__version_info__ < (0, 11):
+  if platform != "gpu" or jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
     return nullcontext()
   device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
   mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)

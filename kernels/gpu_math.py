@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
+LOG2_E = 1.4426950408889634
+
 
 class Math(NamedTuple):
   exp2: Callable[[jax.Array], jax.Array]

@@ -30,17 +30,14 @@ from absl import flags
 from data import pipeline, token_store, vocabulary
 from data.pipeline import DataConfig
 from data.rows import Batch
-from launch import host
+from launch import host, step_times
 from launch.overrides import refuse, run_app
-from launch.step_times import peak_bytes, run_steps
-from models.flops import count_params, flops_per_token
-from sharding import topology
+from models.flops import count_params
 from train import program as programs
 from train.config import Run
 from train.program import Program
 from train.state import TrainState
 from train.step import NO_LIMITS
-from train.throughput import mfu
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=0)
@@ -60,34 +57,16 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   compiled = programs.compile_step(program, programs.lower_train_step(program))
   compile_seconds = time.perf_counter() - start
 
-  timed = run_steps(program, compiled, warmup=_WARMUP.value, steps=_STEPS.value)
-  step_seconds = statistics.median(timed.seconds)
-  tokens_per_second = run.batch_size * run.data.row_length / step_seconds
-
+  timed = step_times.run_steps(program, compiled, warmup=_WARMUP.value, steps=_STEPS.value)
+  speed = step_times.speed(program, compiled, timed)
   device = jax.devices()[0]
-  chip = topology.chip_of(device.device_kind)
-  flops = flops_per_token(run.model, run.data.row_length).train
   result = {
-    "tokens_per_second": round(tokens_per_second, 1),
-    "step_seconds": {
-      "median": step_seconds,
-      "min": min(timed.seconds),
-      "max": max(timed.seconds),
-      "steps": _STEPS.value,
-    },
+    **speed,
+    "tokens_per_second": round(speed["tokens_per_second"], 1),
     "compile_seconds": round(compile_seconds, 2),
-    "peak_bytes": peak_bytes(compiled),
     "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "loader_tokens_per_second": round(_loader_tokens_per_second(run), 1),
-    "mfu": chip
-    and mfu(
-      flops_per_token=flops,
-      tokens_per_second=tokens_per_second,
-      peak_flops=chip.peak_flops * program.mesh.size,
-    ),
-    "loss": float(timed.metrics.loss),
     "parameters": count_params(run.model).total,
-    "train_flops_per_token": flops,
     "config": run.name,
     "overrides": {path: now for path, (_, now) in overridden.items()},
     "batch_size": run.batch_size,

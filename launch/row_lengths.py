@@ -21,7 +21,6 @@ import itertools
 import json
 import pathlib
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -31,11 +30,10 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from launch import line_chart, svg
+from launch import line_chart, step_times, svg
 from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load, refuse
-from launch.step_times import peak_bytes, run_steps
-from models.flops import count_params, flops_per_token
+from models.flops import count_params
 from sharding import machine as machines
 from sharding import topology
 from sharding.machine import Machine
@@ -47,7 +45,6 @@ from train.footprint import resolved_kernels
 from train.layouts import REMATS, Layout, layout_of
 from train.plan import Plan
 from train.program import Program
-from train.throughput import mfu
 
 _SIZE = flags.DEFINE_string("size", "1b", "A published size: 100m ... 14b.")
 _MACHINE = flags.DEFINE_list("machine", ["v5p:16"], "CHIP:HOW_MANY, several with commas.")
@@ -99,38 +96,21 @@ def measured(
   program: Program, compiled: jax.stages.Compiled, compile_seconds: float, *, steps: int
 ) -> dict[str, Any]:
   """What is recorded of a step that ran here. Tokens/s are of all devices."""
-  run, devices = program.run, program.mesh.devices
-  kind = devices.flat[0].device_kind
-  chip = topology.chip_of(kind)
-  timed = run_steps(program, compiled, warmup=_WARMUP_STEPS, steps=steps)
-  step_seconds = statistics.median(timed.seconds)
-  tokens_per_second = run.batch_size * run.data.row_length / step_seconds
-  flops = flops_per_token(run.model, run.data.row_length).train
-  peak = None if chip is None else chip.peak_flops * devices.size
+  run = program.run
+  timed = step_times.run_steps(program, compiled, warmup=_WARMUP_STEPS, steps=steps)
   return {
     "config": run.name,
     "machine": machine_here(),
     "row_length": run.data.row_length,
     "batch_size": run.batch_size,
     "parameters_without_embedding": count_params(run.model).rest,
-    **dataclasses.asdict(layout_of(run, devices.size)),
+    **dataclasses.asdict(layout_of(run, program.mesh.size)),
     "layers": run.model.layers,
     "kernels": dict(resolved_kernels(run.model, program.platform)._asdict()),
     "how": "measured",
-    "tokens_per_second": tokens_per_second,
-    "step_seconds": {
-      "median": step_seconds,
-      "min": min(timed.seconds),
-      "max": max(timed.seconds),
-      "steps": steps,
-    },
-    "mfu": peak
-    and mfu(flops_per_token=flops, tokens_per_second=tokens_per_second, peak_flops=peak),
-    "train_flops_per_token": flops,
-    "peak_bytes": peak_bytes(compiled),
+    **step_times.speed(program, compiled, timed),
     "compile_seconds": compile_seconds,
-    "loss": float(timed.metrics.loss),
-    "device": kind,
+    "device": program.mesh.devices.flat[0].device_kind,
   }
 
 

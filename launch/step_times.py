@@ -1,18 +1,22 @@
 """How long a compiled training step takes on the devices at hand, on rows of random tokens."""
 
+import statistics
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from data.rows import Batch
+from models.flops import flops_per_token
+from sharding import topology
 from sharding.mesh import row_share
 from train import program as programs
 from train.config import Run
 from train.program import Program
 from train.state import TrainState
 from train.step import NO_LIMITS, StepMetrics
+from train.throughput import mfu
 
 
 class Steps(NamedTuple):
@@ -28,7 +32,7 @@ def run_steps(program: Program, compiled: jax.stages.Compiled, *, warmup: int, s
   """`steps` timed ones after `warmup` others, all on one batch, from the initial state."""
   state = programs.initialize(program)
   share = row_share(program.mesh.devices, jax.process_index())
-  batch = programs.to_devices(random_batch(program.run, num_shares=share.count), program.mesh)
+  batch = programs.to_devices(_random_batch(program.run, num_shares=share.count), program.mesh)
   seconds = []
   for _ in range(warmup + steps):
     start = time.perf_counter()
@@ -38,7 +42,35 @@ def run_steps(program: Program, compiled: jax.stages.Compiled, *, warmup: int, s
   return Steps(seconds[warmup:], state, batch, metrics)
 
 
-def random_batch(run: Run, *, num_shares: int) -> Batch:
+def speed(program: Program, compiled: jax.stages.Compiled, timed: Steps) -> dict[str, Any]:
+  """What is recorded of timed steps. Tokens/s are of all devices, peak_bytes of each; the MFU of a
+  chip that is not known is None."""
+  run, devices = program.run, program.mesh.devices
+  chip = topology.chip_of(devices.flat[0].device_kind)
+  median = statistics.median(timed.seconds)
+  tokens_per_second = run.batch_size * run.data.row_length / median
+  flops = flops_per_token(run.model, run.data.row_length).train
+  return {
+    "tokens_per_second": tokens_per_second,
+    "step_seconds": {
+      "median": median,
+      "min": min(timed.seconds),
+      "max": max(timed.seconds),
+      "steps": len(timed.seconds),
+    },
+    "mfu": chip
+    and mfu(
+      flops_per_token=flops,
+      tokens_per_second=tokens_per_second,
+      peak_flops=chip.peak_flops * devices.size,
+    ),
+    "train_flops_per_token": flops,
+    "peak_bytes": _peak_bytes(compiled),
+    "loss": float(timed.metrics.loss),
+  }
+
+
+def _random_batch(run: Run, *, num_shares: int) -> Batch:
   """Rows of random tokens in documents of random length, a few to a row."""
   rng = np.random.default_rng(0)
   shape = (run.batch_size // num_shares, run.data.row_length)
@@ -49,7 +81,7 @@ def random_batch(run: Run, *, num_shares: int) -> Batch:
   return Batch(window[:, :-1], window[:, 1:], segments, weights.astype(np.float32))
 
 
-def peak_bytes(compiled: jax.stages.Compiled) -> int:
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
   """Bytes per device while the step runs."""
   memory = compiled.memory_analysis()
   assert memory is not None

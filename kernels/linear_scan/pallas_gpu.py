@@ -168,10 +168,7 @@ def _scan(chunk, x_ref, a_ref, h0_ref, y_ref, hT_ref):
   for times, loaded in chunk.groups(lambda times: chunk.load_all((x_ref, a_ref), times)):
     x, a = loaded
     states.extend(chunk.keep(times, a, x), chunk.math)
-  product_K, last_K = states.products[-1], states.states[-1]
-  before_K, behind_K = chunk.join(product_K, last_K, chunk.load_state(h0_ref))
-  chunk.store_states(y_ref, states, before_K)
-  chunk.store_last(hT_ref, behind_K)
+  chunk.store_states(states, h0_ref, y_ref, hT_ref)
 
 
 class LocalStates(NamedTuple):
@@ -264,7 +261,7 @@ class Chunk(NamedTuple):
 
   def load(self, ref: Any, t: jax.Array) -> jax.Array:
     """Token t; 0 where there is none."""
-    x_K = _load(ref.at[self.row, t, self.columns], _both(self.is_real_K, self.is_inside(t)), 0)
+    x_K = _load(ref.at[self.row, t, self.columns], _both(self.is_real_K, self.is_inside(t)))
     return x_K.astype(jnp.float32)
 
   def load_flags(self, ref: Any, times: list[jax.Array]) -> list[jax.Array]:
@@ -275,25 +272,28 @@ class Chunk(NamedTuple):
 
   def store(self, ref: Any, t: jax.Array, x_K: jax.Array) -> None:
     mask = _both(self.is_real_K, self.is_inside(t))
-    plgpu.store(ref.at[self.row, t, self.columns], x_K.astype(ref.dtype), mask=self._full(mask))
+    plgpu.store(ref.at[self.row, t, self.columns], x_K.astype(ref.dtype), mask=_full(mask))
 
   def load_channels(self, ref: Any) -> jax.Array:
-    return _load(ref.at[self.columns], self.is_real_K, 0)
+    return _load(ref.at[self.columns], self.is_real_K)
 
   def load_state(self, ref: Any) -> jax.Array:
-    return _load(ref.at[self.row, self.columns], self.is_real_K, 0)
+    return _load(ref.at[self.row, self.columns], self.is_real_K)
 
   def store_last(self, ref: Any, h_K: jax.Array) -> None:
     """By the program of the row's last chunk."""
     mask = _both(self.is_real_K, self.index == self.tiles.num_chunks - 1)
-    plgpu.store(ref.at[self.row, self.columns], h_K, mask=self._full(mask))
+    plgpu.store(ref.at[self.row, self.columns], h_K, mask=_full(mask))
 
-  def store_states(self, ref: Any, states: LocalStates, before_K: jax.Array) -> None:
-    """The state after each step, from that before the first."""
+  def store_states(self, local: LocalStates, h0_ref: Any, y_ref: Any, hT_ref: Any) -> None:
+    """The state after each step, and the row's last one, from that before the row."""
+    first_K = self.load_state(h0_ref)
+    before_K, behind_K = self.join(local.products[-1], local.states[-1], first_K)
     groups = range(self.tiles.steps // GROUP)
     times = itertools.chain.from_iterable(self.times(group) for group in groups)
-    for t, product_K, state_K in zip(times, states.products[1:], states.states[1:], strict=True):
-      self.store(ref, t, self.math.fma(product_K, before_K, state_K))
+    for t, product_K, state_K in zip(times, local.products[1:], local.states[1:], strict=True):
+      self.store(y_ref, t, self.math.fma(product_K, before_K, state_K))
+    self.store_last(hT_ref, behind_K)
 
   def store_summary(self, ref: Any, x_K: jax.Array) -> None:
     plgpu.store(ref.at[self.row, self.index, self.columns], x_K, mask=self.is_real_K)
@@ -301,7 +301,7 @@ class Chunk(NamedTuple):
   def keep(self, times: list, a: list, inputs: list) -> tuple[list, list]:
     """Decays and inputs, those of steps behind the row's end such that they change nothing."""
     if self.is_whole:
-      return list(a), list(inputs)
+      return a, inputs
     inside = [self._is_of_row(t) for t in times]
     return (
       [jnp.where(is_inside, a_K, 1.0) for is_inside, a_K in zip(inside, a)],
@@ -363,10 +363,7 @@ class Chunk(NamedTuple):
     at = self.links_ref.at[self._link(which), jnp.clip(index, 0, self.index), self.columns]
     is_there = (index >= 0) & (index < self.index)
     # Volatile: from where other multiprocessors write to, at each look.
-    return _load(at, _both(self.is_real_K, is_there), 0, volatile=True)
-
-  def _full(self, mask: jax.Array | None) -> jax.Array | None:
-    return None if mask is None else jnp.broadcast_to(mask, (CHANNELS,))
+    return _load(at, _both(self.is_real_K, is_there), volatile=True)
 
 
 def _number(bits_K: jax.Array) -> jax.Array:
@@ -378,8 +375,11 @@ def _both(one: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
   return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
-def _load(at: Any, mask: jax.Array | None, other: int, *, volatile: bool = False) -> jax.Array:
-  if mask is None:
-    return plgpu.load(at, volatile=volatile)
-  shape = at.shape
-  return plgpu.load(at, mask=jnp.broadcast_to(mask, shape), other=other, volatile=volatile)
+def _full(mask: jax.Array | None) -> jax.Array | None:
+  return None if mask is None else jnp.broadcast_to(mask, (CHANNELS,))
+
+
+def _load(at: Any, mask: jax.Array | None, *, volatile: bool = False) -> jax.Array:
+  """[K], 0 where the mask is not."""
+  other = None if mask is None else 0
+  return plgpu.load(at, mask=_full(mask), other=other, volatile=volatile)

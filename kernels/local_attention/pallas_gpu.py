@@ -12,7 +12,6 @@ no register is spilled, at 256 80 bytes a thread in one of the three kernels (pt
 """
 
 import functools
-import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -46,7 +45,7 @@ class _Layout(NamedTuple):
   @property
   def scale(self) -> float:
     """Of logits, to units of log 2."""
-    return self.size**-0.5 * math.log2(math.e)
+    return self.size**-0.5 * gpu_math.LOG2_E
 
   @property
   def offset(self) -> int:

@@ -33,10 +33,10 @@ takes; forward alone 0.77 ms at the latter, 0.62.
 import jax
 import jax.numpy as jnp
 
+from kernels.gpu_math import LOG2_E
 from kernels.linear_scan.pallas_gpu import CHANNELS, STEPS, LocalStates, Tiles, launch
 from kernels.rg_lru.gates import LEAST_ONE_MINUS_A2, C
 
-_LOG2_E = 1.4426950408889634
 # Tokens of a chunk backward, where no states are kept: what is read twice stays in the cache.
 _BACKWARD_STEPS = 64
 # 1 - exp(y) by its series from here on: without it the difference loses digits.
@@ -96,14 +96,14 @@ def backward(
 
 def _rate(decay_R: jax.Array) -> jax.Array:
   """log2 of the decay a where the recurrence gate is 1."""
-  return -C * _LOG2_E * jax.nn.softplus(decay_R.astype(jnp.float32))
+  return -C * LOG2_E * jax.nn.softplus(decay_R.astype(jnp.float32))
 
 
 # Lists are of steps side by side: each line is one instruction, or a few, of every step.
 
 
 def _sigmoid(x: list, math) -> list:
-  powers = [math.exp2(-_LOG2_E * x_K) for x_K in x]
+  powers = [math.exp2(-LOG2_E * x_K) for x_K in x]
   return [math.reciprocal(1.0 + power_K) for power_K in powers]
 
 
@@ -116,7 +116,7 @@ def _decay(r: list, rate_K, is_start: list, math) -> tuple[list, list, list]:
 
 def _one_minus_square(log2s: list, a: list, math) -> list:
   """1 - a^2 without cancellation; 1 at a start."""
-  y = [(2.0 / _LOG2_E) * log2_K for log2_K in log2s]
+  y = [(2.0 / LOG2_E) * log2_K for log2_K in log2s]
   # -y (1 + y/2 + y^2/6 + y^3/24)
   series = [math.fma(y_K, -1.0 / 24.0, -1.0 / 6.0) for y_K in y]
   for factor in (-0.5, -1.0):
@@ -141,10 +141,7 @@ def _forward(chunk, x_ref, r_ref, i_ref, rate_ref, starts_ref, h0_ref, y_ref, hT
     opens = _sigmoid(i, math)
     inputs = [scale_K * open_K * x_K for scale_K, open_K, x_K in zip(scales, opens, x)]
     states.extend(chunk.keep(times, a, inputs), math)
-  product_K, last_K = states.products[-1], states.states[-1]
-  before_K, behind_K = chunk.join(product_K, last_K, chunk.load_state(h0_ref))
-  chunk.store_states(y_ref, states, before_K)
-  chunk.store_last(hT_ref, behind_K)
+  chunk.store_states(states, h0_ref, y_ref, hT_ref)
 
 
 def _backward(
@@ -194,7 +191,7 @@ def _backward(
     flows = [math.fma(-a_K, dz_K, g_K * h_K) for a_K, g_K, h_K, dz_K in zip(a, g, before, dz)]
     dlog_a = [a_K * flow_K for a_K, flow_K in zip(a, flows)]
     gated = [gate_K * dlog_a_K for gate_K, dlog_a_K in zip(gates, dlog_a)]
-    dr = [gated_K * (1.0 - gate_K) * (rate_K / _LOG2_E) for gated_K, gate_K in zip(gated, gates)]
+    dr = [gated_K * (1.0 - gate_K) * (rate_K / LOG2_E) for gated_K, gate_K in zip(gated, gates)]
     for ref, gradients in ((dx_ref, dx), (dr_ref, dr), (di_ref, di)):
       for t, gradient_K in zip(times, gradients):
         chunk.store(ref, t, gradient_K)
