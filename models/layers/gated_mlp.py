@@ -9,6 +9,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from models.layers.gelu import gated_gelu
 from models.layers.projection import branches, project
 from models.param import normal, param, zeros
 
@@ -47,6 +48,6 @@ class GatedMLP(nnx.Module):
     with jax.named_scope("mlp"):
       w_up_D2F, b_up_2F = self.w_up_D2F[...].astype(dtype), self.b_up_2F[...].astype(dtype)
       gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, b_up_2F, axis="mlp")
-      gated_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+      gated_BTF = gated_gelu(gate_BTF, up_BTF)
       y_BTD = project(gated_BTF, self.w_down_FD[...].astype(dtype))
       return y_BTD + self.b_down_D[...].astype(dtype)
