@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers.projection import project
+from models.layers.projection import branches, project
 from sharding.xla_flags import XlaFlags
 
 BATCH, TIME = 4, 96
@@ -31,3 +31,16 @@ def test_a_cpu_copies_no_activation_for_a_gradient(name):
   sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in shapes]
   assert max(sizes, default=0) <= w.size < min(x.size, y.size)
   assert transposed(y)[1].shape == weights
+
+
+def test_what_is_kept_of_a_branch_is_its_product():
+  """With its bias it would be one array more to write, where blocks are written out."""
+  x, w, b = jnp.ones((2, 3, 8)), jnp.ones((8, 2, 16)), jnp.ones((2, 16))
+  jaxpr = jax.make_jaxpr(lambda x, w, b: branches(x, w, b, axis="mlp"))(x, w, b)
+  kept = [eqn.outvars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
+  added = [eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "add"]
+  assert len(kept) == 2
+  assert kept == added
+  assert [
+    eqn.outvars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "add"
+  ] == jaxpr.jaxpr.outvars

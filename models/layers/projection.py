@@ -32,7 +32,8 @@ def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
 def branches(
   x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array, *, axis: str
 ) -> tuple[jax.Array, ...]:
-  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; "projection" to a remat policy.
+  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; the products are "projection" to a remat
+  policy: what they are kept as, whether kept or not, is written anyway, and biases cost no pass.
 
   As many products as branches, each with its bias: of one product a TPU writes the result with and
   without bias, cuts the branches out of it, and joins their gradients again for every product of
@@ -42,7 +43,7 @@ def branches(
   is_split = logical.is_split() and logical.num_shards(axis) > 1
   products = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
   return tuple(
-    checkpoint_name(y_BTF + b_F, "projection")
+    checkpoint_name(y_BTF, "projection") + b_F
     for y_BTF, b_F in zip(cast(list[jax.Array], products), b_KF, strict=True)
   )
 
