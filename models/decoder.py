@@ -311,7 +311,12 @@ class _Decoder:
           self.group_runs, x_BTD, group_params, segments, states, written_out=_WRITTEN_OUT
         )
 
-      x_BTD, new_groups = self._scan(group, x_BTD, (params["groups"], group_states))
+      groups = params["groups"]
+      if self.config.layers == "unroll":
+        # Cast before a group is cut out, so that what is kept for the backward pass is the cast.
+        axes = {run.name: run.part.axes for run in self.group_runs}
+        groups = self._cast(groups, axes)
+      x_BTD, new_groups = self._scan(group, x_BTD, (groups, group_states))
     x_BTD, new_left = self._scan_runs(
       self.left_runs, x_BTD, params["remainder"], segments, left_states
     )
@@ -397,12 +402,15 @@ class _Decoder:
   def _used(self, params: Params, axes: Params) -> Params:
     """Parameters as the layers use them: matrices in the activations' dtype, gathered over ZeRO's
     axis. The cast comes first, so that half the bytes travel."""
+    return logical.gathered(self._cast(params, axes), axes)
+
+  def _cast(self, params: Params, axes: Params) -> Params:
+    """Matrices in the activations' dtype; `axes` are those of one block, of a stack too."""
 
     def cast(w: jax.Array, names: tuple[str, ...]) -> jax.Array:
       return w if _stays_float32(names) else w.astype(self.config.dtype)
 
-    cast_params = jax.tree.map(cast, params, axes, is_leaf=lambda leaf: not isinstance(leaf, dict))
-    return logical.gathered(cast_params, axes)
+    return jax.tree.map(cast, params, axes, is_leaf=lambda leaf: not isinstance(leaf, dict))
 
 
 def _row_segments(segments_BT: jax.Array) -> Segments:

@@ -169,6 +169,22 @@ def test_remat_makes_again_the_products_that_it_says(remat, again):
   assert products == unembedding + config.num_blocks * (3 * 7 + again)
 
 
+def test_blocks_written_out_keep_their_matrices_as_they_are_multiplied():
+  """A group's part of float32 parameters would be a copy, twice as large and cast again."""
+  config = dataclasses.replace(TINY["hawk"], dtype="bfloat16", layers="unroll")
+  model = decoder.build(config)
+  params, tokens = model.init(jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
+  _, pull_back = jax.vjp(lambda params: model.apply(params, tokens, tokens)[0], params)
+  matrices = {leaf.shape[1:]: leaf.dtype for leaf in jax.tree.leaves(params["groups"])}
+  kept = [
+    leaf.dtype.name
+    for leaf in jax.tree.leaves(pull_back)
+    if leaf.size >= config.width**2 and leaf.shape in matrices
+  ]
+  assert kept
+  assert set(kept) == {"bfloat16"}
+
+
 def test_remat_survives_the_compiler_where_the_blocks_of_a_group_are_written_out():
   def flops(remat):
     config = dataclasses.replace(TINY["griffin"], num_blocks=6, remat=remat)
