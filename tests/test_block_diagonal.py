@@ -1,6 +1,9 @@
 """The gates' products by every implementation: values and every gradient."""
 
 import functools
+import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import block_diagonal
+from kernels import block_diagonal, dispatch
 from kernels.block_diagonal import pallas_tpu
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
@@ -68,14 +71,16 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+_BOTH = ("float32", "bfloat16")
+
+
 @pytest.mark.parametrize(
-  ("implementation", "shape"),
+  ("implementation", "shape", "dtype"),
   [
-    ("einsum", SHAPES[-2]),
-    ("einsum, split", SHAPES[-2]),
-    *[("einsum_rounded", shape) for shape in SHAPES[-2:]],
-    *[("pallas_tpu", shape) for shape in SHAPES],
+    *itertools.product(["einsum", "einsum, split"], [SHAPES[-2]], _BOTH),
+    *itertools.product(["einsum_rounded"], SHAPES[-2:], _BOTH),
+    *itertools.product(["pallas_tpu"], SHAPES, _BOTH),
+    *itertools.product(["pallas_gpu"], [*SHAPES, (2, 64, 2, 24)], ["bfloat16"]),
   ],
   ids=str,
 )
@@ -92,6 +97,24 @@ def test_products_are_those_of_the_definition(shape, implementation, dtype):
   for result, reference, reduction in zip(actual, expected, terms, strict=True):
     kind = result.dtype.name
     assert_close(result, reference, dtype=kind, reduction=reduction if kind == "float32" else 1)
+
+
+def test_triton_kernels_lower_for_cuda():
+  """Both of them, and no array of results is put in another order before or behind."""
+  arrays, dy = _inputs(2, 128, 16, 160, "bfloat16")
+  with dispatch.targeting("gpu"):
+    run = jax.jit(functools.partial(_run, products=_products("pallas_gpu")))
+    text = run.trace(arrays, dy).lower(lowering_platforms=("cuda",)).as_text()
+  assert "block_diagonal_forward" in text
+  assert "block_diagonal_backward" in text
+  moved = re.findall(r"stablehlo.transpose.*-> tensor<(.*)>", text)
+  assert not [shape for shape in moved if math.prod(map(int, shape.split("x")[:-1])) == 256 * 2560]
+
+
+def test_float32_is_refused_by_the_kernel_for_tensor_cores():
+  (x_BTR, w_GI2J, b_G2J), _ = _inputs(1, 3, 2, 32, "float32")
+  with pytest.raises(ValueError, match=r"2 bytes, not float32.*use einsum_rounded"):
+    block_diagonal.products(x_BTR, w_GI2J, b_G2J, implementation="pallas_gpu")
 
 
 def test_matrices_hold_every_weight_once():
@@ -124,21 +147,23 @@ def test_the_partitioner_splits_rows_tokens_and_blocks_and_moves_none(name):
   assert not any(kind in text for kind in ("all-gather", "all-to-all", "collective-permute"))
 
 
-def test_shards_are_the_whole():
+@pytest.mark.parametrize(("name", "dtype"), [("pallas_tpu", "float32"), ("pallas_gpu", "bfloat16")])
+def test_shards_are_the_whole(name, dtype):
   """Rows and blocks split by jax.shard_map; weights are the same on data shards."""
-  arrays, dy = _inputs(4, 6, 8, 20, "float32")
+  arrays, dy = _inputs(4, 6, 8, 20, dtype)
   mesh = make_mesh(MeshShape(data=2, tensor=4))
   row = P("data", None, "tensor")
   on_shards = jax.shard_map(
-    _products("pallas_tpu"),
+    _products(name),
     mesh=mesh,
     in_specs=(row, P("tensor"), P("tensor")),
     out_specs=(row, row),
     check_vma=False,
   )
   actual = jax.jit(_run, static_argnums=2)(arrays, dy, on_shards)
-  for result, expected in zip(actual, _run(arrays, dy, _by_definition), strict=True):
-    assert_close(result, expected, dtype="float32", reduction=40)
+  wide = tuple(z.astype(jnp.float32) for z in arrays)
+  for result, expected in zip(actual, _run(wide, dy, _by_definition), strict=True):
+    assert_close(result, expected, dtype=dtype, reduction=40 if dtype == "float32" else 1)
 
 
 def test_shapes_that_do_not_agree_are_refused():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import dispatch, linear_scan, rg_lru
+from kernels.block_diagonal import measure as block_diagonal_measure
 from kernels.linear_scan import pallas_gpu as plain
 from kernels.rg_lru import measure
 from kernels.rg_lru import pallas_gpu as fused
@@ -207,14 +208,22 @@ def test_flags_are_packed_in_the_order_of_the_recurrence(monkeypatch):
   assert tiles.packed(flags_BT, reverse=True).tolist() == [[0b0001, 0b0001, 0b0010, 0]]
 
 
-def test_measuring_works_anywhere(capsys):
-  measure.main(["2,16,8"])
+@pytest.mark.parametrize(
+  ("module", "implementations"),
+  [
+    (measure, {"reference", "associative", "chunked"}),
+    (block_diagonal_measure, {"einsum", "einsum_rounded"}),
+  ],
+)
+def test_measuring_works_anywhere(capsys, module, implementations):
+  module.main(["2,16,32"])
   record = json.loads(capsys.readouterr().out)
-  assert record["shape"] == [2, 16, 8]
+  assert record["shape"] == [2, 16, 32]
+  assert record["command"] == f"python -m {module.__name__} 2,16,32"
   assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
   assert record["copy_bytes_per_second"] > 0
   # On a CPU: those that run there.
-  assert set(record["implementations"]) == {"reference", "associative", "chunked"}
+  assert set(record["implementations"]) == implementations
   for result in record["implementations"].values():
     for part in ("forward", "forward_backward"):
       assert result[f"{part}_ms"] > 0

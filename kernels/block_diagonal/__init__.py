@@ -12,11 +12,13 @@ sums are float32.
   einsum_rounded  the same with results in the dtype of x, rounded by the product
   pallas_tpu      rows of channels in and out, nothing copied; results, and the gradients of x and
                   w, rounded once to x's dtype
+  pallas_gpu      the same by Triton, for activations of 2 bytes; dw as einsum_rounded
 
 "auto" is pallas_tpu on TPU from v4 on, einsum_rounded on GPUs that have the RG-LRU's kernel, which
-takes what is rounded, and einsum elsewhere. pallas_tpu runs on whole arrays or inside
-jax.shard_map with check_vma=False, since its scratch memory is of no axis in the interpreter; each
-shard has whole blocks. The others are for the partitioner (`is_partitioned`).
+takes what is rounded, and einsum elsewhere. (pallas_gpu moves 24 bytes a channel and token where
+einsum_rounded moves 46, by the compiled programs; it was not timed yet.) The Pallas kernels run on
+whole arrays or inside jax.shard_map with check_vma=False; each shard has whole blocks. The others
+are for the partitioner (`is_partitioned`).
 """
 
 import functools
@@ -26,10 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.block_diagonal import einsum_rounded, pallas_tpu
+from kernels.block_diagonal import einsum_rounded, pallas_gpu, pallas_tpu
 
 # Those with a backward pass of their own: forward(x, w, b), backward(x, w, dr, di).
-_FUSED = {"einsum_rounded": einsum_rounded, "pallas_tpu": pallas_tpu}
+_FUSED = {"einsum_rounded": einsum_rounded, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 IMPLEMENTATIONS = ("einsum", *_FUSED)
 # Whose matrix units a Pallas kernel cannot give bfloat16.
 _WITHOUT_BFLOAT16 = ("TPU v2", "TPU v3")
@@ -46,7 +48,7 @@ def resolve(requested: str) -> str:
 
 def is_partitioned(implementation: str) -> bool:
   """Whether the compiler's partitioner splits it over devices, with no need of jax.shard_map."""
-  return implementation != "pallas_tpu"
+  return not implementation.startswith("pallas")
 
 
 def products(

@@ -29,17 +29,27 @@ def backward(
   x_BTR: jax.Array, w_GI2J: jax.Array, dr_BTR: jax.Array, di_BTR: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """dx in the dtype of x, dw in that of w, db in float32."""
+  of_r_BTGI, of_i_BTGI = (
+    _product(_blocks_of(dy_BTR, w_GI2J), w_GI2J[:, :, k].swapaxes(1, 2))
+    for k, dy_BTR in enumerate((dr_BTR, di_BTR))
+  )
+  dx_BTR = (of_r_BTGI + of_i_BTGI).reshape(x_BTR.shape)
+  return dx_BTR, *weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
+
+
+def weight_gradients(
+  x_BTR: jax.Array, w_GI2J: jax.Array, dr_BTR: jax.Array, di_BTR: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """dw in the dtype of w, db in float32."""
   x_BTGI = _blocks_of(x_BTR, w_GI2J)
-  dx_2BTGI, dw_2GIJ, db_2GJ = [], [], []
-  for k, dy_BTR in enumerate((dr_BTR, di_BTR)):
+  dw_2GIJ, db_2GJ = [], []
+  for dy_BTR in (dr_BTR, di_BTR):
     dy_BTGJ = _blocks_of(dy_BTR, w_GI2J)
-    dx_2BTGI.append(_product(dy_BTGJ, w_GI2J[:, :, k].swapaxes(1, 2)))
     dw_2GIJ.append(
       jnp.einsum("BTGI,BTGJ->GIJ", x_BTGI, dy_BTGJ, preferred_element_type=jnp.float32)
     )
     db_2GJ.append(jnp.sum(dy_BTGJ, axis=(0, 1), dtype=jnp.float32))
-  dx_BTR = (dx_2BTGI[0] + dx_2BTGI[1]).reshape(x_BTR.shape)
-  return dx_BTR, jnp.stack(dw_2GIJ, axis=2).astype(w_GI2J.dtype), jnp.stack(db_2GJ, axis=1)
+  return jnp.stack(dw_2GIJ, axis=2).astype(w_GI2J.dtype), jnp.stack(db_2GJ, axis=1)
 
 
 def _product(x_BTGI: jax.Array, w_GIJ: jax.Array) -> jax.Array:

@@ -6,7 +6,6 @@ backward together, compile seconds of the latter, and its temporary bytes. Runs 
 implementations alternate.
 """
 
-import datetime
 import json
 import statistics
 import sys
@@ -66,10 +65,7 @@ def main(shapes: list[str]) -> None:
       record = {
         "shape": [batch, time_steps, width],
         "dtype": dtype,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m kernels.linear_scan.measure {text}",
+        **timing.circumstances("kernels.linear_scan.measure", text),
         "implementations": measure(batch, time_steps, width, dtype),
       }
       sys.stdout.write(json.dumps(record) + "\n")

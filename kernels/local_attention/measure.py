@@ -8,7 +8,6 @@ each pass over those of the product. Counted are two products forward and five b
 that a query sees in a row of one document; what is multiplied in vain does not count.
 """
 
-import datetime
 import json
 import sys
 import time
@@ -85,10 +84,7 @@ def main(shapes: list[str], *, product_size: int = 4096) -> None:
       "head_size": head_size,
       "window": window or None,
       "dtype": "bfloat16",
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "date": datetime.date.today().isoformat(),
-      "command": f"python -m kernels.local_attention.measure {text}",
+      **timing.circumstances("kernels.local_attention.measure", text),
       **measure(batch, row_length, heads, head_size, window or None, product_size=product_size),
     }
     sys.stdout.write(json.dumps(record) + "\n")

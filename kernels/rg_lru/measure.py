@@ -10,7 +10,6 @@ forward; backward x, r, i, y, dy, dx, dr and di. The bars on an accelerator are 
 for both together. Runs of the implementations alternate.
 """
 
-import datetime
 import json
 import sys
 import time
@@ -35,7 +34,7 @@ def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
   decay_R, h0_BR = jnp.linspace(-9.0, -4.0, width), jnp.zeros((batch, width))
   is_start_BT = jnp.zeros((batch, time_steps), bool).at[:, 0].set(True)
   arrays = (x_BTR, r_BTR, i_BTR, decay_R, h0_BR)
-  passes: dict[str, Callable[[], Any]] = {}
+  passes: dict[str, dict[str, Callable[[], Any]]] = {}
   results: dict[str, dict[str, Any]] = {}
   for name in filter(timing.runs_here, IMPLEMENTATIONS):
 
@@ -55,17 +54,14 @@ def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
       "compile_seconds": round(time.perf_counter() - start, 2),
       "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
     }
-    passes[f"{name} forward"] = lambda forward=forward: forward(*arrays)
-    passes[f"{name} forward_backward"] = lambda both=both: both(dy_BTR, *arrays)
-  copy = jax.jit(jnp.negative).lower(x_BTR).compile()
-  passes["copy"] = lambda: copy(x_BTR)
-  seconds = timing.medians(passes)
-  copied = 2 * x_BTR.nbytes / seconds.pop("copy")
-  for key, value in seconds.items():
-    name, part = key.split(" ")
-    results[name][f"{part}_ms"] = round(1e3 * value, 3)
-    results[name][f"{part}_of_copy"] = round(_MOVED[part] * x_BTR.nbytes / value / copied, 3)
-  return {"copy_bytes_per_second": round(copied), "implementations": results}
+    passes[name] = {
+      "forward": lambda forward=forward: forward(*arrays),
+      "forward_backward": lambda both=both: both(dy_BTR, *arrays),
+    }
+  timed = timing.beside_a_copy(passes, x_BTR, _MOVED)
+  for name, result in results.items():
+    timed["implementations"][name] = {**result, **timed["implementations"][name]}
+  return timed
 
 
 def main(shapes: list[str]) -> None:
@@ -74,10 +70,7 @@ def main(shapes: list[str]) -> None:
     record = {
       "shape": [batch, time_steps, width],
       "dtype": "bfloat16",
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "date": datetime.date.today().isoformat(),
-      "command": f"python -m kernels.rg_lru.measure {text}",
+      **timing.circumstances("kernels.rg_lru.measure", text),
       **measure(batch, time_steps, width),
     }
     sys.stdout.write(json.dumps(record) + "\n")
