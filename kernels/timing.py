@@ -1,7 +1,9 @@
 """How the `measure` modules of the kernels time: which implementations, and what a call takes."""
 
 import datetime
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,20 +39,57 @@ def medians(calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
 
 
 def beside_a_copy(
-  passes: Mapping[str, Mapping[str, Callable[[], Any]]], x: jax.Array, moved: Mapping[str, int]
+  runs: Mapping[str, Callable[..., tuple[jax.Array, ...]]],
+  arrays: tuple[jax.Array, ...],
+  cotangents: tuple[jax.Array, ...],
+  *,
+  moved: Mapping[str, int],
 ) -> dict[str, Any]:
-  """What is recorded of passes[implementation][pass], each of which moves at least moved[pass]
-  arrays like x: milliseconds, and what part of the bytes per second of a copy of x it reaches."""
-  copy = jax.jit(jnp.negative).lower(x).compile()
-  calls = {(name, part): call for name, parts in passes.items() for part, call in parts.items()}
-  seconds = medians({**calls, "copy": lambda: copy(x)})
-  copied = 2 * x.nbytes / seconds["copy"]
-  implementations = {name: {} for name in passes}
+  """What is recorded of implementations: runs[name](*arrays), "forward", and that with the
+  gradients of all arrays, "forward_backward". Each moves at least moved[pass] arrays like the
+  first: milliseconds, and what part of the bytes per second of a copy of it they reach; compile
+  seconds and temporary bytes of the latter."""
+  calls: dict[Any, Callable[[], Any]] = {}
+  implementations: dict[str, dict[str, Any]] = {}
+  for name, run in runs.items():
+
+    def gradients(cotangents, *arrays, run=run):
+      results, pull_back = jax.vjp(run, *arrays)
+      return pull_back(tuple(d.astype(y.dtype) for d, y in zip(cotangents, results, strict=True)))
+
+    forward = jax.jit(run).lower(*arrays).compile()
+    start = time.perf_counter()
+    both = jax.jit(gradients).lower(cotangents, *arrays).compile()
+    memory = both.memory_analysis()
+    implementations[name] = {
+      "compile_seconds": round(time.perf_counter() - start, 2),
+      "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
+    }
+    calls[name, "forward"] = lambda forward=forward: forward(*arrays)
+    calls[name, "forward_backward"] = lambda both=both: both(cotangents, *arrays)
+  copy, size = jax.jit(jnp.negative).lower(arrays[0]).compile(), arrays[0].nbytes
+  seconds = medians({**calls, "copy": lambda: copy(arrays[0])})
+  copied = 2 * size / seconds["copy"]
   for name, part in calls:
     value = seconds[name, part]
     implementations[name][f"{part}_ms"] = round(1e3 * value, 3)
-    implementations[name][f"{part}_of_copy"] = round(moved[part] * x.nbytes / value / copied, 3)
+    implementations[name][f"{part}_of_copy"] = round(moved[part] * size / value / copied, 3)
   return {"copy_bytes_per_second": round(copied), "implementations": implementations}
+
+
+def print_shapes(
+  module: str, shapes: list[str], measure: Callable[[int, int, int], dict[str, Any]]
+) -> None:
+  """A JSON line for each "batch,time,width", of arrays in bfloat16."""
+  for text in shapes:
+    batch, time_steps, width = map(int, text.split(","))
+    record = {
+      "shape": [batch, time_steps, width],
+      "dtype": "bfloat16",
+      **circumstances(module, text),
+      **measure(batch, time_steps, width),
+    }
+    sys.stdout.write(json.dumps(record) + "\n")
 
 
 def circumstances(module: str, argument: str) -> dict[str, str]:

@@ -2,16 +2,15 @@
 
 For each shape [batch, time, width], in bfloat16 and 16 blocks, one JSON line: device, date,
 command, bytes per second of a copy on the same device, and for each implementation that runs here
-the median milliseconds of the forward pass and of forward and backward together, and what part of
-the copy's bytes per second each reaches.
+the median milliseconds of the forward pass and of forward and backward together, compile seconds
+and temporary bytes of the latter, and what part of the copy's bytes per second each pass reaches.
 
 The bytes are the least that a pass must move, whatever an implementation does: x, r and i forward;
 backward x, dr, di and dx. Runs of the implementations alternate.
 """
 
-import json
+import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,35 +33,13 @@ def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
   )
   w_GI2J = jax.random.normal(keys[3], (_BLOCKS, size, 2, size), jnp.bfloat16) * size**-0.5
   arrays = (x_BTR, w_GI2J, jnp.zeros((_BLOCKS, 2, size)))
-  passes: dict[str, dict[str, Callable[[], Any]]] = {}
-  for name in filter(timing.runs_here, IMPLEMENTATIONS):
-
-    def run(*arrays, name=name):
-      return products(*arrays, implementation=name)
-
-    def gradients(dr_BTR, di_BTR, *arrays, run=run):
-      y, pull_back = jax.vjp(run, *arrays)
-      return pull_back(tuple(d.astype(z.dtype) for d, z in zip((dr_BTR, di_BTR), y, strict=True)))
-
-    forward = jax.jit(run).lower(*arrays).compile()
-    both = jax.jit(gradients).lower(dr_BTR, di_BTR, *arrays).compile()
-    passes[name] = {
-      "forward": lambda forward=forward: forward(*arrays),
-      "forward_backward": lambda both=both: both(dr_BTR, di_BTR, *arrays),
-    }
-  return timing.beside_a_copy(passes, x_BTR, _MOVED)
+  names = filter(timing.runs_here, IMPLEMENTATIONS)
+  runs = {name: functools.partial(products, implementation=name) for name in names}
+  return timing.beside_a_copy(runs, arrays, (dr_BTR, di_BTR), moved=_MOVED)
 
 
 def main(shapes: list[str]) -> None:
-  for text in shapes:
-    batch, time_steps, width = map(int, text.split(","))
-    record = {
-      "shape": [batch, time_steps, width],
-      "dtype": "bfloat16",
-      **timing.circumstances("kernels.block_diagonal.measure", text),
-      **measure(batch, time_steps, width),
-    }
-    sys.stdout.write(json.dumps(record) + "\n")
+  timing.print_shapes("kernels.block_diagonal.measure", shapes, measure)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ forward; backward x, r, i, y, dy, dx, dr and di. The bars on an accelerator are 
 for both together. Runs of the implementations alternate.
 """
 
-import json
+import functools
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,46 +32,18 @@ def measure(batch: int, time_steps: int, width: int) -> dict[str, Any]:
   decay_R, h0_BR = jnp.linspace(-9.0, -4.0, width), jnp.zeros((batch, width))
   is_start_BT = jnp.zeros((batch, time_steps), bool).at[:, 0].set(True)
   arrays = (x_BTR, r_BTR, i_BTR, decay_R, h0_BR)
-  passes: dict[str, dict[str, Callable[[], Any]]] = {}
-  results: dict[str, dict[str, Any]] = {}
-  for name in filter(timing.runs_here, IMPLEMENTATIONS):
 
-    def run(x_BTR, r_BTR, i_BTR, decay_R, h0_BR, name=name):
-      arrays = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
-      return rg_lru(*arrays, implementation=name)
+  def run(x_BTR, r_BTR, i_BTR, decay_R, h0_BR, *, name):
+    arrays = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
+    return rg_lru(*arrays, implementation=name)
 
-    def gradients(dy_BTR, *arrays, run=run):
-      _, pull_back = jax.vjp(run, *arrays)
-      return pull_back((dy_BTR, jnp.zeros_like(h0_BR)))
-
-    forward = jax.jit(run).lower(*arrays).compile()
-    start = time.perf_counter()
-    both = jax.jit(gradients).lower(dy_BTR, *arrays).compile()
-    memory = both.memory_analysis()
-    results[name] = {
-      "compile_seconds": round(time.perf_counter() - start, 2),
-      "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
-    }
-    passes[name] = {
-      "forward": lambda forward=forward: forward(*arrays),
-      "forward_backward": lambda both=both: both(dy_BTR, *arrays),
-    }
-  timed = timing.beside_a_copy(passes, x_BTR, _MOVED)
-  for name, result in results.items():
-    timed["implementations"][name] = {**result, **timed["implementations"][name]}
-  return timed
+  names = filter(timing.runs_here, IMPLEMENTATIONS)
+  runs = {name: functools.partial(run, name=name) for name in names}
+  return timing.beside_a_copy(runs, arrays, (dy_BTR, jnp.zeros_like(h0_BR)), moved=_MOVED)
 
 
 def main(shapes: list[str]) -> None:
-  for text in shapes:
-    batch, time_steps, width = map(int, text.split(","))
-    record = {
-      "shape": [batch, time_steps, width],
-      "dtype": "bfloat16",
-      **timing.circumstances("kernels.rg_lru.measure", text),
-      **measure(batch, time_steps, width),
-    }
-    sys.stdout.write(json.dumps(record) + "\n")
+  timing.print_shapes("kernels.rg_lru.measure", shapes, measure)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
 def branches(
   x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array, *, axis: str
 ) -> tuple[jax.Array, ...]:
-  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; the products are "projection" to a remat
-  policy: what they are kept as, whether kept or not, is written anyway, and biases cost no pass.
+  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; the product is "projection" to a remat
+  policy: it is written anyway, and with its bias would be one array more.
 
   As many products as branches, each with its bias: of one product a TPU writes the result with and
   without bias, cuts the branches out of it, and joins their gradients again for every product of
