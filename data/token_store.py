@@ -13,7 +13,9 @@ documents lie one after the other; what a row is, data/rows.py says.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,6 +32,8 @@ _BLOCK = 1 << 13
 _CACHE_BYTES = 1 << 26
 # A store up to this size is held in memory, which also checks all of it when it is opened.
 IN_MEMORY_BYTES = 1 << 30
+_ARRAYS = ("starts", "tokens")
+_ARRAY_FILE = re.compile(r"zarr\.json|c/\d+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,6 +275,19 @@ def is_complete(path: str) -> bool:
   return _kvstore(path).read("manifest.json").result().state == "value"
 
 
+def check_place(path: str) -> None:
+  """ValueError if somebody's files lie where a new store's arrays go: writing would delete them."""
+  if is_complete(path):
+    return
+  for name in _ARRAYS:
+    for key in _kvstore(f"{path.rstrip('/')}/{name}").list().result():
+      if not _ARRAY_FILE.fullmatch(os.fsdecode(key)):
+        raise ValueError(
+          f"{path}: {name}/{os.fsdecode(key)} lies where a token store would go and is no part of "
+          "one; move it, or choose another place"
+        )
+
+
 def _parse(path: str, content: bytes) -> Manifest:
   try:
     values = json.loads(content)
@@ -322,8 +339,9 @@ def _clear(path: str) -> None:
   """Takes away an unfinished store; a finished one is somebody's data."""
   if is_complete(path):
     raise ValueError(f"token store {path}: it exists; remove it first, or choose another path")
+  check_place(path)
   if not is_url(path):
-    for name in ("tokens", "starts"):
+    for name in _ARRAYS:
       shutil.rmtree(pathlib.Path(path) / name, ignore_errors=True)
 
 
@@ -331,7 +349,7 @@ def _sizes(path: str) -> dict[str, int]:
   if is_url(path):
     return {}
   root = pathlib.Path(path)
-  files = sorted(file for name in ("starts", "tokens") for file in (root / name).rglob("*"))
+  files = sorted(file for name in _ARRAYS for file in (root / name).rglob("*"))
   return {
     file.relative_to(root).as_posix(): file.stat().st_size for file in files if file.is_file()
   }

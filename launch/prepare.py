@@ -129,6 +129,7 @@ def _check_places(job: Job) -> None:
   for path in filter(None, (job.output, job.holdout_output)):
     if os.path.exists(path) and not os.path.isdir(path):
       raise ValueError(f"{path} is a file; a token store is a folder: choose another place")
+    token_store.check_place(path)
   if job.holdout_output and os.path.realpath(job.holdout_output) == os.path.realpath(job.output):
     raise ValueError(f"--holdout_output {job.holdout_output!r} is --output; give it another place")
 

@@ -214,6 +214,19 @@ def test_a_store_needs_a_folder_of_its_own(changes, message):
   assert os.listdir() == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["tokens", "starts"])
+@pytest.mark.parametrize("role", ["output", "holdout_output"])
+def test_files_where_the_arrays_of_a_store_go_are_refused_and_not_deleted(name, role):
+  file = pathlib.Path(f"corpus/{name}/sub/a.jsonl")
+  file.parent.mkdir(parents=True)
+  _jsonl(str(file), ["one", "two"])
+  changes = {"output": "store", "holdout_output": "held", "holdout_every": 2, role: "corpus"}
+  with pytest.raises(ValueError, match=rf"corpus: {name}/sub/a\.jsonl lies where a token store"):
+    prepare(_job(str(file), **changes))
+  assert file.exists()
+  assert os.listdir() == ["corpus"]
+
+
 def test_too_few_documents_to_hold_one_out_are_an_error():
   _jsonl("a.jsonl", ["one", "two"])
   with pytest.raises(ValueError, match="--holdout_every=3: there are 2 documents"):
