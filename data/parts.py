@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from data.documents import Document
 from data.token_store import Writer
@@ -52,19 +53,31 @@ def part_name(identity: Any) -> str:
 @contextlib.contextmanager
 def working_folder(folder: pathlib.Path) -> Iterator[None]:
   """Holds the folder for this process alone; if all went well, removes what is ours in it."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "lock").open("w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ValueError(f"{folder}: another prepare is at work here; wait for it") from error
+  with held(folder / "prepare.lock"):
     yield
     for file in folder.iterdir():
       if _PART_FILE.fullmatch(file.name):
         file.unlink()
-    (folder / "lock").unlink()
   if not any(folder.iterdir()):
     folder.rmdir()
+
+
+@contextlib.contextmanager
+def held(path: pathlib.Path) -> Iterator[None]:
+  """Holds the lock file `path` for this process alone; if all went well, removes it.
+
+  Raises ValueError where another process holds it. A file system without locks is said so.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("a") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"{path.parent}: another prepare is at work here; wait for it") from error
+    except OSError as error:
+      logging.warning("%s: no locks here (%s): run one prepare at a time", path.parent, error)
+    yield
+    path.unlink()
 
 
 class PartWriter:

@@ -10,6 +10,7 @@ its preprocessors made them (extra `seqio`); that export starts from the beginni
 """
 
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -21,6 +22,7 @@ import tqdm
 from absl import app, flags, logging
 
 from data import documents, encode, origins, parts, token_store
+from data.bucket import is_url
 from data.documents import Document, ErrorPolicy, Piece
 from data.encode import Settings
 from data.parts import Part, PartWriter
@@ -298,6 +300,20 @@ def _assemble(job: Job, record: VocabularyRecord, made: list[Part], origin: dict
       f"--holdout_every={job.holdout_every}: there are {num_documents} documents, so none is held "
       "out; give a smaller number"
     )
+  with contextlib.ExitStack() as stack:
+    for path in filter(None, (job.output, job.holdout_output)):
+      if not is_url(path):
+        stack.enter_context(parts.held(pathlib.Path(path) / "store.lock"))
+    # With another --work_dir or --output, another prepare may have made a store here meanwhile.
+    if _is_done(job, origin):
+      return
+    _write_stores(job, record, made, origin)
+  _report("is made", job)
+
+
+def _write_stores(
+  job: Job, record: VocabularyRecord, made: list[Part], origin: dict[str, Any]
+) -> None:
   if job.holdout_output:
     # It is there if the last attempt was killed between the two manifests.
     token_store.remove(job.holdout_output)
@@ -317,7 +333,6 @@ def _assemble(job: Job, record: VocabularyRecord, made: list[Part], origin: dict
     if holdout:
       holdout.close()
     train.close()
-  _report("is made", job)
 
 
 def _report(what: str, job: Job) -> None:

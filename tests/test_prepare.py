@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from data import documents, token_store, vocabulary
+from data import documents, parts, token_store, vocabulary
 from data.encode import Settings
 from data.token_store import TokenStore
 from launch import prepare as prepare_module
@@ -319,6 +319,42 @@ def test_a_missing_held_out_store_is_named():
   assert _texts("s2") + _texts("h2") == ["one", "two"]
 
 
+def test_a_held_out_store_that_another_prepare_made_meanwhile_is_not_replaced(monkeypatch):
+  _jsonl("a.jsonl", ["one", "two"])
+  _jsonl("b.jsonl", ["three", "four"])
+  original = prepare_module._encode
+
+  def encode_slowly(job, *arguments):
+    if job.output == "slow":
+      prepare(_job("a.jsonl", holdout_every=2, holdout_output="held"))
+    return original(job, *arguments)
+
+  monkeypatch.setattr(prepare_module, "_encode", encode_slowly)
+  slow = _job(
+    "b.jsonl",
+    output="slow",
+    holdout_every=2,
+    holdout_output="held",
+    work_dir=pathlib.Path("slow.partial"),
+  )
+  with pytest.raises(ValueError, match="held is complete, and it was made of something else"):
+    prepare(slow)
+  assert _texts("held") == ["two"]
+  assert not token_store.is_complete("slow")
+
+
+@pytest.mark.parametrize("path", ["store", "held"])
+def test_a_store_that_another_prepare_is_writing_is_left_to_it(path):
+  _jsonl("a.jsonl", ["one", "two"])
+  job = _job("a.jsonl", holdout_every=2, holdout_output="held")
+  busy = pytest.raises(ValueError, match=f"{path}: another prepare is at work here")
+  with parts.held(pathlib.Path(path) / "store.lock"), busy:
+    prepare(job)
+  prepare(job)
+  assert _texts() + _texts("held") == ["one", "two"]
+  assert sorted(os.listdir("store")) == ["manifest.json", "starts", "tokens"]
+
+
 def test_one_large_jsonl_is_shared_among_workers_without_changing_the_store(monkeypatch):
   texts = [f"document {n}: " + "x" * (n % 50) for n in range(3000)]
   _jsonl("a.jsonl", texts)
@@ -363,9 +399,11 @@ def test_after_an_error_what_was_done_is_not_done_again(monkeypatch):
 def test_the_working_folder_keeps_what_is_not_ours():
   pathlib.Path("mine").mkdir()
   pathlib.Path("mine/notes.json").write_text("{}")
+  pathlib.Path("mine/lock").write_text("of mine")
   _jsonl("a.jsonl", ["one"])
   prepare(_job("a.jsonl", work_dir=pathlib.Path("mine")))
-  assert [path.name for path in pathlib.Path("mine").iterdir()] == ["notes.json"]
+  assert sorted(os.listdir("mine")) == ["lock", "notes.json"]
+  assert pathlib.Path("mine/lock").read_text() == "of mine"
 
 
 def _command(*arguments: str) -> list[str]:
