@@ -62,8 +62,11 @@ class Document(NamedTuple):
 
 
 def find(patterns: Iterable[str]) -> list[str]:
-  """The files that the globs match (** too), each once, in the order of the patterns and names."""
-  found: dict[str, None] = {}
+  """The files that the globs match (** too), in the order of the patterns and names.
+
+  Each is there once, by its first name: `a.txt` and `./a.txt` are one file, and so are links to it.
+  """
+  found: dict[str, str] = {}
   for pattern in patterns:
     # Brackets may be part of a file's own name.
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -72,11 +75,13 @@ def find(patterns: Iterable[str]) -> list[str]:
       hint = f"a folder; give {pattern}/**/*.txt" if matches else "nothing matches"
       raise ValueError(f"--input {pattern!r}: {hint} (seen from {os.getcwd()})")
     for path in files:
+      if os.path.realpath(path) in found:
+        continue
       _kind(path)
       if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: a pipe or a device, not a file; it cannot be read twice")
-      found[path] = None
-  return list(found)
+      found[os.path.realpath(path)] = path
+  return list(found.values())
 
 
 def pieces(path: str) -> list[Piece]:

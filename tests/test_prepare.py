@@ -101,6 +101,19 @@ def test_inputs_are_read_once_in_the_order_given():
   assert _texts() == ["b.txt", "a.txt", "sub/c.txt"]
 
 
+def test_a_file_is_read_once_under_all_its_names():
+  pathlib.Path("sub").mkdir()
+  pathlib.Path("sub/a.txt").write_text("once")
+  pathlib.Path("sub/b.txt").symlink_to("a.txt")
+  # A loop, which ** follows some 40 times.
+  pathlib.Path("sub/loop").symlink_to("..")
+  prepare(_job("sub/*.txt", "./sub/a.txt", os.path.abspath("sub/a.txt"), "**/*.txt"))
+  assert _texts() == ["once"]
+  assert [file["path"] for file in token_store.read_manifest("store").origin["inputs"]] == [
+    "sub/a.txt"
+  ]
+
+
 @pytest.mark.parametrize(
   ("pattern", "message"),
   [
