@@ -125,7 +125,9 @@ def train_batches(
     first = position(step, passed_over) * batch_size
     return _gather(rows, [mixture.address(first + row) for row in mine])
 
-  return Batches(_Read(num_steps or sys.maxsize, read), start=start_step, config=config)
+  # 0 steps are left where all batches are passed over; None is no end.
+  length = sys.maxsize if num_steps is None else num_steps
+  return Batches(_Read(length, read), start=start_step, config=config)
 
 
 def position(step: int, passed_over: Sequence[int]) -> int:

@@ -108,6 +108,15 @@ def test_batches_that_are_passed_over_are_the_only_ones_missing(config, passed_o
   assert left == available - missing
 
 
+def test_nothing_is_read_where_every_batch_is_passed_over(config):
+  config = dataclasses.replace(config, at_end="stop")
+  num_batches = pipeline.num_steps_available(config, batch_size=8)
+  assert num_batches
+  every = range(num_batches)
+  with pipeline.train_batches(config, batch_size=8, start_step=0, passed_over=every) as batches:
+    assert next(batches, None) is None
+
+
 def test_a_row_names_the_documents_that_it_holds_tokens_of(config):
   addresses = pipeline.batch_addresses(config, position=7, batch_size=8)
   batch = pipeline.read_rows(config, addresses)
