@@ -16,7 +16,7 @@ def file(path: str) -> dict[str, Any]:
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
   """The first thing in which two origins differ, or ""."""
-  if not before:
+  if not {"settings", "inputs"} <= before.keys():
     return "it does not say what"
   for name, value in now["settings"].items():
     if before["settings"].get(name) != value:

@@ -292,23 +292,29 @@ def _parse(path: str, content: bytes) -> Manifest:
   try:
     values = json.loads(content)
     form, fingerprint = values.pop("format"), values.pop("fingerprint")
-    if form != _FORMAT:
-      raise ValueError(
-        f"token store {path}: format {form!r}, this program reads {_FORMAT!r}; prepare it again"
-      )
-    values["vocabulary"] = VocabularyRecord(**values["vocabulary"])
-    values["token_digests"] = tuple(values["token_digests"])
-    manifest = Manifest(**values)
-  except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    manifest = _manifest(values) if form == _FORMAT else None
+  # ValueError: not JSON, not UTF-8, or special tokens beyond the vocabulary.
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"token store {path}: manifest.json is truncated or edited ({error!r}); prepare it again"
     ) from error
+  if manifest is None:
+    raise ValueError(
+      f"token store {path}: format {form!r}, this program reads {_FORMAT!r}; prepare it again"
+    )
   if manifest.fingerprint != fingerprint:
     raise ValueError(
       f"token store {path}: manifest.json was edited: its content has fingerprint "
       f"{manifest.fingerprint[:16]}, it says {fingerprint[:16]}; prepare the store again"
     )
   return manifest
+
+
+def _manifest(values: dict[str, Any]) -> Manifest:
+  values["vocabulary"] = VocabularyRecord(**values["vocabulary"])
+  values["token_digests"] = tuple(values["token_digests"])
+  values["files"], values["origin"] = dict(values["files"]), dict(values["origin"])
+  return Manifest(**values)
 
 
 def _create(path: str, name: str, dtype: np.dtype) -> Any:

@@ -305,9 +305,12 @@ def test_a_finished_store_of_other_settings_is_refused_with_the_reason():
     prepare(_job("a.jsonl", settings=Settings(vocabulary="byte", errors="replace")))
   with pytest.raises(ValueError, match="holdout_every was 0, it is 2"):
     prepare(_job("a.jsonl", holdout_every=2, holdout_output="held"))
-  token_store.write("other", [np.array([254, 255])], BYTE.record, text_bytes=0)
-  with pytest.raises(ValueError, match="it does not say what"):
-    prepare(_job("a.jsonl", output="other"))
+  for output, origin in (("other", {}), ("third", {"by": "another program"})):
+    writer = token_store.Writer(output, BYTE.record, origin=origin)
+    writer.append(np.array([254, 255]), np.array([2]), text_bytes=0)
+    writer.close()
+    with pytest.raises(ValueError, match="it does not say what"):
+      prepare(_job("a.jsonl", output=output))
 
 
 def test_a_damaged_finished_store_is_not_called_complete():

@@ -163,6 +163,9 @@ def test_tokens_edited_through_tensorstore_are_found(store):
     (lambda values: values["vocabulary"].update(eos=3), "manifest.json was edited"),
     (lambda values: values.update(format="token_store 0"), "format 'token_store 0'"),
     (lambda values: values.pop("files"), "truncated or edited"),
+    (lambda values: values.update(files=None), "truncated or edited"),
+    (lambda values: values.update(origin=[1]), "truncated or edited"),
+    (lambda values: values["vocabulary"].update(size=9), "truncated or edited"),
     (lambda values: values.update(extra=1), "truncated or edited"),
   ],
 )
@@ -172,6 +175,25 @@ def test_an_edited_manifest_is_found(store, edit, message):
   (store / "manifest.json").write_text(json.dumps(values))
   with pytest.raises(ValueError, match=message):
     read_manifest(str(store))
+
+
+def test_a_flipped_bit_in_the_manifest_is_found_and_the_store_named(store):
+  content = (store / "manifest.json").read_bytes()
+  fingerprint = read_manifest(str(store)).fingerprint
+  messages, fingerprints = [], set()
+  for index in range(0, len(content), 3):
+    for bit in (0x01, 0x80):
+      changed = bytearray(content)
+      changed[index] ^= bit
+      (store / "manifest.json").write_bytes(changed)
+      try:
+        fingerprints.add(read_manifest(str(store)).fingerprint)
+      except ValueError as error:
+        messages.append(str(error))
+  assert all(message.startswith(f"token store {store}: ") for message in messages)
+  # What the fingerprint leaves out may differ: how many tokens are unknown.
+  assert fingerprints <= {fingerprint}
+  assert len(messages) > len(content) / 2
 
 
 def test_a_truncated_manifest_is_found(store):
