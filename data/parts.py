@@ -23,6 +23,8 @@ from data.token_store import Writer
 
 # How many empty or replaced documents a report names.
 _NUM_NAMED = 3
+# Of a part's files; the description comes last: where it is, the part is whole.
+_SUFFIXES = (".tokens", ".sizes", ".json")
 _PART_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|sizes|json)(\.\d+)?")
 # Tokens of a part that are in memory at a time.
 _BLOCK_TOKENS = 1 << 22
@@ -95,12 +97,16 @@ class PartWriter:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    self._file.close()
-    self._unfinished(".tokens").unlink(missing_ok=True)
+    # On a full disk closing fails once more, and must not keep the file there.
+    with contextlib.suppress(OSError):
+      self._file.close()
+    for suffix in _SUFFIXES:
+      self._unfinished(suffix).unlink(missing_ok=True)
 
   def append(self, tokens: np.ndarray, *, text_bytes: int, num_unknown: int) -> None:
     """Adds a document; its ids are known to fit the part's type."""
-    self._file.write(np.ascontiguousarray(tokens, self._dtype).data)
+    with self._writing():
+      self._file.write(np.ascontiguousarray(tokens, self._dtype).data)
     self._sizes.append((len(tokens), text_bytes, num_unknown))
 
   def note(self, document: Document) -> None:
@@ -113,7 +119,8 @@ class PartWriter:
       self._empty += [str(document.where)] if self._num_empty <= _NUM_NAMED else []
 
   def close(self, *, digest: str) -> Part:
-    self._file.close()
+    with self._writing():
+      self._file.close()
     sizes = np.array(self._sizes, np.int64).reshape(-1, 3)
     part = Part(
       name=self._name,
@@ -125,12 +132,21 @@ class PartWriter:
       num_replaced=self._num_replaced,
       replaced=tuple(self._replaced),
     )
-    self._unfinished(".sizes").write_bytes(sizes.tobytes())
-    self._unfinished(".json").write_text(json.dumps(dataclasses.asdict(part)))
-    # The description comes last: where it is, the part is whole.
-    for suffix in (".tokens", ".sizes", ".json"):
+    with self._writing():
+      self._unfinished(".sizes").write_bytes(sizes.tobytes())
+      self._unfinished(".json").write_text(json.dumps(dataclasses.asdict(part)))
+    for suffix in _SUFFIXES:
       os.replace(self._unfinished(suffix), self._folder / f"{self._name}{suffix}")
     return part
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """An error of the disk says where it was; one of an open file has no name by itself."""
+    try:
+      yield
+    except OSError as error:
+      error.filename = error.filename or str(self._folder)
+      raise
 
   def _unfinished(self, suffix: str) -> pathlib.Path:
     # By process: a worker of a killed run may live a moment longer, and write the same part.

@@ -12,6 +12,7 @@ its preprocessors made them (extra `seqio`); that export starts from the beginni
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import sys
@@ -61,6 +62,7 @@ _SEQIO_DOCUMENTS = flags.DEFINE_integer(
 
 # Starting a process costs about as much as encoding so much text.
 _BYTES_PER_WORKER = 1 << 22
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     job = _job([*_INPUT.value, *argv[1:]])
     prepare(job)
   except (ValueError, OSError, concurrent.futures.process.BrokenProcessPool) as error:
-    logging.error("%s", error)
+    is_full = isinstance(error, OSError) and error.errno in _FULL
+    logging.error("%s%s", error, "; free space, the same command goes on from here" * is_full)
     sys.exit(1)
   except KeyboardInterrupt:
     logging.error("stopped; the same command goes on from here")

@@ -448,6 +448,25 @@ def test_the_command_reports_one_line_and_its_exit_status(tmp_path):
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_named_and_the_unfinished_file_goes_away(tmp_path, workers):
+  for name in ("a.txt", "b.txt"):
+    pathlib.Path(name).write_text("x" * 5_000_000)
+  arguments = ["--input=*.txt", "--output=store", f"--workers={workers}"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  # A limit on the size of files fails as a full disk does: in the middle of a write.
+  command = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh", *_command(*arguments)]
+  full = subprocess.run(
+    command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+  )
+  assert full.returncode == 1
+  assert "'store.partial'; free space, the same command goes on from here" in full.stderr
+  assert "Traceback" not in full.stderr
+  assert os.listdir("store.partial") == ["prepare.lock"]
+  assert _run(*arguments, cwd=tmp_path).returncode == 0
+  assert [len(text) for text in _texts()] == [5_000_000] * 2
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment_it_goes_on_to_the_same_store(tmp_path, seed):
   rng = np.random.default_rng(seed)
