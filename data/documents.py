@@ -137,7 +137,8 @@ class _Decompressor(Protocol):
 _DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
   ".gz": lambda: zlib.decompressobj(wbits=31),
   ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
-  ".xz": lzma.LZMADecompressor,
+  # Not the older .lzma too: it takes zeros for a file of no bytes.
+  ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
 }
 
 
@@ -172,15 +173,17 @@ def _decompressed(path: str, compression: str, chunks: Iterator[bytes]) -> Itera
   if not compression:
     yield from chunks
     return
-  stream = None
+  stream, is_between = None, False
   try:
     for chunk in chunks:
+      # Zeros between members are padding, in gzip and in xz.
+      chunk = chunk.lstrip(b"\0") if is_between else chunk
       while chunk:
         stream = stream or _DECOMPRESSORS[compression]()
         yield stream.decompress(chunk)
-        if not stream.eof:
+        is_between = stream.eof
+        if not is_between:
           break
-        # Zeros between members are padding, in gzip and in xz.
         chunk, stream = stream.unused_data.lstrip(b"\0"), None
   except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
     raise ValueError(f"{path}: damaged, or not {compression} at all: {error}") from error

@@ -82,6 +82,20 @@ def test_compressed_files_are_read_to_the_end(suffix):
   assert _texts() == [text + "and more"]
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_padding_between_members_may_be_longer_than_what_is_read_at_once(suffix, monkeypatch):
+  member = COMPRESS[suffix](b"text")
+  padding = bytes(4 * 100)
+  pathlib.Path(f"a.txt{suffix}").write_bytes(member + padding + member + padding)
+  for chunk in (len(member), 64, 1 << 20):
+    monkeypatch.setattr(documents, "_CHUNK", chunk)
+    prepare(_job(f"a.txt{suffix}", output=f"store{chunk}"))
+    assert _texts(f"store{chunk}") == ["texttext"]
+  pathlib.Path(f"b.txt{suffix}").write_bytes(padding)
+  with pytest.raises(ValueError, match=rf"b\.txt{suffix}: (damaged|truncated)"):
+    prepare(_job(f"b.txt{suffix}"))
+
+
 @pytest.mark.parametrize("suffix", list(COMPRESS))
 @pytest.mark.parametrize("fault", ["truncated", "damaged"])
 def test_a_compressed_file_that_is_cut_off_or_damaged_is_named(suffix, fault):
