@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from data import documents, vocabulary
-from data.documents import ErrorPolicy, Piece
+from data.documents import Document, ErrorPolicy, Piece
 from data.parts import Part, PartWriter
 from data.vocabulary import Vocabulary
 
@@ -59,13 +61,20 @@ def encode(
     ):
       writer.note(document)
       if document.text.strip():
-        tokens = words.encode(document.text)
+        tokens = _tokens(document, words)
         writer.append(
           tokens,
           text_bytes=len(document.text.encode("utf-8")),
           num_unknown=0 if words.unknown is None else int((tokens == words.unknown).sum()),
         )
     return writer.close(digest=digest.hexdigest())
+
+
+def _tokens(document: Document, words: Vocabulary) -> np.ndarray:
+  try:
+    return words.encode(document.text)
+  except ValueError as error:
+    raise ValueError(f"{document.where}: {error}") from error
 
 
 def encode_all(

@@ -156,10 +156,20 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
     fingerprint=hashlib.sha256(content.encode()).hexdigest(),
   )
   unknown = json.loads(content)["model"].get("unk_token")
+
+  def encode_text(text: str) -> list[int]:
+    try:
+      return tokenizer.encode(text, add_special_tokens=False).ids
+    # A bare Exception again, for text that a vocabulary without an unknown token cannot spell.
+    except Exception as error:
+      raise ValueError(
+        f"vocabulary {path}: it cannot spell the text: {error}; add an unknown token to it"
+      ) from error
+
   return Vocabulary(
     record=record,
     unknown=ids.get(unknown),
-    encode_text=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+    encode_text=encode_text,
     decode_ids=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
   )
 

@@ -281,6 +281,32 @@ def test_unknown_tokens_are_counted_and_reported(tmp_path, caplog):
   assert "held: 2 tokens are unknown" in caplog.text
 
 
+MODELS = {
+  "WordLevel": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "<unk>"},
+  "WordPiece": {
+    "type": "WordPiece",
+    "vocab": {"</s>": 0, "a": 1},
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+  },
+  "Unigram": {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0], ["a", -1.0]]},
+}
+
+
+def _tokenizer(model: dict) -> Settings:
+  tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}}
+  pathlib.Path("tokenizer.json").write_text(json.dumps({**tokenizer, "model": model}))
+  return Settings(vocabulary="tokenizer.json")
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_a_document_that_the_vocabulary_cannot_spell_is_named(model):
+  _jsonl("a.jsonl", ["a a", "a b"])
+  with pytest.raises(ValueError, match=r"a\.jsonl:2: vocabulary tokenizer\.json: it cannot spell"):
+    prepare(_job("a.jsonl", settings=_tokenizer(MODELS[model])))
+
+
 def test_a_finished_store_is_left_alone_and_says_so(caplog):
   _jsonl("a.jsonl", ["one", "two", "three"])
   job = _job("a.jsonl", holdout_every=2, holdout_output="held")
