@@ -155,7 +155,7 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
     pad=0 if pad is None else ids[pad],
     fingerprint=hashlib.sha256(content.encode()).hexdigest(),
   )
-  unknown = json.loads(content)["model"].get("unk_token")
+  model = json.loads(content)["model"]
 
   def encode_text(text: str) -> list[int]:
     try:
@@ -168,7 +168,8 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
 
   return Vocabulary(
     record=record,
-    unknown=ids.get(unknown),
+    # A Unigram model gives the id, the others the token.
+    unknown=model.get("unk_id", ids.get(model.get("unk_token"))),
     encode_text=encode_text,
     decode_ids=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
   )

@@ -307,6 +307,14 @@ def test_a_document_that_the_vocabulary_cannot_spell_is_named(model):
     prepare(_job("a.jsonl", settings=_tokenizer(MODELS[model])))
 
 
+def test_unknown_tokens_of_a_unigram_model_are_counted():
+  vocab = [["</s>", 0.0], ["<unk>", 0.0], ["a", -1.0]]
+  _jsonl("a.jsonl", ["a b", "a"])
+  settings = _tokenizer({"type": "Unigram", "unk_id": 1, "vocab": vocab})
+  prepare(_job("a.jsonl", settings=settings))
+  assert token_store.read_manifest("store").num_unknown == 1
+
+
 def test_a_finished_store_is_left_alone_and_says_so(caplog):
   _jsonl("a.jsonl", ["one", "two", "three"])
   job = _job("a.jsonl", holdout_every=2, holdout_output="held")
