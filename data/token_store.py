@@ -207,10 +207,11 @@ class Writer:
         f"token store {self._path}: {len(tokens)} tokens cannot be documents of lengths that sum "
         f"to {int(lengths.sum())}, each at least 1"
       )
-    if len(tokens) and int(tokens.max()) >= self._vocabulary.size:
+    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+    if low < 0 or high >= self._vocabulary.size:
       raise ValueError(
-        f"token store {self._path}: token id {int(tokens.max())} is not below the vocabulary size "
-        f"{self._vocabulary.size}"
+        f"token store {self._path}: token id {low if low < 0 else high} is negative or not "
+        f"below the vocabulary size {self._vocabulary.size}"
       )
     self._starts.append(self._num_tokens + np.cumsum(lengths, dtype=np.int64) - lengths)
     self._num_tokens += len(tokens)

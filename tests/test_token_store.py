@@ -87,8 +87,9 @@ def test_every_token_document_and_the_vocabulary_are_in_the_fingerprint(tmp_path
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
   small = vocabulary.VocabularyRecord(kind="byte", size=250, bos=None, eos=1, pad=0, fingerprint="")
-  with pytest.raises(ValueError, match="token id 250 is not below the vocabulary size 250"):
-    token_store.write(str(tmp_path / "s"), [np.array([3, 250, 1])], small, text_bytes=1)
+  for wrong in (250, -1):
+    with pytest.raises(ValueError, match=f"id {wrong} is .*not below the vocabulary size 250"):
+      token_store.write(str(tmp_path / "s"), [np.array([3, wrong, 1])], small, text_bytes=1)
 
 
 def test_a_finished_store_is_not_overwritten(store):
