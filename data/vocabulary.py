@@ -147,6 +147,14 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
   ids = tokenizer.get_vocab(with_added_tokens=True)
   chosen = _huggingface_specials(path, names, ids)
   bos, pad = chosen["bos"], chosen["pad"]
+  # One that was added as an ordinary token would still be found in the text.
+  tokenizer.add_special_tokens(
+    [
+      tokenizers.AddedToken(added.content, special=True)
+      for added in tokenizer.get_added_tokens_decoder().values()
+      if added.content in (bos, chosen["eos"]) and not added.special
+    ]
+  )
   record = VocabularyRecord(
     kind="huggingface",
     size=max(ids.values()) + 1,

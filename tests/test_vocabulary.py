@@ -81,6 +81,19 @@ def test_text_never_spells_the_end_of_a_document(any_vocabulary, text):
   assert any_vocabulary.record.eos not in ids
 
 
+@pytest.mark.parametrize("text", [*TEXTS, "<|end|>a <|end|> b<|start|>"])
+def test_text_does_not_spell_a_token_that_was_added_as_an_ordinary_one(huggingface, tmp_path, text):
+  tokenizer = tokenizers.Tokenizer.from_file(str(huggingface))
+  tokenizer.add_tokens(["<|start|>", "<|end|>"])
+  path = tmp_path / "added.json"
+  tokenizer.save(str(path))
+  loaded = vocabulary.load(str(path), bos_token="<|start|>", eos_token="<|end|>")
+  ids = loaded.encode(text)
+  assert (ids[0], ids[-1]) == (loaded.record.bos, loaded.record.eos)
+  assert not {loaded.record.bos, loaded.record.eos} & set(ids[1:-1].tolist())
+  assert loaded.decode(ids) == text
+
+
 def test_bytes_are_their_own_ids():
   byte = vocabulary.load("byte")
   assert byte.encode("aé").tolist() == [254, 97, 0xC3, 0xA9, 255]
