@@ -23,7 +23,12 @@ def load(name: str, *, module: str) -> Provider:
   # TensorFlow would take the whole memory of a GPU that it has no use for.
   tf.config.set_visible_devices([], "GPU")
   if module:
-    importlib.import_module(module)
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as error:
+      raise ValueError(
+        f"--seqio_module {module!r}: {error} (Python looks in the current folder and PYTHONPATH)"
+      ) from error
   try:
     return seqio.get_mixture_or_task(name)
   except ValueError as error:

@@ -219,7 +219,10 @@ def _is_done(job: Job, origin: dict[str, Any]) -> bool:
 
 def _prepare_seqio(job: Job, source: SeqioSource) -> None:
   # TensorFlow takes 20 seconds to import, and only this needs it.
-  from data import seqio_tasks
+  try:
+    from data import seqio_tasks
+  except ModuleNotFoundError as error:
+    raise ValueError(f"--seqio_task: {error}: install the extra `seqio`") from error
 
   provider = seqio_tasks.load(source.task, module=source.module)
   record = seqio_tasks.record(provider, feature=source.feature)

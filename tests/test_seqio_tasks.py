@@ -98,6 +98,11 @@ for name, arguments in {
     run("--output=wrong", *arguments)
   except ValueError as error:
     errors[name] = str(error)
+for name in ("absent.tasks", "needs_absent"):
+  try:
+    seqio_tasks.load("few", module=name)
+  except ValueError as error:
+    errors[name] = str(error)
 few = seqio_tasks.load("few", module="")
 try:
   seqio_tasks.record(few, feature="inputs")
@@ -113,6 +118,7 @@ def exported(tmp_path_factory):
   folder = tmp_path_factory.mktemp("seqio")
   (folder / "tasks.py").write_text(TASKS)
   (folder / "export.py").write_text(SCRIPT)
+  (folder / "needs_absent.py").write_text("import absent")
   (folder / "bpe.model").write_bytes(_sentencepiece_model())
   done = subprocess.run(
     [sys.executable, "export.py"],
@@ -207,12 +213,30 @@ def test_a_finished_export_is_left_alone(exported):
     ("split", "few: no split 'test'; it has train, validation"),
     ("flag", "--errors has no effect with --seqio_task"),
     ("feature", "few: no output feature 'inputs'; it has targets"),
+    ("absent.tasks", "--seqio_module 'absent.tasks': No module named 'absent'"),
+    ("needs_absent", "--seqio_module 'needs_absent': No module named 'absent'"),
     ("changed", "few is complete, and it was made of something else: seqio was"),
   ],
 )
 def test_what_cannot_be_exported_is_named(exported, name, message):
   _, _, errors, _ = exported
   assert re.search(message, errors[name])
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path):
+  # A package that is not there: it cannot be imported.
+  (tmp_path / "seqio.py").write_text("import tensorflow_that_is_absent")
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.prepare", "--seqio_task=few", f"--output={tmp_path / 'store'}"],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 1
+  assert "No module named 'tensorflow_that_is_absent': install the extra `seqio`" in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 def test_loading_and_preparing_text_import_no_tensorflow():
