@@ -189,9 +189,11 @@ def _huggingface_specials(
   """The token that plays each part: named, said by tokenizer_config.json, or of a usual name."""
   beside = path.with_name("tokenizer_config.json")
   try:
-    config: dict[str, Any] = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    config: Any = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
   except ValueError as error:
     raise ValueError(f"vocabulary {path}: {beside} is not JSON: {error}") from error
+  if not isinstance(config, dict):
+    raise ValueError(f"vocabulary {path}: {beside} is a {type(config).__name__}, no JSON object")
   chosen: dict[str, str | None] = {}
   for part, name in names.items():
     flag = f"--{part}_token"
@@ -202,7 +204,8 @@ def _huggingface_specials(
       continue
     said = config.get(f"{part}_token")
     said = said.get("content") if isinstance(said, dict) else said
-    usual = [said] if said in ids else [usual for usual in _NAMES[part] if usual in ids]
+    said = (said,) if isinstance(said, str) and said in ids else _NAMES[part]
+    usual = [token for token in said if token in ids]
     if name == "none" or (not usual and part != "eos"):
       chosen[part] = None
     elif len(usual) == 1:

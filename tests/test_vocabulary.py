@@ -149,6 +149,12 @@ def test_two_tokens_that_could_end_a_document_must_be_told_apart(huggingface, tm
   (tmp_path / "tokenizer_config.json").write_text("{eos_token}")
   with pytest.raises(ValueError, match=r"two\.json: .*tokenizer_config\.json is not JSON"):
     vocabulary.load(str(path))
+  (tmp_path / "tokenizer_config.json").write_text('["</s>"]')
+  with pytest.raises(ValueError, match=r"tokenizer_config\.json is a list, no JSON object"):
+    vocabulary.load(str(path))
+  (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["</s>"]}')
+  with pytest.raises(ValueError, match=r"which token is eos\?"):
+    vocabulary.load(str(path))
 
 
 def test_a_vocabulary_without_bos_only_ends_documents(huggingface):
