@@ -143,6 +143,9 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
   tokenizer.no_padding()
   # "</s>" written in a document is text, and must not end it.
   tokenizer.encode_special_tokens = True
+  if isinstance(tokenizer.model, tokenizers.models.BPE):
+    # With none it leaves out the characters that it lacks; with one that is not there it raises.
+    tokenizer.model.unk_token = tokenizer.model.unk_token or "<no unk_token>"
 
   ids = tokenizer.get_vocab(with_added_tokens=True)
   chosen = _huggingface_specials(path, names, ids)

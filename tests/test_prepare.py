@@ -291,6 +291,7 @@ MODELS = {
     "max_input_chars_per_word": 100,
   },
   "Unigram": {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0], ["a", -1.0]]},
+  "BPE": {"type": "BPE", "vocab": {"</s>": 0, "a": 1}, "merges": []},
 }
 
 
