@@ -144,6 +144,8 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
   # "</s>" written in a document is text, and must not end it.
   tokenizer.encode_special_tokens = True
   if isinstance(tokenizer.model, tokenizers.models.BPE):
+    # Dropout would make other ids of the same text each time.
+    tokenizer.model.dropout = None
     # With none it leaves out the characters that it lacks; with one that is not there it raises.
     tokenizer.model.unk_token = tokenizer.model.unk_token or "<no unk_token>"
 

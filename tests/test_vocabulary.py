@@ -133,6 +133,18 @@ def test_a_long_document_is_not_cut_by_the_tokenizers_own_limit(huggingface, tmp
   assert loaded.decode(loaded.encode(TEXTS[0])) == TEXTS[0]
 
 
+def test_a_text_has_the_same_ids_each_time_whatever_dropout_it_was_trained_with(
+  huggingface, tmp_path
+):
+  tokenizer = json.loads(huggingface.read_text())
+  tokenizer["model"]["dropout"] = 0.5
+  (tmp_path / "dropout.json").write_text(json.dumps(tokenizer))
+  loaded = vocabulary.load(str(tmp_path / "dropout.json"))
+  expected = vocabulary.load(str(huggingface)).encode(TEXTS[0])
+  for _ in range(5):
+    np.testing.assert_array_equal(loaded.encode(TEXTS[0]), expected)
+
+
 def test_two_tokens_that_could_end_a_document_must_be_told_apart(huggingface, tmp_path):
   tokenizer = tokenizers.Tokenizer.from_file(str(huggingface))
   tokenizer.add_special_tokens(["<|endoftext|>"])
