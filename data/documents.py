@@ -21,6 +21,7 @@ ErrorPolicy = Literal["strict", "replace"]
 TEXT_SUFFIXES = (".txt", ".md")
 LINE_SUFFIXES = (".jsonl",)
 COMPRESSIONS = (".gz", ".zst", ".xz")
+_SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + COMPRESSIONS
 
 _CHUNK = 1 << 20
 # Plain JSONL is cut at line ends into pieces of about this size, for many workers on one file.
@@ -61,11 +62,14 @@ class Document(NamedTuple):
   is_replaced: bool
 
 
-def find(patterns: Iterable[str]) -> list[str]:
+def find(patterns: Iterable[str], *, made: Iterable[str] = ()) -> list[str]:
   """The files that the globs match (** too), in the order of the patterns and names.
 
   Each is there once, by its first name: `a.txt` and `./a.txt` are one file, and so are links to it.
+  What a glob finds below the folders `made`, and is no text, is of a store or of what is not
+  finished, and is passed by.
   """
+  below_made = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in made)
   found: dict[str, str] = {}
   for pattern in patterns:
     # Brackets may be part of a file's own name.
@@ -75,12 +79,14 @@ def find(patterns: Iterable[str]) -> list[str]:
       hint = f"a folder; give {pattern}/**/*.txt" if matches else "nothing matches"
       raise ValueError(f"--input {pattern!r}: {hint} (seen from {os.getcwd()})")
     for path in files:
-      if os.path.realpath(path) in found:
+      real = os.path.realpath(path)
+      is_made = real.startswith(below_made) and not path.lower().endswith(_SUFFIXES)
+      if real in found or (is_made and path != pattern):
         continue
       _kind(path)
       if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: a pipe or a device, not a file; it cannot be read twice")
-      found[os.path.realpath(path)] = path
+      found[real] = path
   return list(found.values())
 
 

@@ -115,7 +115,8 @@ def prepare(job: Job) -> None:
     return
   record = job.settings.load().record
   settings = {"text_field": job.settings.text_field, "errors": job.settings.errors}
-  inputs = [origins.file(path) for path in documents.find(job.inputs)]
+  folders = [path for path in (job.output, job.holdout_output, str(job.work_dir)) if path]
+  inputs = [origins.file(path) for path in documents.find(job.inputs, made=folders)]
   origin = _origin(job, record, settings, inputs)
   if _is_done(job, origin):
     return

@@ -516,6 +516,30 @@ def test_a_full_disk_is_named_and_the_unfinished_file_goes_away(tmp_path, worker
   assert [len(text) for text in _texts()] == [5_000_000] * 2
 
 
+def test_inputs_may_lie_around_the_store():
+  pathlib.Path("text").mkdir()
+  pathlib.Path("text/a.txt").write_text("one")
+  pathlib.Path("text/b.txt").write_bytes(b"\xff")
+  job = _job(
+    "text/**",
+    output="text/store",
+    holdout_every=2,
+    holdout_output="text/held",
+    work_dir=pathlib.Path("text/store.partial"),
+  )
+  with pytest.raises(ValueError, match=r"b\.txt: not UTF-8"):
+    prepare(job)
+  # In each state: parts in the working folder, a store that is not finished, all done.
+  pathlib.Path("text/b.txt").write_text("two")
+  token_store.Writer("text/store", BYTE.record)
+  for _ in range(2):
+    prepare(job)
+    assert _texts("text/store") + _texts("text/held") == ["one", "two"]
+  pathlib.Path("text/table.csv").write_text("x")
+  with pytest.raises(ValueError, match=r"table\.csv: not one of"):
+    prepare(job)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment_it_goes_on_to_the_same_store(tmp_path, seed):
   rng = np.random.default_rng(seed)
