@@ -83,6 +83,17 @@ def test_segments_restart_positions_and_never_reuse_a_document():
   np.testing.assert_array_equal(more.position_BT, [[1, 2, 0]])
 
 
+@pytest.mark.parametrize("number", [0, -1, -(2**31), 2**31 - 1])
+def test_whatever_comes_first_begins_a_document(number):
+  ids_BT = jnp.full((1, 3), number, jnp.int32)
+  segments, state = segments_lib.segments(ids_BT, segments_lib.initial_state(1))
+  np.testing.assert_array_equal(segments.is_start_BT, [[1, 0, 0]])
+  np.testing.assert_array_equal(segments.document_BT, [[1, 1, 1]])
+  more, _ = segments_lib.segments(ids_BT, state)
+  np.testing.assert_array_equal(more.is_start_BT, [[0, 0, 0]])
+  np.testing.assert_array_equal(more.position_BT, [[3, 4, 5]])
+
+
 def test_paper_decay_is_uniform_in_its_eighth_power():
   decay_R = rg_lru.DECAY_INITS["paper"](jax.random.key(0), (20_000,))
   a8_R = np.exp(-8 * np.log1p(np.exp(np.asarray(decay_R, np.float64))))

@@ -31,7 +31,7 @@ class SegmentState(NamedTuple):
   """What the next chunk of a split row must know of the chunks before it, int32 [batch]."""
 
   segment_B: jax.Array
-  document_B: jax.Array
+  document_B: jax.Array  # 0: none has begun
   position_B: jax.Array  # of the next token, if it continues the document
 
 
@@ -51,9 +51,8 @@ def check_rows(tokens_BT: jax.Array, segments_BT: jax.Array) -> None:
 
 def initial_state(batch: int) -> SegmentState:
   """The state before the first token: whatever comes first begins a document."""
-  no_segment_B = jnp.full((batch,), jnp.iinfo(jnp.int32).min, jnp.int32)
   zeros_B = jnp.zeros((batch,), jnp.int32)
-  return SegmentState(no_segment_B, zeros_B, zeros_B)
+  return SegmentState(zeros_B, zeros_B, zeros_B)
 
 
 def segments(
@@ -73,7 +72,9 @@ def segments(
       segments_BT[:, -1], before=True, axis_name=axis_name, edge=segment_B
     )
   previous_BT = jnp.concatenate([segment_B[:, None], segments_BT[:, :-1]], axis=1)
-  is_start_BT = segments_BT != previous_BT
+  # Not told by an id that stands for none: every integer may be one.
+  is_first_BT = (index_1T == 0) & (document_B == 0)[:, None]
+  is_start_BT = is_first_BT | (segments_BT != previous_BT)
   if axis_name is not None:
     document_B, start_B = _before_this_shard(is_start_BT, index_1T, document_B, start_B, axis_name)
   document_BT = document_B[:, None] + jnp.cumsum(is_start_BT.astype(jnp.int32), axis=1)
