@@ -40,11 +40,16 @@ def log_z_and_target_logit(
   time; by default as many as keep a chunk's logits within 16 MiB, at least 1024 and, beyond those,
   at most a quarter of the vocabulary.
   """
-  if x_BTD.shape[:2] != targets_BT.shape or x_BTD.shape[-1] != unembed_VD.shape[-1]:
+  is_of_rank = (x_BTD.ndim, unembed_VD.ndim) == (3, 2)
+  if (
+    not is_of_rank or x_BTD.shape[:2] != targets_BT.shape or x_BTD.shape[-1] != unembed_VD.shape[-1]
+  ):
     raise ValueError(
       f"cross_entropy: x {x_BTD.shape}, unembedding {unembed_VD.shape} and targets "
       f"{targets_BT.shape} do not fit as [B, T, D], [V, D], [B, T]"
     )
+  if not targets_BT.size:
+    raise ValueError(f"cross_entropy: targets {targets_BT.shape} are none; give at least one")
   vocab_size = unembed_VD.shape[0]
   if chunk is None:
     chunk = _default_chunk(vocab_size, targets_BT.size)

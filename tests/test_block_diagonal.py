@@ -170,3 +170,17 @@ def test_shapes_that_do_not_agree_are_refused():
   (x_BTR, w_GI2J, b_G2J), _ = _inputs(1, 2, 3, 8, "float32")
   with pytest.raises(ValueError, match=r"block_diagonal: x \(1, 2, 23\).*\[batch, time, 24\]"):
     block_diagonal.products(x_BTR[..., 1:], w_GI2J, b_G2J, implementation="einsum")
+  with pytest.raises(ValueError, match=r"block_diagonal: x \(2, 24\) must be \[batch, time, R\]"):
+    block_diagonal.products(x_BTR[0], w_GI2J, b_G2J, implementation="einsum")
+  with pytest.raises(ValueError, match=r"block_diagonal: .* w \(3, 8, 2\) \[blocks,"):
+    block_diagonal.products(x_BTR, w_GI2J[..., 0], b_G2J, implementation="einsum")
+
+
+@pytest.mark.parametrize("implementation", block_diagonal.IMPLEMENTATIONS)
+def test_one_result_more_or_no_token_is_refused(implementation):
+  (x_BTR, w_GI2J, b_G2J), _ = _inputs(1, 2, 3, 8, "bfloat16")
+  w_GI3J = jnp.concatenate([w_GI2J, w_GI2J[:, :, :1]], axis=2)
+  with pytest.raises(ValueError, match=r"w \(3, 8, 3, 8\) .* \(3, 8, 2, 8\)"):
+    block_diagonal.products(x_BTR, w_GI3J, b_G2J, implementation=implementation)
+  with pytest.raises(ValueError, match=r"x \(1, 0, 24\) .* at least one token"):
+    block_diagonal.products(x_BTR[:, :0], w_GI2J, b_G2J, implementation=implementation)

@@ -169,5 +169,9 @@ def test_wrong_shapes_are_refused():
   x, unembed, targets, _ = _inputs(40)
   with pytest.raises(ValueError, match="do not fit"):
     log_z_and_target_logit(x, unembed, targets[:, :3], logit_cap=None)
+  with pytest.raises(ValueError, match=r"x \(4, 16\), .* do not fit"):
+    log_z_and_target_logit(x[:, 0], unembed, jnp.zeros((4, 16), jnp.int32), logit_cap=None)
+  with pytest.raises(ValueError, match=r"targets \(4, 0\) .* at least one"):
+    log_z_and_target_logit(x[:, :0], unembed, targets[:, :0], logit_cap=None)
   with pytest.raises(ValueError, match="chunk 0 must be at least 1"):
     log_z_and_target_logit(x, unembed, targets, logit_cap=None, chunk=0)

@@ -244,6 +244,19 @@ def test_wrong_shapes_are_refused():
     _attend(q, k[:, :9], v[:, :9], q_documents, k_documents[:, :9], window=3)
   with pytest.raises(ValueError, match="window 0 must be at least 1"):
     _attend(q, k, v, q_documents, k_documents, window=0)
+  with pytest.raises(ValueError, match=r"q \(2, 50, 8\) must be \[batch, time, heads, head size\]"):
+    _attend(q[:, :, 0], k, v, q_documents, k_documents, window=3)
+  with pytest.raises(ValueError, match=r"k \(8,\) \[batch, keys, head size\]"):
+    _attend(q, k[0, 0], v, q_documents, k_documents, window=3)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "banded", "pallas_gpu"])
+def test_no_query_at_all_is_refused(implementation):
+  q, k, v, q_documents, k_documents = _inputs(size=16)
+  with pytest.raises(ValueError, match=r"q \(2, 0, 3, 16\) must be .* at least one query"):
+    _attend(
+      q[:, :0], k, v, q_documents[:, :0], k_documents, window=3, implementation=implementation
+    )
 
 
 @pytest.mark.parametrize("window", [9, None])

@@ -237,3 +237,13 @@ def test_rows_split_over_devices_are_as_whole_ones(plain, implementation):
     gradients(split),
     gradients(whole),
   )
+
+
+@pytest.mark.parametrize("implementation", rg_lru.IMPLEMENTATIONS)
+def test_rows_of_another_rank_or_without_a_token_are_refused(implementation):
+  (x_BTR, r_BTR, i_BTR, *rest), _ = _inputs((2, 3, 8), "float32")
+  for wrong in (np.s_[:, 0], np.s_[:, :0]):
+    with pytest.raises(ValueError, match=r"rg_lru: x \(2, .* must be \[batch, time, width\]"):
+      rg_lru.rg_lru(
+        *(z_BTR[wrong] for z_BTR in (x_BTR, r_BTR, i_BTR)), *rest, implementation=implementation
+      )

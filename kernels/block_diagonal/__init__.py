@@ -63,9 +63,15 @@ def products(
 
   `is_whole`: no dimension is split by the compiler's partitioner.
   """
-  blocks, size, _, size_out = w_GI2J.shape
+  if x_BTR.ndim != 3 or w_GI2J.ndim != 4 or not x_BTR.shape[1]:
+    raise ValueError(
+      f"block_diagonal: x {x_BTR.shape} must be [batch, time, R], with at least one token, and w "
+      f"{w_GI2J.shape} [blocks, R / blocks, 2, R / blocks]"
+    )
+  blocks, size = w_GI2J.shape[:2]
   expected = (blocks, size, 2, size)
-  if size != size_out or x_BTR.shape[-1] != blocks * size or b_G2J.shape != (blocks, 2, size):
+  is_b_right = b_G2J.shape == (blocks, 2, size)
+  if w_GI2J.shape != expected or x_BTR.shape[-1] != blocks * size or not is_b_right:
     raise ValueError(
       f"block_diagonal: x {x_BTR.shape}, w {w_GI2J.shape} and b {b_G2J.shape} must be "
       f"[batch, time, {blocks * size}], {expected} and {(blocks, 2, size)}"

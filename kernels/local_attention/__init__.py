@@ -91,6 +91,11 @@ def local_attention(
   implementation: str,
 ) -> jax.Array:
   """Attention as the module says, [batch, time, heads, head size] in the dtype of q."""
+  if q_BTNH.ndim != 4 or k_BSH.ndim != 3 or not q_BTNH.shape[1]:
+    raise ValueError(
+      f"local_attention: q {q_BTNH.shape} must be [batch, time, heads, head size] and k "
+      f"{k_BSH.shape} [batch, keys, head size], with at least one query"
+    )
   batch, time, _, head_size = q_BTNH.shape
   keys = k_BSH.shape[1]
   expected = {

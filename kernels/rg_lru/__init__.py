@@ -80,6 +80,10 @@ def rg_lru(
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """All states (in x's dtype) and the last one (float32) of the recurrence; see the module."""
+  if x_BTR.ndim != 3 or not x_BTR.shape[1]:
+    raise ValueError(
+      f"rg_lru: x {x_BTR.shape} must be [batch, time, width], with at least one token"
+    )
   batch, time, width = x_BTR.shape
   expected = {
     "r": (r_BTR.shape, (batch, time, width)),
