@@ -270,6 +270,8 @@ class _Decoder:
   def initial_state(self, batch: int, context: int) -> State:
     """The state before the first token. `context` is how many tokens global attention can see, so
     at least the length of prompt and continuation; local attention and recurrence ignore it."""
+    if batch < 1:
+      raise ValueError(f"initial_state: batch {batch} must be at least 1")
 
     def stack(run: _Run, shape: tuple[int, ...]) -> Any:
       block = run.part.merge(jax.eval_shape(run.part.init, jax.random.key(0)))
@@ -290,6 +292,7 @@ class _Decoder:
       segments, after = _row_segments(segments_BT), None
     else:
       _check_rows_are_whole()
+      _check_is_of_rows(state, tokens_BT)
       segments, after = segments_lib.segments(segments_BT, state.segments)
     embedding = self.embedding.merge(self._used(params["embedding"], self.embedding.axes))
     x_BTD = embedding(tokens_BT, jnp.dtype(self.config.dtype))
@@ -434,6 +437,16 @@ def _check_rows_are_whole() -> None:
     raise ValueError(
       f"extend: rows are split over {shards} devices (mesh axis sequence), and the state that is "
       "carried lies after the last of them; prefill and decode on a mesh with sequence=1"
+    )
+
+
+def _check_is_of_rows(state: State, tokens_BT: jax.Array) -> None:
+  """Raises unless the state is of as many rows as go on from it."""
+  rows, state_rows = tokens_BT.shape[0], state.segments.segment_B.shape[0]
+  if rows != state_rows:
+    raise ValueError(
+      f"extend: tokens of {rows} rows cannot go on from a state of {state_rows}; make it with "
+      f"initial_state({rows}, ...)"
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from models.decoder import Model, Params, State
 from models.layers.embedding import cap_logits
+from models.layers.segments import check_rows
 
 
 def generate(
@@ -24,12 +25,14 @@ def generate(
   Prompts are padded on the left: segment 0 there, 1 on the prompt. temperature 0 takes the
   likeliest token. Nothing stops at an end-of-document token: cut there.
   """
-  if num_tokens < 1 or temperature < 0:
+  # Not `< 0`: a temperature that is no number is none.
+  if num_tokens < 1 or not temperature >= 0:
     raise ValueError(
       f"generate: num_tokens {num_tokens} must be at least 1, temperature {temperature} at least 0"
     )
-  if prompt_BT.shape[1] < 1:
+  if not prompt_BT.size:
     raise ValueError("generate: the prompt is empty; give at least a begin-of-document token")
+  check_rows(prompt_BT, segments_BT)
   batch, prompt_length = prompt_BT.shape
   state = model.initial_state(batch, context=prompt_length + num_tokens)
   return _generate(

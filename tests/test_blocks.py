@@ -340,6 +340,25 @@ def test_rows_of_another_shape_or_type_are_named(tokens, segments, message):
     jax.eval_shape(lambda params: model.logits(params, tokens, segments), model.shapes)
 
 
+@pytest.mark.parametrize("name", ["hawk", "local_attention", "global_attention"])
+def test_a_state_of_other_rows_is_refused(name):
+  model = decoder.build(CONFIGS[name])
+  rows = np.ones((2, 3), np.int32)
+  for batch in (1, 3):
+    state = model.initial_state(batch, context=3)
+    with pytest.raises(ValueError, match=f"extend: tokens of 2 rows .* a state of {batch}"):
+      jax.eval_shape(model.extend, model.shapes, rows, rows, state)
+  with pytest.raises(ValueError, match="batch 0 must be at least 1"):
+    model.initial_state(0, context=3)
+
+
+@pytest.mark.parametrize("context", [0, -1])
+def test_room_for_no_token_is_refused_where_attention_is_global(context):
+  decoder.build(CONFIGS["griffin_with_remainder"]).initial_state(2, context)  # which ignores it
+  with pytest.raises(ValueError, match=f"context {context} must be at least 1"):
+    decoder.build(CONFIGS["global_attention"]).initial_state(2, context)
+
+
 def test_bfloat16_activations_stay_near_float32():
   config = CONFIGS["griffin_with_remainder"]
   model = decoder.build(config)

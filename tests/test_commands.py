@@ -35,6 +35,22 @@ def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
   assert (drawn[0] != tokens_BT).any()
 
 
+@pytest.mark.parametrize(
+  ("prompt", "temperature", "message"),
+  [
+    (np.ones(4, np.int32), 0.0, r"tokens are int32 \(4,\).*\[batch, time\], at least one"),
+    (np.ones((2, 0), np.int32), 0.0, "the prompt is empty"),
+    (np.ones((2, 3), np.int32), float("nan"), "temperature nan at least 0"),
+  ],
+)
+def test_wrong_prompts_and_temperatures_are_named(prompt, temperature, message):
+  config = hawk(vocab_size=40, width=16, rnn_width=16, num_blocks=1, mlp_width=24)
+  model = decoder.build(config)
+  settings = {"num_tokens": 2, "temperature": temperature, "key": jax.random.key(0)}
+  with pytest.raises(ValueError, match=message):
+    generate(model, model.shapes, prompt, prompt, **settings)
+
+
 def test_a_run_is_trained_and_continues_a_prompt(commands, tmp_path):
   flags = [f"--config=tests/tiny_config.py:{tmp_path}", f"--workdir={tmp_path / 'run'}"]
   flags += ["--config.total_steps=2", "--config.optimizer.warmup_steps=1"]

@@ -85,6 +85,10 @@ class Attention(nnx.Module):
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> AttentionState:
     """Room for `window` tokens, or for `context` tokens where attention is global."""
+    if self.window is None and context < 1:
+      raise ValueError(
+        f"attention: context {context} must be at least 1: so many tokens can global attention see"
+      )
     size = context if self.window is None else self.window
     empty_BWH = jnp.zeros((batch, size, self.head_size), dtype)
     return AttentionState(empty_BWH, empty_BWH, jnp.full((batch, size), NO_DOCUMENT, jnp.int32))
