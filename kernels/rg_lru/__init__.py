@@ -9,13 +9,14 @@ With x, r and i of token t (r and i as they enter the sigmoid, [batch, time, R] 
   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)
 
 `decay` is minus the paper's Lambda. Where `is_start`, a_t is 0 and the square root 1: the state is
-forgotten and the first token enters whole. y_t = h_t in the dtype of x; everything between is
+forgotten and the first token enters whole. y_t = h_t in the dtype of x; gates, decay and state are
 float32, as are h0 and the last state hT. The square root's derivative is held at 1000.
 
 An implementation named as one of kernels/linear_scan makes a_t and what enters with plain JAX, and
-leaves the recurrence to that scan. A fused one does all of it in one pass over x, r and i, which it
-takes in the dtype of x. It is two functions (all arrays as above; ddecay and dh0 are float32), and
-the one custom gradient that joins them is here:
+leaves the recurrence to that scan; what enters, and its gradient, are rounded to the dtype of x on
+their way. A fused one does all of it in one pass over x, r and i, which it takes in the dtype of x,
+and rounds nothing between. It is two functions (all arrays as above; ddecay and dh0 are float32),
+and the one custom gradient that joins them is here:
 
   forward(x, r, i, decay, is_start, h0) -> (y_BTR, hT_BR)
   backward(x, r, i, decay, is_start, h0, y, dy_BTR, dhT_BR) -> (dx, dr, di, ddecay_R, dh0_BR)
