@@ -50,6 +50,18 @@ def test_far_from_zero_it_is_open_or_shut(dtype):
   np.testing.assert_array_equal(np.float64(dy), np.float64(jnp.maximum(x, 0)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [2e13, 1e18, 3e38])
+def test_as_far_as_numbers_reach_it_is_open_or_shut(dtype, size):
+  """Its slope's x (1 + 3 k x^2) and even x^2 overflow there, and 0 times infinity is no number."""
+  x = jnp.asarray([-size, size], dtype)
+  value, vjp = jax.vjp(gated_gelu, x, jnp.ones_like(x))
+  dx, dy = vjp(jnp.ones_like(x))
+  np.testing.assert_array_equal(np.float64(value), np.float64(jnp.maximum(x, 0)))
+  np.testing.assert_array_equal(np.float64(dx), [0, 1])
+  np.testing.assert_array_equal(np.float64(dy), np.float64(jnp.maximum(x, 0)))
+
+
 def test_where_tanh_cancels_the_tail_is_exact_to_the_last_digits():
   x = jnp.linspace(-6.0, -3.0, 31)
   actual = np.float64(gated_gelu(x, jnp.ones_like(x)))

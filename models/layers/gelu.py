@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 _TWO_C = 2.0 * math.sqrt(2.0 / math.pi)
 _K = 0.044715
+_FAR = 32.0
 
 
 def gated_gelu(x_BTF: jax.Array, y_BTF: jax.Array) -> jax.Array:
@@ -35,8 +36,9 @@ def _forward(x_BTF, y_BTF):
 def _backward(kept, dz_BTF):
   x_BTF, y_BTF, dz_BTF = (z_BTF.astype(jnp.float32) for z_BTF in (*kept, dz_BTF))
   open_BTF = _open(x_BTF)
-  inner_BTF = _TWO_C * (1.0 + 3.0 * _K * jnp.square(x_BTF))
-  slope_BTF = open_BTF * (1.0 + x_BTF * (1.0 - open_BTF) * inner_BTF)
+  # From _FAR on, open (1 - open) is 0, and stays it if what it is multiplied by is finite.
+  inner_BTF = _TWO_C * (1.0 + 3.0 * _K * jnp.minimum(jnp.square(x_BTF), _FAR**2))
+  slope_BTF = open_BTF + open_BTF * (1.0 - open_BTF) * x_BTF * inner_BTF
   dtype = kept[0].dtype
   return (dz_BTF * y_BTF * slope_BTF).astype(dtype), (dz_BTF * x_BTF * open_BTF).astype(dtype)
 
