@@ -18,6 +18,7 @@ from tests.commands import ROOT, Commands
 from tests.tolerances import assert_close
 from train import agreement
 from train.checkpoint_folder import steps
+from train.faults import SECONDS_OF_ONE_REQUEST
 from train.jsonl import read_jsonl
 
 NUM_KILLS = 20
@@ -226,6 +227,7 @@ def test_told_twice_a_process_ends_at_once_and_is_missed(jobs, straight):
   os.kill(job.pids[0], signal.SIGSTOP)  # it does not agree, so the first signal has no end
   os.kill(job.pids[1], signal.SIGTERM)
   wait_for(lambda: "SIGTERM: saving" in job.text(1))
+  time.sleep(SECONDS_OF_ONE_REQUEST)
   os.kill(job.pids[1], signal.SIGTERM)
   assert jobs.commands.wait(job.pids[1], seconds=2.0) == 128 + signal.SIGTERM
   os.kill(job.pids[0], signal.SIGCONT)

@@ -130,3 +130,17 @@ def test_told_to_stop_it_saves_and_says_start_me_again(commands, undisturbed, nu
   status, output = commands.run("launch.train", _arguments(folder, number.name), folder / "output")
   assert status == 0
   assert "the run is complete" in output
+
+
+def test_told_to_stop_by_several_at_one_moment_it_saves(commands, undisturbed):
+  folder, _ = undisturbed
+  workdir = folder / "several"
+  settings = ["--config.checkpoint.temporary_minutes=None", "--config.total_steps=100000"]
+  arguments = [*_arguments(folder, "several"), *settings]
+  pid = commands.start("launch.train", arguments, folder / "output")
+  _wait_for(lambda: 20 in steps(workdir / "checkpoints"))
+  # As of Slurm, which tells every process of a job, and of the supervisor, which passes it on.
+  os.kill(pid, signal.SIGTERM)
+  os.kill(pid, signal.SIGINT)
+  assert commands.wait() == 75, (folder / "output").read_text()
+  assert max(_losses(workdir)) == max(steps(workdir / "checkpoints"))

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from absl import logging
 from train.peers import Peers
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+# Slurm and systemd tell every process of a job, and a supervisor among them passes it on.
+SECONDS_OF_ONE_REQUEST = 1.0
 
 
 def record_failure(workdir: pathlib.Path, *, step: int, error: str) -> None:
@@ -39,8 +42,9 @@ def storage_advice(error: OSError, workdir: pathlib.Path) -> str:
 class StopRequest:
   """Ctrl-C or SIGTERM: the first calls `ask` with the signal's name, the second ends this process.
 
-  Use it in a `with`. `ask` may be replaced within it. `signal_name` is what came, or None. A thread
-  listens: the main one may be in a collective that will not end.
+  What comes within a second of the first is the same request, told by several. Use it in a `with`.
+  `ask` may be replaced within it. `signal_name` is what came, or None. A thread listens: the main
+  one may be in a collective that will not end.
   """
 
   def __init__(self, ask: Callable[[str], object] = lambda name: None):
@@ -65,16 +69,20 @@ class StopRequest:
     self._wakeup.close()
 
   def _listen(self, listening: socket.socket) -> None:
-    asked = False
+    asked_at: float | None = None
     with listening:
       while received := listening.recv(1):
         if received[0] not in _STOPPING:
           continue
         name = signal.Signals(received[0]).name
-        if asked:
-          Peers.leave(f"{name} again: ended at once", status=128 + received[0])
-        asked, self.signal_name = True, name
+        if asked_at is not None:
+          if time.monotonic() - asked_at >= SECONDS_OF_ONE_REQUEST:
+            Peers.leave(f"{name} again: ended at once", status=128 + received[0])
+          continue
+        asked_at, self.signal_name = time.monotonic(), name
         logging.warning(
-          "%s: saving what is not saved yet and leaving; once more ends the process at once", name
+          "%s: saving what is not saved yet and leaving; once more after a second ends the process "
+          "at once",
+          name,
         )
         self.ask(name)
