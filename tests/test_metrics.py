@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pathlib
 import struct
 
 import pytest
@@ -119,19 +121,39 @@ def test_the_first_step_the_last_and_every_tenth_are_due(tmp_path):
     assert [step for step in range(14, 101) if metrics.due(step)] == [14, *range(20, 101, 10)]
 
 
-def test_tensorboard_has_the_scalars(tmp_path):
-  with _metrics(tmp_path, start_step=5, tensorboard=True) as metrics:
-    metrics.write(6, {"train/loss": 2.5})
-  (file,) = (tmp_path / "tensorboard").iterdir()
+def _events(file) -> list[Event]:
   data, events = file.read_bytes(), []
   while data:
     (length,) = struct.unpack("<Q", data[:8])
     events.append(Event.FromString(data[12 : 12 + length]))
     data = data[16 + length :]
+  return events
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+  with _metrics(tmp_path, start_step=5, tensorboard=True) as metrics:
+    metrics.write(6, {"train/loss": 2.5})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = _events(file)  # already: the process may be killed
+  assert _events(file) == events
   scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
   assert scalars == [(6, "train/loss", 2.5)]
   # What an earlier run wrote of later steps is hidden by the restart.
   assert any(event.session_log.status == 1 and event.step == 6 for event in events)
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone_is_told_and_not_waited_for(tmp_path):
+  metrics = _metrics(tmp_path, tensorboard=True)
+  metrics.write(1, {"train/loss": 2.5})
+  (file,) = (tmp_path / "tensorboard").iterdir()
+  (descriptor,) = [fd for fd in pathlib.Path("/proc/self/fd").iterdir() if fd.resolve() == file]
+  with open("/dev/full", "wb") as full:
+    os.dup2(full.fileno(), int(descriptor.name))
+  with pytest.raises(OSError, match="No space left"):
+    metrics.write(2, {"train/loss": 2.0})
+  with pytest.raises(OSError, match="No space left"):
+    metrics.close()
+  assert _steps(tmp_path) == [1, 2]
 
 
 def test_wandb_works_offline_with_one_id_through_restarts(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ OWNERS = {
   "tensorflow": ("data/seqio_tasks.py",),
   "tensorstore": ("data/token_store.py", "data/bucket.py"),
   "wandb": ("train/metrics.py",),
-  "tensorboardX": ("train/metrics.py",),
+  "tensorboardX": ("train/tensorboard.py",),
   "ml_collections": ("launch/",),
 }
 

@@ -201,8 +201,7 @@ class Metrics:
   def _send(self, step: int, values: Mapping[str, float]) -> None:
     """To TensorBoard and wandb."""
     if self._tensorboard is not None:
-      for key, x in values.items():
-        self._tensorboard.add_scalar(key, x, step)
+      self._tensorboard.write(step, values)
     if self._wandb is not None:
       self._wandb.log({"step": step, **values})
 
@@ -246,10 +245,9 @@ def fields_table() -> str:
 
 def _open_tensorboard(folder: pathlib.Path, start_step: int) -> Any:
   # Imported where it is asked for: it takes most of a second of every start.
-  from tensorboardX import SummaryWriter
+  from train.tensorboard import EventFile
 
-  # TensorBoard hides what older files have from purge_step on.
-  return SummaryWriter(str(folder), purge_step=start_step + 1)
+  return EventFile(folder, start_step)
 
 
 def _open_wandb(
