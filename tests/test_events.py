@@ -130,6 +130,23 @@ def test_a_torn_last_line_does_not_spoil_the_next(tmp_path):
   assert len(goodput.read(tmp_path).starts) == starts + 1
 
 
+def test_a_clock_that_was_set_back_between_two_starts_costs_no_time(tmp_path):
+  clock = _Clock(90000.0)
+  events = _begin(tmp_path, clock, resume=0)
+  with events.span("step"):
+    _steps(events, clock, range(1, 5))
+    _die(events, tmp_path, clock)
+  before = goodput.read(tmp_path).seconds()
+  clock.at = 3600.0
+  with _begin(tmp_path, clock, resume=4) as events, events.span("step"):
+    _steps(events, clock, range(5, 9))
+    share = events.goodput()
+    events.end("complete")
+  seconds = goodput.read(tmp_path).seconds()
+  assert seconds["step"] - before["step"] == pytest.approx(40, abs=0.01)
+  assert share == pytest.approx(seconds["step"] / sum(seconds.values()), abs=1e-3)
+
+
 def test_only_the_steps_of_a_line_that_are_done_again_are_lost(tmp_path):
   lines = [
     {"time": 0.0, "kind": "start"},

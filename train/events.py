@@ -73,6 +73,9 @@ class Events:
     self._folder.mkdir(parents=True, exist_ok=True)
     path = self._folder / JSONL
     before = read(self._folder)
+    # The machine's clock was set back since the last start: the log goes on where it ended.
+    if (behind := before.end - clock()) > 0:
+      self._clock = lambda: clock() + behind
     is_torn = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
     self._file = path.open("a", encoding="utf-8")
     if is_torn:
