@@ -124,7 +124,8 @@ def test_a_torn_last_line_does_not_spoil_the_next(tmp_path):
   _killed_twice(tmp_path)
   starts = len(goodput.read(tmp_path).starts)
   with (tmp_path / JSONL).open("a") as file:
-    file.write('{"time": 17')
+    # Nor does what another program has written.
+    file.write('{"time": "Friday", "kind": "start"}\n{"time": null, "kind": "end"}\n{"time": 17')
   with Events(tmp_path, began=5000.0, about={}, clock=_Clock(5000.0)) as events:
     events.resume(8)
   assert len(goodput.read(tmp_path).starts) == starts + 1

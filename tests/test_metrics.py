@@ -49,7 +49,16 @@ def test_each_step_is_there_once_through_restarts(tmp_path):
   assert _steps(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 20, "tra', b'{"step": 20}', b"\x00\xff\n", b"[1]\n"])
+@pytest.mark.parametrize(
+  "torn",
+  [
+    b'{"step": 20, "tra',
+    b'{"step": 20}',
+    b"\x00\xff\n",
+    b"[1]\n",
+    b'{"step": "5"}\n{"step": null}',
+  ],
+)
 def test_a_torn_last_line_costs_only_itself(tmp_path, torn):
   with _metrics(tmp_path) as metrics:
     metrics.write(10, {"train/loss": 2.0})

@@ -143,4 +143,8 @@ def _without_lost(piece: Piece, step: int) -> Iterable[Piece]:
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  return [line for line in read_jsonl(path) if {"time", "kind"} <= set(line)]
+  return [
+    line
+    for line in read_jsonl(path)
+    if "kind" in line and isinstance(line.get("time"), int | float)
+  ]

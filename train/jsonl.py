@@ -29,11 +29,15 @@ def series(records: Iterable[dict[str, Any]], name: str) -> dict[int, float]:
 
 
 def truncate(path: pathlib.Path, step: int) -> None:
-  """Removes records of steps after `step` and lines that are not whole; all or nothing."""
+  """Removes records of steps after `step` and what is no record of a step; all or nothing."""
   if not path.exists():
     return
   before = path.read_bytes()
-  kept = [record for record in read_jsonl(path) if record.get("step", step + 1) <= step]
+  kept = [
+    record
+    for record in read_jsonl(path)
+    if isinstance(record.get("step"), int) and record["step"] <= step
+  ]
   after = "".join(json.dumps(record) + "\n" for record in kept).encode()
   if after == before:
     return
