@@ -409,6 +409,19 @@ def test_what_an_interrupted_run_left_is_removed(directory):
   assert sorted(path.name for path in directory.iterdir()) == ["00000003", "00000004", "lock"]
 
 
+@pytest.mark.parametrize("name", ["500", "0000000500", "\u0663"])
+def test_checkpoints_of_another_program_are_named_and_left_alone(directory, name):
+  _write(directory, 3)
+  (directory / name).mkdir()
+  before = sorted(directory.iterdir())
+  with pytest.raises(ValueError, match=rf"{directory / name} is no checkpoint of this program, .*"):
+    Checkpoints(directory, CheckpointConfig(on_damage="previous"))
+  assert sorted(directory.iterdir()) == before
+  (directory / name).rmdir()
+  with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+    assert checkpoints.latest() == 3
+
+
 def test_steps_and_minutes_decide_what_is_due(directory, monkeypatch):
   now = [100.0]
   monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])

@@ -120,6 +120,7 @@ class Checkpoints:
     _quieten_orbax()
     if isinstance(self.directory, pathlib.Path):
       self.directory.mkdir(parents=True, exist_ok=True)
+      steps(self.directory)  # before anything is touched: the folder may be another program's
     self._lock = _lock(self.directory) if self._is_first else None
     self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
     if isinstance(self.directory, BucketFolder):

@@ -38,13 +38,23 @@ def place(directory: str | os.PathLike[str] | BucketFolder) -> Place:
 
 
 def steps(directory: str | os.PathLike[str] | BucketFolder) -> list[int]:
-  """The steps with a folder, ascending; a folder that is still being written has another name."""
+  """The steps with a folder, ascending; a folder that is still being written has another name.
+
+  ValueError for a step that is not written as ours are: it is of another program.
+  """
   found = place(directory)
   if isinstance(found, BucketFolder):
     return found.steps()
   if not found.is_dir():
     return []
-  return sorted(int(path.name) for path in found.iterdir() if path.name.isdecimal())
+  names = [path.name for path in found.iterdir() if path.name.isdecimal()]
+  for name in names:
+    if name != f"{int(name):08d}":
+      raise ValueError(
+        f"{found / name} is no checkpoint of this program, which would name it {int(name):08d}: "
+        "move it away, or use another workdir"
+      )
+  return sorted(map(int, names))
 
 
 def read_content(folder: Place) -> dict[str, Any]:
