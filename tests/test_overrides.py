@@ -38,6 +38,7 @@ def test_a_misspelt_field_is_refused_with_a_suggestion(commands, tmp_path):
     ("--config.batch_size=many", ["many"]),
     ("--config.batch_size=1.5", ["1.5"]),
     ("--config.batch_size=0", ["batch_size 0", "at least 1"]),
+    ("--config.total_steps=300000000000", ["total_steps 300000000000", "not tokens"]),
     ("--config.model.pattern[0].mixer.rnn_width=33", ["rnn_width 33", "num_gate_blocks 16"]),
     ("--config.mesh.tensor=0", ["tensor 0", "at least 1"]),
     ("--config.model.remat=some", ["remat 'some'", "matmuls"]),

@@ -46,6 +46,11 @@ class Run:
     for name in ("batch_size", "total_steps", "num_microbatches", "eval_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"Run: {name} {getattr(self, name)} must be at least 1")
+    if self.total_steps >= 2**31:
+      raise ValueError(
+        f"Run: total_steps {self.total_steps} must be below 2^31, where the step counter ends; "
+        "they are optimizer steps, not tokens"
+      )
     if self.zero_stage not in (1, 2, 3):
       raise ValueError(f"Run: zero_stage {self.zero_stage} is none of 1, 2, 3")
     if not 0 <= self.z_loss < float("inf"):
