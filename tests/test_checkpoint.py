@@ -18,6 +18,7 @@ from train import checkpoint, checkpoint_folder
 from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
 from train.checkpoint_folder import DamagedCheckpointError, steps
 from train.checksums import checksums, named_leaves
+from train.lock import Lock
 
 P = PartitionSpec
 
@@ -397,6 +398,22 @@ def test_a_second_run_in_the_same_folder_is_refused(directory):
   ):
     Checkpoints(directory, CheckpointConfig())
   Checkpoints(directory, CheckpointConfig()).close()
+
+
+def test_a_lock_that_was_removed_is_taken_again_and_refuses_others_still(directory):
+  with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+    (directory / "lock").unlink()
+    checkpoints.save(1, _state(1), {}, kind="permanent")
+    checkpoints.wait()
+    with pytest.raises(ValueError, match=r"in use by a run \(process \d+ on "):
+      Checkpoints(directory, CheckpointConfig())
+    assert checkpoints.latest() == 1
+    # Removed, and taken by another run before this one has looked.
+    (directory / "lock").unlink()
+    with Lock(directory):
+      (directory / "lock").write_text("process 7 on elsewhere since then\n")
+      with pytest.raises(ValueError, match="was taken by another run"):
+        checkpoints.save(2, _state(2), {}, kind="permanent")
 
 
 def test_what_an_interrupted_run_left_is_removed(directory):

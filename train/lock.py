@@ -1,10 +1,12 @@
 """One run at a time writes in a folder."""
 
+import contextlib
 import datetime
 import fcntl
 import os
 import pathlib
 import socket
+from typing import Literal, TextIO
 
 from absl import logging
 
@@ -25,27 +27,17 @@ class Lock:
     self.path = directory / "lock"
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     self._holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
-    self._file = self.path.open("a+")
-    try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      holder = self._read()
-      self._file.close()
-      raise InUseError(
-        f"{directory} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
-      ) from error
-    except OSError as error:
-      logging.warning(
-        "%s: this file system has no locks (%s): see to it that one job at a time uses it",
-        directory,
-        error,
-      )
-    self._file.truncate(0)
-    self._file.write(self._holder + "\n")
-    self._file.flush()
+    self._file = self._taken("a+")
 
   def check(self) -> None:
-    """Raises InUseError if another run has taken the folder all the same."""
+    """Raises InUseError if another run has taken the folder all the same; a lock that somebody has
+    removed is taken again."""
+    if not self.path.exists():
+      with contextlib.suppress(FileExistsError):
+        again = self._taken("x+")
+        logging.warning("%s was removed while this run was writing there: taken again", self.path)
+        self._file.close()
+        self._file = again
     holder = self._read()
     if holder != self._holder:
       raise InUseError(
@@ -62,6 +54,29 @@ class Lock:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+  def _taken(self, mode: Literal["a+", "x+"]) -> TextIO:
+    """The file, locked, with this process's name in it; "x+" only if there is none."""
+    file = self.path.open(mode)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      holder = self._read()
+      file.close()
+      raise InUseError(
+        f"{self.path.parent} is in use by a run ({holder}): wait for it, stop it, or use another "
+        "workdir"
+      ) from error
+    except OSError as error:
+      logging.warning(
+        "%s: this file system has no locks (%s): see to it that one job at a time uses it",
+        self.path.parent,
+        error,
+      )
+    file.truncate(0)
+    file.write(self._holder + "\n")
+    file.flush()
+    return file
 
   def _read(self) -> str:
     """Opened anew: a file system over the network shows what others wrote only then."""
