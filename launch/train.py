@@ -63,7 +63,8 @@ def _train(
   run: Run, overridden: dict[str, tuple[Any, Any]], stop: faults.StopRequest
 ) -> Outcome | None:
   """How it ended; None if a step was only shown."""
-  place = _WORKDIR.value
+  if not (place := _WORKDIR.value):
+    refuse(ValueError("--workdir is empty: give the folder of this run"))
   workdir = local_side(_LOCAL_WORKDIR.value or place)
   try:
     peers = distributed.join()
