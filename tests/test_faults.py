@@ -31,6 +31,7 @@ def good(commands, tmp_path_factory):
 def test_a_failing_disk_stops_the_run_which_goes_on_once_it_is_well(good, fault, named):
   status, output = good.run(fault, fault=fault)
   assert status == 1
+  assert "Traceback" not in output
   directory = good.folder / fault / "checkpoints"
   line = last_line(output)
   assert f"the checkpoint of step 30 could not be written to {directory}" in line

@@ -478,8 +478,12 @@ def _of_first_process(value: int) -> int:
 
 
 def _is_worth_reading(record: Any) -> bool:
-  """Of log records: Orbax tells at INFO level about every thread of every save."""
-  return record.levelname != "INFO" or "/orbax/" not in record.pathname
+  """Of log records: Orbax tells at INFO level about every thread of every save. Of what it raises
+  the line is enough: who catches it tells of it, and keeps where it came from."""
+  if "/orbax/" not in record.pathname:
+    return True
+  record.exc_info = None
+  return record.levelname != "INFO"
 
 
 @functools.cache
