@@ -148,6 +148,19 @@ def test_a_clock_that_was_set_back_between_two_starts_costs_no_time(tmp_path):
   assert share == pytest.approx(seconds["step"] / sum(seconds.values()), abs=1e-3)
 
 
+def test_a_full_disk_does_not_hide_the_error_that_ends_a_run(tmp_path):
+  clock = _Clock()
+
+  def end_on_a_full_disk():
+    with _begin(tmp_path, clock, resume=0) as events, open("/dev/full", "wb") as full:
+      os.dup2(full.fileno(), events._file.fileno())
+      clock.at += 10
+      raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    end_on_a_full_disk()
+
+
 def test_only_the_steps_of_a_line_that_are_done_again_are_lost(tmp_path):
   lines = [
     {"time": 0.0, "kind": "start"},

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 
 from train.goodput import HEARTBEAT, JSONL, Activity, read
 
@@ -142,16 +143,22 @@ class Events:
     self._is_open = False
     self._closing.set()
     self._thread.join()
-    self._flush({})
-    self._write({"time": self._last, "kind": "end", "outcome": outcome})
-    self._file.close()
     os.close(self._beat)
+    with self._file:
+      self._flush({})
+      self._write({"time": self._last, "kind": "end", "outcome": outcome})
 
   def __enter__(self) -> "Events":
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    self.end("interrupted" if kind is None else kind.__name__)
+    try:
+      self.end("interrupted" if kind is None else kind.__name__)
+    except OSError as error:
+      # On a full disk the error that is on its way out says more; this one must not hide it.
+      if kind is None:
+        raise
+      logging.error("%s: %s", self._folder / JSONL, error.strerror)
 
   def _switch(self, activity: Activity, more: Mapping[str, Any] | None = None) -> None:
     if self._is_open:
