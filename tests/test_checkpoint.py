@@ -354,6 +354,29 @@ def test_a_failed_save_fails_the_run_at_the_next_step(directory, monkeypatch):
   assert not list(directory.glob("*tmp*"))
 
 
+def test_a_failed_save_that_ends_a_run_is_told_once(directory, monkeypatch, caplog):
+  errors = [RuntimeError("broken"), RuntimeError("broken")]
+
+  def end_with_a_failed_save():
+    with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+      checkpoints.save(2, _state(2), {}, kind="permanent")
+      sound = checkpoints._checkpointer.wait_until_finished
+
+      # Orbax raises it again, when the checkpoints are closed.
+      def broken():
+        if errors:
+          raise errors.pop()
+        sound()
+
+      monkeypatch.setattr(checkpoints._checkpointer, "wait_until_finished", broken)
+      checkpoints.wait()
+
+  with pytest.raises(SaveFailedError, match="step 2 could not be written"):
+    end_with_a_failed_save()
+  assert not errors
+  assert "could not be written" not in caplog.text
+
+
 @pytest.mark.parametrize("call", ["due", "save", "latest", "close"])
 def test_no_call_goes_on_after_a_failed_save(directory, monkeypatch, call):
   def broken(path):

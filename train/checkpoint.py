@@ -270,7 +270,8 @@ class Checkpoints:
       # The error that is on its way out matters more; this one must not hide it.
       if kind is None:
         raise
-      logging.error("%s", error)
+      if not issubclass(kind, SaveFailedError):  # else it is the same one, told again
+        logging.error("%s", error)
 
   def _last_complete(self) -> str:
     """For people, so that it raises nothing: the place may be what has failed."""
