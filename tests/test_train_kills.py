@@ -127,9 +127,11 @@ def test_told_to_stop_it_saves_and_says_start_me_again(commands, undisturbed, nu
   assert status == 0, output
   assert f"restored step {stopped_at}" in output
   assert _losses(workdir) == expected
+  (workdir / "loss.png").unlink()  # as when it was killed after its last checkpoint
   status, output = commands.run("launch.train", _arguments(folder, number.name), folder / "output")
   assert status == 0
   assert "the run is complete" in output
+  assert (workdir / "loss.png").exists()
 
 
 def test_told_to_stop_by_several_at_one_moment_it_saves(commands, undisturbed):

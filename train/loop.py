@@ -40,6 +40,8 @@ from train.whole_file import write_whole
 
 Outcome = Literal["complete", "stopped"]
 
+_PICTURE = "loss.png"
+
 
 def fit(
   run: Run,
@@ -102,6 +104,7 @@ def fit(
       if step >= (last := _last_step(run, bad_steps)):
         logging.info("the run is complete: step %d of %d", step, last)
         events.end("complete")
+        _draw(workdir)  # it may have been killed after its last checkpoint
         return "complete"
       events.resume(step)
       metrics = Metrics(
@@ -120,10 +123,9 @@ def fit(
         except RollBack as back:
           bad_steps.pass_over(back, checkpoint=checkpoints.latest() or 0)
     events.end(outcome)
-  if jax.process_index() == 0:
-    plot_losses(workdir / JSONL, workdir / "loss.png")
+  _draw(workdir)
   ended = "stopped, the same command goes on" if outcome == "stopped" else outcome
-  logging.info("%s; metrics: %s, picture: %s", ended, workdir / JSONL, workdir / "loss.png")
+  logging.info("%s; metrics: %s, picture: %s", ended, workdir / JSONL, workdir / _PICTURE)
   return outcome
 
 
@@ -307,6 +309,11 @@ def within_the_data(run: Run) -> Run:
     return run
   logging.info("the data ends after %d steps, total_steps was %d", available, run.total_steps)
   return dataclasses.replace(run, total_steps=available)
+
+
+def _draw(workdir: pathlib.Path) -> None:
+  if jax.process_index() == 0:
+    plot_losses(workdir / JSONL, workdir / _PICTURE)
 
 
 def _about(program: Program) -> dict[str, Any]:
