@@ -9,6 +9,7 @@ a bucket, which it asks for the newest checkpoint.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -69,7 +70,8 @@ def main() -> int:
   history.step = newest_step(options.workdir)
   signals = _Signals()
   while True:
-    (folder / "failure.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what is wrong with the folder, the command tells
+      (folder / "failure.json").unlink()
     status = signals.run(options.command)
     if status == 0:
       return 0

@@ -73,6 +73,13 @@ def test_what_cannot_be_run_is_not_started_again(tmp_path):
   assert process.returncode == 2
 
 
+def test_what_is_wrong_with_a_workdir_is_told_by_the_command(tmp_path):
+  (tmp_path / "file").write_text("")
+  process = _supervise(tmp_path / "file", command=["bash", "-c", "echo no folder; exit 2"])
+  assert "no folder" in process.communicate(timeout=60)[0]
+  assert process.returncode == 2
+
+
 def test_restarts_are_counted_since_the_last_progress():
   history = History(max_restarts=2, backoff_seconds=1.0, max_backoff_seconds=3.0)
   assert history.after(1, 10, None) == 1.0
