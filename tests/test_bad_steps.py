@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.pipeline import DataConfig
+from train import replay
 from train.bad_steps import BadStepError, BadStepPolicy, BadSteps, RollBack
 from train.step import NO_LIMITS
 
@@ -61,6 +62,12 @@ def test_rollbacks_to_one_checkpoint_end_and_the_next_checkpoint_counts_anew(tmp
   (tmp_path / "passed_over.json").write_text("{")
   with pytest.raises(ValueError, match=r"passed_over.json cannot be read .*mend it, or move it"):
     bad_steps.begin(0, None)
+
+
+def test_what_the_run_told_of_a_step_is_found_among_lines_of_others(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"epoch": 3}\n{"step": 4, "train/loss": 2.5}\n')
+  assert replay._found(tmp_path, 4).told == 2.5
+  assert replay._found(tmp_path, 3).told is None
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def _read_first(workdir: pathlib.Path, step: int) -> str:
   told = [
     record["train/loss"]
     for record in read_jsonl(workdir / JSONL)
-    if record["step"] == step and "train/loss" in record
+    if record.get("step") == step and "train/loss" in record
   ]
   return json.dumps([told[-1] if told else None, None, None])
 
