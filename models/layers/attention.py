@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels import halo, local_attention
-from models.layers.projection import project
+from models.layers.projection import add_bias, project
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import normal, param, zeros
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
       )
       y_BTNH = attend(q_BTNH, k_BSH, v_BSH, segments.document_BT, document_BS)
       y_BTD = project(y_BTNH, self.w_out_NHD[...].astype(dtype), inputs=2)
-      return y_BTD + self.b_out_D[...].astype(dtype), state
+      return add_bias(y_BTD, self.b_out_D[...]), state
 
 
 def _attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window, implementation):

@@ -1,9 +1,12 @@
 """The token embedding, tied with the unembedding, and logits for those who want them whole."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.varying import varying_alike
 from models.param import normal, param
 from sharding import logical
 
@@ -28,12 +31,35 @@ def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
   row."""
   axis = logical.mesh_axis("vocab")
   if axis is None:
-    return table_VD[tokens_BT]
+    return _rows(table_VD, tokens_BT)
   shard_size = table_VD.shape[0]
   local_BT = tokens_BT - jax.lax.axis_index(axis) * shard_size
   is_here_BT1 = ((local_BT >= 0) & (local_BT < shard_size))[..., None]
-  rows_BTD = table_VD[jnp.clip(local_BT, 0, shard_size - 1)]
+  rows_BTD = _rows(table_VD, jnp.clip(local_BT, 0, shard_size - 1))
   return jax.lax.psum(jnp.where(is_here_BT1, rows_BTD, 0), axis)
+
+
+def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  """table[tokens]. A frequent token's gradient is a sum of thousands: float32, rounded once."""
+  return cast(jax.Array, _take(*varying_alike(table_VD, tokens_BT)))
+
+
+@jax.custom_vjp
+def _take(table_VD, tokens_BT):
+  return table_VD[tokens_BT]
+
+
+def _take_forward(table_VD, tokens_BT):
+  return table_VD[tokens_BT], (table_VD, tokens_BT)
+
+
+def _take_backward(kept, dx_BTD):
+  table_VD, tokens_BT = kept
+  sums_VD = jnp.zeros_like(table_VD, jnp.float32).at[tokens_BT].add(dx_BTD.astype(jnp.float32))
+  return sums_VD.astype(table_VD.dtype), None
+
+
+_take.defvjp(_take_forward, _take_backward)
 
 
 def cap_logits(x_BTD: jax.Array, unembed_VD: jax.Array, logit_cap: float | None) -> jax.Array:

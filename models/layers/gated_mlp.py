@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from models.layers.gelu import gated_gelu
-from models.layers.projection import branches, project
+from models.layers.projection import add_bias, branches, project
 from models.param import normal, param, zeros
 
 
@@ -46,8 +46,8 @@ class GatedMLP(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = x_BTD.dtype
     with jax.named_scope("mlp"):
-      w_up_D2F, b_up_2F = self.w_up_D2F[...].astype(dtype), self.b_up_2F[...].astype(dtype)
-      gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, b_up_2F, axis="mlp")
+      w_up_D2F = self.w_up_D2F[...].astype(dtype)
+      gate_BTF, up_BTF = branches(x_BTD, w_up_D2F, self.b_up_2F[...], axis="mlp")
       gated_BTF = gated_gelu(gate_BTF, up_BTF)
       y_BTD = project(gated_BTF, self.w_down_FD[...].astype(dtype))
-      return y_BTD + self.b_down_D[...].astype(dtype)
+      return add_bias(y_BTD, self.b_down_D[...])

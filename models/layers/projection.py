@@ -29,6 +29,11 @@ def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
   return y_RO.reshape(*x_BTI.shape[:2], *w_IO.shape[inputs:])
 
 
+def add_bias(y_BTO: jax.Array, b_O: jax.Array) -> jax.Array:
+  """y + b, in the dtype of y. The gradient of b is summed over tokens and devices in float32."""
+  return (y_BTO.astype(jnp.float32) + b_O.astype(jnp.float32)).astype(y_BTO.dtype)
+
+
 def branches(
   x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array, *, axis: str
 ) -> tuple[jax.Array, ...]:
@@ -43,7 +48,7 @@ def branches(
   is_split = logical.is_split() and logical.num_shards(axis) > 1
   products = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
   return tuple(
-    checkpoint_name(y_BTF, "projection") + b_F
+    add_bias(checkpoint_name(y_BTF, "projection"), b_F)
     for y_BTF, b_F in zip(cast(list[jax.Array], products), b_KF, strict=True)
   )
 

@@ -27,7 +27,7 @@ from flax import nnx
 from kernels import block_diagonal, halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
-from models.layers.projection import branches, project
+from models.layers.projection import add_bias, branches, project
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
@@ -129,13 +129,13 @@ class RecurrentBlock(nnx.Module):
     if state is None:
       state = self.initial_state(x_BTD.shape[0], 0, dtype)
     with jax.named_scope("recurrent"):
-      w_in_D2R, b_in_2R = self.w_in_D2R[...].astype(dtype), self.b_in_2R[...].astype(dtype)
-      gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, b_in_2R, axis="rnn")
+      w_in_D2R = self.w_in_D2R[...].astype(dtype)
+      gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, self.b_in_2R[...], axis="rnn")
       gelu_BTR = jax.nn.gelu(gate_BTR, approximate=True)
       conv_BTR = self._conv(in_BTR, segments, state)
       h_BTR, h_BR = self._recur(conv_BTR, segments, state)
       y_BTD = project(gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
-      y_BTD += self.b_out_D[...].astype(dtype)
+      y_BTD = add_bias(y_BTD, self.b_out_D[...])
     if not has_state:
       return y_BTD, None
     time = x_BTD.shape[1]
@@ -163,8 +163,8 @@ class RecurrentBlock(nnx.Module):
         segments.document_BT,
         state.conv_BKR,
         state.document_BK,
-        self.w_conv_KR[...].astype(x_BTR.dtype),
-        self.b_conv_R[...].astype(x_BTR.dtype),
+        self.w_conv_KR[...].astype(jnp.float32),
+        self.b_conv_R[...].astype(jnp.float32),
       )
 
   def _recur(
@@ -207,7 +207,10 @@ class RecurrentBlock(nnx.Module):
 
 
 def _convolve(x_BTR, document_BT, before_BKR, before_BK, w_KR, b_R):
-  """The convolution of one shard of the row; `before` is what stands before the row."""
+  """The convolution of one shard of the row; `before` is what stands before the row.
+
+  Sums are float32: those of the outputs and, over all tokens, the gradients of w and b.
+  """
   axis_name, history = logical.mesh_axis("time"), before_BK.shape[1]
   time = x_BTR.shape[1]
   if axis_name is not None:
@@ -221,11 +224,12 @@ def _convolve(x_BTR, document_BT, before_BKR, before_BK, w_KR, b_R):
     before_BK = neighbour(document_BT[:, time - history :], edge=before_BK)
   x_BSR = jnp.concatenate([before_BKR, x_BTR], axis=1)
   document_BS = jnp.concatenate([before_BK, document_BT], axis=1)
-  y_BTR = x_BTR * w_KR[history] + b_R
+  y_BTR = x_BTR.astype(jnp.float32) * w_KR[history] + b_R
   for tap in range(history):
     same_BT1 = (document_BS[:, tap : tap + time] == document_BT)[..., None]
-    y_BTR += jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0) * w_KR[tap]
-  return y_BTR
+    tap_BTR = jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0)
+    y_BTR += tap_BTR.astype(jnp.float32) * w_KR[tap]
+  return y_BTR.astype(x_BTR.dtype)
 
 
 def _recur(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, *, implementation):
