@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -44,6 +45,9 @@ class Rules:
   gradients    as they are summed up, and as the optimizer reads them
   moments      the optimizer's state, as it lies between steps
   activations  what `constrain` and `on_shards` name
+
+  float32_sums: gradients of parameters are summed over devices in float32, and not in the dtype
+  that layers compute in; twice the bytes then travel.
   """
 
   parameters: Table
@@ -51,10 +55,11 @@ class Rules:
   gradients: Table
   moments: Table
   activations: Table
+  float32_sums: bool = False
 
   def __hash__(self) -> int:
     tables = (self.parameters, self.compute, self.gradients, self.moments, self.activations)
-    return hash(tuple(frozenset(table.items()) for table in tables))
+    return hash((*(frozenset(table.items()) for table in tables), self.float32_sums))
 
 
 def spec(
@@ -215,7 +220,8 @@ def on_shards(
 
   `in_axes` is a tuple with the activation axes of each argument, `out_axes` those of the result,
   or a tuple of them for several. Differentiable in every argument: the gradient of one that is
-  whole on several devices is the sum over them. Inside, `mesh_axis(name)` is what to sum over.
+  whole on several devices is the sum over them, where rows are split in float32 if the rules say
+  so. Inside, `mesh_axis(name)` is what to sum over.
 
   check_vma=True lets JAX track over which axes values differ between devices. Every argument counts
   as different over all axes that any argument is split over, so that its gradient is summed once
@@ -236,31 +242,48 @@ def on_shards(
     else tuple(_inside_spec(axes, placed) for axes in out_axes)
   )
 
-  split = {axis for layout in in_specs for entry in layout for axis in _as_tuple(entry)}
+  split = set[str]().union(*map(_axes_of, in_specs))
+  activations = placed.rules.activations
+  rows = {axis for name in ("batch", "time") for axis in _as_tuple(activations.get(name))}
 
-  def body(*arguments: Any) -> Any:
-    if check_vma:
-      arguments = tuple(
-        _varying(x, split, layout) for x, layout in zip(arguments, in_specs, strict=True)
-      )
-    with _ambient(placed._replace(is_inside=True)):
-      return f(*arguments)
-
-  mapped = jax.shard_map(
-    body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
-  )
+  def is_summed(x: jax.Array, layout: PartitionSpec) -> bool:
+    """Whether x has a gradient that is a sum over devices with other rows."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating) and rows & split - _axes_of(layout))
 
   def checked(*arguments: Any) -> Any:
     for axes, argument in zip(in_axes, arguments, strict=True):
       spec(axes, placed.rules.activations, shape=argument.shape, mesh=mesh, name="activation")
-    return mapped(*arguments)
+    dtypes = [x.dtype for x in arguments]
+
+    def body(*arguments: Any) -> Any:
+      if check_vma:
+        arguments = tuple(
+          _varying(x, split, layout) for x, layout in zip(arguments, in_specs, strict=True)
+        )
+      arguments = tuple(x.astype(dtype) for x, dtype in zip(arguments, dtypes, strict=True))
+      with _ambient(placed._replace(is_inside=True)):
+        return f(*arguments)
+
+    if placed.rules.float32_sums:
+      # Narrowed again on the devices: of the two casts nothing is left but the gradient's dtype.
+      arguments = tuple(
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_summed(x, layout) else x
+        for x, layout in zip(arguments, in_specs, strict=True)
+      )
+    return jax.shard_map(
+      body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+    )(*arguments)
 
   return checked
 
 
+def _axes_of(layout: PartitionSpec) -> set[str]:
+  return {axis for entry in layout for axis in _as_tuple(entry)}
+
+
 def _varying(x: jax.Array, split: set[str], layout: PartitionSpec) -> jax.Array:
   """x, which lies as `layout`, marked as different over all axes of `split`."""
-  missing = split - {axis for entry in layout for axis in _as_tuple(entry)}
+  missing = split - _axes_of(layout)
   return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
@@ -277,6 +300,12 @@ def is_split() -> bool:
   """Whether whole arrays may lie on several devices."""
   placed = _placed()
   return placed is not None and placed.mesh.size > 1
+
+
+def sums_are_float32() -> bool:
+  """Whether whole arrays lie on several devices, and their gradients' sums are to be float32."""
+  placed = _placed()
+  return placed is not None and placed.mesh.size > 1 and placed.rules.float32_sums
 
 
 def num_shards(name: str) -> int:

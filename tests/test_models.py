@@ -16,6 +16,8 @@ from models.hawk import hawk
 from models.layers import attention, rg_lru
 from models.sizes import SIZES
 from models.transformer import mqa_transformer
+from sharding import logical, rules
+from sharding.mesh import MeshShape, make_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -159,12 +161,15 @@ def test_flops_are_those_that_the_compiler_counts(family):
 # Of a Hawk block's seven products (two in, gates, out, two up, down), "none" and "matmuls" make
 # that of the gates again, "block" all but the last, whose result no gradient needs.
 @pytest.mark.parametrize(("remat", "again"), [("none", 1), ("matmuls", 1), ("block", 6)])
-def test_remat_makes_again_the_products_that_it_says(remat, again):
+@pytest.mark.parametrize("float32_sums", [False, True])
+def test_remat_makes_again_the_products_that_it_says(remat, again, float32_sums):
   config = dataclasses.replace(TINY["hawk"], remat=remat, layers="unroll")
   model = decoder.build(config)
-  tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+  tokens = jax.ShapeDtypeStruct((8, 32), jnp.int32)
   gradient = jax.grad(lambda params, tokens: model.logits(params, tokens, tokens).sum())
-  products = str(jax.make_jaxpr(gradient)(model.shapes, tokens)).count("dot_general[")
+  layout = dataclasses.replace(rules.ZERO3, float32_sums=float32_sums)
+  with logical.placement(make_mesh(MeshShape(data=8)), layout):
+    products = str(jax.make_jaxpr(gradient)(model.shapes, tokens)).count("dot_general[")
   unembedding = 3
   assert products == unembedding + config.num_blocks * (3 * 7 + again)
 

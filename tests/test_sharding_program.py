@@ -20,6 +20,7 @@ from models import decoder
 from models.griffin import griffin
 from sharding import collectives, logical, rules
 from sharding.mesh import MeshShape, make_mesh
+from tests.jaxprs import equations
 from train.optimizer import AdamW, Constant, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.step import NO_LIMITS, train_step
@@ -317,16 +318,6 @@ def test_replicas_exchange_gradients_and_nothing_else():
   assert _num_params() <= moved < 1.1 * (_num_params() + _VOCAB * _WIDTH)
 
 
-def _equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in equation.params.values():
-      for inner in value if isinstance(value, (tuple, list)) else [value]:
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from _equations(inner)
-
-
 def test_activations_and_gathered_matrices_are_bfloat16_on_the_wire():
   """From what is asked of the compiler: XLA for CPU sends bfloat16 as float32."""
   model, mesh = _model(dtype="bfloat16"), make_mesh(_ALL_AXES.mesh)
@@ -335,7 +326,7 @@ def test_activations_and_gathered_matrices_are_bfloat16_on_the_wire():
     jaxpr = jax.make_jaxpr(model.apply)(model.shapes, tokens_BT, tokens_BT)
   moved = [
     equation.outvars[0].aval
-    for equation in _equations(jaxpr.jaxpr)
+    for equation in equations(jaxpr.jaxpr)
     if equation.primitive.name in ("sharding_constraint", "linear_call", "psum_invariant")
   ]
   matrices = [aval for aval in moved if math.prod(aval.shape) >= _WIDTH * 16]

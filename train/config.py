@@ -20,6 +20,9 @@ class Run:
   """What `python -m launch.train` runs. `batch_size` is in rows, over all devices and microbatches.
 
   zero_stage: what is split over the mesh axis `fsdp`: 1 moments, 2 gradients too, 3 parameters too.
+  gradient_sums: in what gradients are summed over devices, "activations" (the dtype of those, as
+  layers compute) or "float32", for twice the bytes. Sums on a device and of microbatches are
+  float32.
   z_loss multiplies the mean of log(Z)^2. eval_every and total_steps are in optimizer steps.
   """
 
@@ -35,6 +38,7 @@ class Run:
   eval_every: int = 500
   mesh: MeshShape = MeshShape()
   zero_stage: Literal[1, 2, 3] = 3
+  gradient_sums: Literal["activations", "float32"] = "activations"
   checkpoint: CheckpointConfig = CheckpointConfig()
   metrics: MetricsConfig = MetricsConfig()
   statistics: StatisticsConfig = StatisticsConfig()
@@ -53,6 +57,10 @@ class Run:
       )
     if self.zero_stage not in (1, 2, 3):
       raise ValueError(f"Run: zero_stage {self.zero_stage} is none of 1, 2, 3")
+    if self.gradient_sums not in ("activations", "float32"):
+      raise ValueError(
+        f"Run: gradient_sums {self.gradient_sums!r} is none of 'activations', 'float32'"
+      )
     if not 0 <= self.z_loss < float("inf"):
       raise ValueError(f"Run: z_loss {self.z_loss} must not be negative, and finite")
     if not 0 <= self.seed < 2**32:

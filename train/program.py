@@ -1,5 +1,6 @@
 """A run laid out on a mesh: its model, optimizer and layouts, and the steps compiled for them."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +53,9 @@ def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
   """
   mesh = make_mesh(run.mesh, devices=devices)
   check_fits(run, mesh)
-  table = ZERO_STAGES[run.zero_stage]
+  table = dataclasses.replace(
+    ZERO_STAGES[run.zero_stage], float32_sums=run.gradient_sums == "float32"
+  )
   device = mesh.devices.flat[0]
   platform, chip = device.platform, xla_flags.key_of(device.device_kind)
   flags = run.xla_flags.resolved(chip)

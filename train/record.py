@@ -26,6 +26,7 @@ MAY_CHANGE = (
   "optimizer*",  # but for moment_dtype: the arrays of the checkpoint have one
   "mesh*",
   "zero_stage",
+  "gradient_sums",
   "checkpoint*",
   "metrics*",
   "statistics*",

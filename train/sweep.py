@@ -28,6 +28,7 @@ NO_EFFECT = (
   "name",
   "mesh*",
   "zero_stage",
+  "gradient_sums",
   "num_microbatches",
   "checkpoint*",
   "metrics*",

@@ -144,11 +144,12 @@ def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, 
   elif mesh.fsdp > 1:
     # New parameters, from the shards that the moments' owners updated.
     add("all-gather", ("fsdp",), 1, state.parameters)
+  sums = used * (_FLOAT32 / size if run.gradient_sums == "float32" else 1.0)
   if run.zero_stage == 1:
-    add("all-reduce", ("data", "fsdp", "sequence"), parts * blocks, parts * used)
+    add("all-reduce", ("data", "fsdp", "sequence"), parts * blocks, parts * sums)
   else:
-    add("reduce-scatter", ("fsdp",), parts * blocks, parts * used)
-    add("all-reduce", ("data", "sequence"), parts * blocks, parts * used / mesh.fsdp)
+    add("reduce-scatter", ("fsdp",), parts * blocks, parts * sums)
+    add("all-reduce", ("data", "sequence"), parts * blocks, parts * sums / mesh.fsdp)
   # Megatron: behind each half of a block forward and backward, behind the mixer once more where it
   # is computed again, and behind the embedding.
   times = 4 + (run.model.remat == "block")

@@ -22,11 +22,35 @@ def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
   I and O each stand for one or more dimensions: [B, T, D] with [D, 2, F] gives [B, T, 2, F], and
   [B, T, N, H] with [N, H, D] and inputs=2 gives [B, T, D].
   """
+  if logical.sums_are_float32():
+    # By its name a remat policy keeps it, which does not see products in a custom gradient.
+    return checkpoint_name(_summed_in_float32(x_BTI, w_IO, inputs), "projection")
   if logical.is_split():
     return jnp.tensordot(x_BTI, w_IO, inputs)
   size = math.prod(w_IO.shape[:inputs])
   y_RO = x_BTI.reshape(-1, size) @ w_IO.reshape(size, -1)
   return y_RO.reshape(*x_BTI.shape[:2], *w_IO.shape[inputs:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _summed_in_float32(x_BTI: jax.Array, w_IO: jax.Array, inputs: int) -> jax.Array:
+  """The product, whose gradient dw is float32 until devices with other rows have summed theirs."""
+  return jnp.tensordot(x_BTI, w_IO, inputs)
+
+
+def _summed_in_float32_forward(x_BTI, w_IO, inputs):
+  return _summed_in_float32(x_BTI, w_IO, inputs), (x_BTI, w_IO)
+
+
+def _summed_in_float32_backward(inputs, kept, dy_BTO):
+  x_BTI, w_IO = kept
+  outputs = (tuple(range(2, dy_BTO.ndim)), tuple(range(inputs, w_IO.ndim)))
+  dx_BTI = jnp.tensordot(dy_BTO, w_IO, axes=outputs)
+  dw_IO = jnp.tensordot(x_BTI, dy_BTO, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+  return dx_BTI, dw_IO.astype(w_IO.dtype)
+
+
+_summed_in_float32.defvjp(_summed_in_float32_forward, _summed_in_float32_backward)
 
 
 def add_bias(y_BTO: jax.Array, b_O: jax.Array) -> jax.Array:
