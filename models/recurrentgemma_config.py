@@ -168,7 +168,7 @@ def to_json(config: DecoderConfig) -> dict[str, Any]:
     "head_dim": config.width // num_heads,
     "hidden_size": config.width,
     "intermediate_size": 2 * mlp_width,
-    "logits_soft_cap": config.logit_cap,
+    "logits_soft_cap": float(config.logit_cap),  # transformers refuses 30 where it means 30.0
     "num_attention_heads": num_heads,
     "num_hidden_layers": config.num_blocks,
     "torch_dtype": config.param_dtype,

@@ -153,6 +153,11 @@ def test_loading_gives_back_what_was_saved(config, tmp_path):
   _assert_trees_equal(loaded, params)
 
 
+def test_a_cap_given_as_a_whole_number_is_saved_as_transformers_reads_it():
+  settings = recurrentgemma_config.to_json(dataclasses.replace(CONFIGS["ours"], logit_cap=30))
+  assert json.dumps(settings["logits_soft_cap"]) == "30.0"
+
+
 def test_dtypes_are_as_stored_or_as_asked():
   config, params = recurrentgemma_hf.load(FOLDER / "sharded")
   assert config.dtype == config.param_dtype == "bfloat16"
