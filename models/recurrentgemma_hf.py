@@ -54,7 +54,8 @@ def load(
   _check_names(directory, set(views), set(stored) - {"lm_head.weight"})
   for name, view in views.items():
     tensor = stored[name].read(view.shape)
-    if param_dtype == "as_stored" and view.dtype.itemsize < tensor.dtype.itemsize:
+    # Not by their sizes: float16 has as many bytes as bfloat16 and more bits of precision.
+    if param_dtype == "as_stored" and view.dtype == "bfloat16" != _DTYPES[stored[name].dtype]:
       raise ValueError(
         f"{stored[name].path}: {name} is {tensor.dtype} where the embedding is {stored_dtype}; "
         "give load(param_dtype='float32') to keep every bit, or 'bfloat16' to round"

@@ -187,6 +187,18 @@ def test_no_bit_is_rounded_away_unasked(tmp_path):
   assert params["groups"]["0"]["mixer"]["w_gates_GI2J"].dtype == ml_dtypes.bfloat16
 
 
+def test_float16_beside_bfloat16_is_not_rounded_unasked(tmp_path):
+  directory = _copy("single", tmp_path)
+
+  def halves(tensors):
+    for name, array in tensors.items():
+      tensors[name] = array.astype(np.float16 if name == GATE else ml_dtypes.bfloat16)
+
+  _edit_tensors(directory, halves)
+  with pytest.raises(ValueError, match=r"input_gate_weight is float16 where the embedding is bf"):
+    recurrentgemma_hf.load(directory)
+
+
 def test_float16_is_widened(tmp_path):
   directory = _copy("single", tmp_path)
   tensors = {}
