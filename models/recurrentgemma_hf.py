@@ -215,10 +215,14 @@ def _stored_tensors(directory: pathlib.Path) -> dict[str, _Stored]:
   weight_map = _read_json(index).get("weight_map")
   if not isinstance(weight_map, dict):
     raise ValueError(f"{index}: weight_map is missing")
-  stored: dict[str, _Stored] = {}
-  for file in sorted(set(weight_map.values())):
+  for name, file in weight_map.items():
+    if not isinstance(file, str):
+      raise ValueError(f"{index}: weight_map has {file!r} for {name}; it must name a file")
+    # All of them first: a file that is there would seem to hold tensors of the one that is not.
     if not (directory / file).is_file():
       raise ValueError(f"{index}: names {file}, which does not exist")
+  stored: dict[str, _Stored] = {}
+  for file in sorted(set(weight_map.values())):
     of_file = _tensors_of_file(directory / file)
     indexed = {name for name, where in weight_map.items() if where == file}
     _check_names(directory / file, indexed, set(of_file), source=_INDEX)

@@ -294,6 +294,24 @@ def test_broken_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("file", "message"),
+  [
+    ("renamed.safetensors", r"names renamed\.safetensors, which does not exist"),
+    (3, rf"weight_map has 3 for {GATE}; it must name a file"),
+    (["a"], rf"weight_map has \['a'\] for {GATE}; it must name a file"),
+  ],
+)
+def test_an_index_that_names_no_file_is_named(file, message, tmp_path):
+  directory = _copy("sharded", tmp_path)
+  index = directory / "model.safetensors.index.json"
+  contents = json.loads(index.read_text())
+  contents["weight_map"][GATE] = file
+  index.write_text(json.dumps(contents))
+  with pytest.raises(ValueError, match=rf"index\.json: {message}"):
+    recurrentgemma_hf.load(directory)
+
+
+@pytest.mark.parametrize(
   ("key", "value"),
   [
     ("model_type", "gemma"),
