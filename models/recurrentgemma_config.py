@@ -68,7 +68,7 @@ def from_json(settings: dict[str, Any], *, source: pathlib.Path, dtype: DType) -
   width, num_heads = integer("hidden_size"), integer("num_attention_heads")
   if settings.get("head_dim", width // num_heads) != width // num_heads:
     raise ValueError(
-      f"{source}: head_dim {settings['head_dim']} must be hidden_size // num_attention_heads, "
+      f"{source}: head_dim {settings['head_dim']!r} must be hidden_size // num_attention_heads, "
       f"{width // num_heads}"
     )
   if integer("intermediate_size") % 2:
@@ -77,19 +77,30 @@ def from_json(settings: dict[str, Any], *, source: pathlib.Path, dtype: DType) -
       "width of the MLP"
     )
   cap = settings.get("logits_soft_cap")
-  if not isinstance(cap, int | float) or cap <= 0:
-    raise ValueError(f"{source}: logits_soft_cap {cap!r} must be a number above 0")
+  if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap < float("inf"):
+    raise ValueError(f"{source}: logits_soft_cap {cap!r} must be a finite number above 0")
 
   def mixer(kind: str) -> rg_lru.Config | attention.Config:
     match kind:
       case "recurrent":
+        rnn_width = width if settings.get("lru_width") is None else integer("lru_width")
+        if rnn_width % num_heads:
+          raise ValueError(
+            f"{source}: lru_width {rnn_width} must be divisible by num_attention_heads, "
+            f"{num_heads}: the gates have that many blocks"
+          )
         return rg_lru.Config(
-          rnn_width=width if settings.get("lru_width") is None else integer("lru_width"),
+          rnn_width=rnn_width,
           num_gate_blocks=num_heads,
           conv_taps=integer("conv1d_width"),
           decay_init="recurrentgemma",
         )
       case "attention":
+        if width < num_heads or width // num_heads % 4:
+          raise ValueError(
+            f"{source}: num_attention_heads {num_heads} makes heads of {width // num_heads} "
+            f"(hidden_size {width}); only multiples of 4 can be loaded: half is rotated, in pairs"
+          )
         return attention.Config(
           num_heads=num_heads,
           head_size=width // num_heads,

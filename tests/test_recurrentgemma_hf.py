@@ -324,6 +324,9 @@ def test_an_index_that_names_no_file_is_named(file, message, tmp_path):
     ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     ("logits_soft_cap", 0.0),
     ("logits_soft_cap", None),
+    ("logits_soft_cap", float("inf")),
+    ("logits_soft_cap", True),
+    ("lru_width", 25),
     ("head_dim", 16),
     ("intermediate_size", 81),
     ("hidden_size", "16"),
@@ -337,6 +340,16 @@ def test_a_setting_that_cannot_be_followed_is_named(key, value, tmp_path):
   directory = _copy("single", tmp_path)
   _edit_config(directory, **{key: value})
   with pytest.raises(ValueError, match=rf"config\.json: {key} "):
+    recurrentgemma_hf.load(directory)
+
+
+@pytest.mark.parametrize(("num_heads", "head_size"), [(3, 5), (32, 0)])
+def test_heads_that_cannot_be_rotated_are_named(num_heads, head_size, tmp_path):
+  directory = _copy("single", tmp_path)
+  _edit_config(directory, num_attention_heads=num_heads, head_dim=head_size, lru_width=96)
+  with pytest.raises(
+    ValueError, match=rf"config\.json: num_attention_heads {num_heads} makes heads of {head_size} "
+  ):
     recurrentgemma_hf.load(directory)
 
 
