@@ -29,6 +29,11 @@ _FIXED = {
 }
 # Absent, transformers takes another value than ours for these.
 _FIXED_AND_WRITTEN = ("model_type", "num_key_value_heads")
+# Read by attention alone: without it transformers writes its defaults, other than ours.
+_OF_ATTENTION = {
+  "num_key_value_heads", "attention_bias", "attention_dropout",
+  "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters",
+}  # fmt: skip
 _READ = {
   "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
   "head_dim", "lru_width", "conv1d_width", "attention_window_size", "logits_soft_cap",
@@ -47,8 +52,10 @@ def from_json(settings: dict[str, Any], *, source: pathlib.Path, dtype: DType) -
 
   ValueError names the key of `source` that we cannot follow.
   """
+  kinds = settings.get("block_types", settings.get("_block_types"))
+  unread = _OF_ATTENTION if isinstance(kinds, list) and "attention" not in kinds else set()
   for key, value in settings.items():
-    if key in _FIXED and value != _FIXED[key]:
+    if key in _FIXED and key not in unread and value != _FIXED[key]:
       raise ValueError(f"{source}: {key} {value!r} cannot be loaded, only {_FIXED[key]!r}")
     if key not in _FIXED and key not in _READ and key not in _IGNORED:
       raise ValueError(
@@ -56,7 +63,7 @@ def from_json(settings: dict[str, Any], *, source: pathlib.Path, dtype: DType) -
         "logits do not depend on it"
       )
   for key in _FIXED_AND_WRITTEN:
-    if key not in settings:
+    if key not in settings and key not in unread:
       raise ValueError(f"{source}: {key} is missing; only {_FIXED[key]!r} can be loaded")
 
   def integer(key: str) -> int:
@@ -108,7 +115,6 @@ def from_json(settings: dict[str, Any], *, source: pathlib.Path, dtype: DType) -
         )
     raise ValueError(f"{source}: block_types has {kind!r}; known are 'recurrent' and 'attention'")
 
-  kinds = settings.get("block_types", settings.get("_block_types"))
   if not isinstance(kinds, list) or not kinds:
     raise ValueError(f"{source}: block_types {kinds!r} must be a list of at least one kind")
   num_blocks = integer("num_hidden_layers")

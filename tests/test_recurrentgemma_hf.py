@@ -172,6 +172,16 @@ def test_dtypes_are_as_stored_or_as_asked():
   _assert_trees_equal(params32, widened)
 
 
+def test_settings_of_attention_do_not_matter_without_attention(tmp_path):
+  """transformers writes as many key-value heads as heads where a Hawk's maker gave none."""
+  directory = _copy("hawk", tmp_path)
+  _edit_config(directory, num_key_value_heads=2, rope_theta=1e6, attention_bias=True)
+  config, params = recurrentgemma_hf.load(directory)
+  expected_config, expected = recurrentgemma_hf.load(FOLDER / "hawk")
+  assert config == expected_config
+  _assert_trees_equal(params, expected)
+
+
 def test_no_bit_is_rounded_away_unasked(tmp_path):
   directory = _copy("single", tmp_path)
 
