@@ -55,6 +55,8 @@ def from_json(settings: dict[str, Any], *, source: pathlib.Path, dtype: DType) -
   kinds = settings.get("block_types", settings.get("_block_types"))
   unread = _OF_ATTENTION if isinstance(kinds, list) and "attention" not in kinds else set()
   for key, value in settings.items():
+    if key == "rope_parameters" and isinstance(value, dict | None):
+      value = _FIXED[key] | (value or {})  # transformers fills in what is left out
     if key in _FIXED and key not in unread and value != _FIXED[key]:
       raise ValueError(f"{source}: {key} {value!r} cannot be loaded, only {_FIXED[key]!r}")
     if key not in _FIXED and key not in _READ and key not in _IGNORED:

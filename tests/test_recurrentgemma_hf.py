@@ -172,6 +172,15 @@ def test_dtypes_are_as_stored_or_as_asked():
   _assert_trees_equal(params32, widened)
 
 
+@pytest.mark.parametrize(
+  "rope_parameters", [{"rope_type": "default", "rope_theta": 10_000.0}, {"rope_theta": 1e4}, None]
+)
+def test_rope_parameters_may_leave_defaults_out(rope_parameters, tmp_path):
+  directory = _copy("single", tmp_path)
+  _edit_config(directory, rope_parameters=rope_parameters, partial_rotary_factor=0.5)
+  assert recurrentgemma_hf.load(directory)[0] == recurrentgemma_hf.load(FOLDER / "single")[0]
+
+
 def test_settings_of_attention_do_not_matter_without_attention(tmp_path):
   """transformers writes as many key-value heads as heads where a Hawk's maker gave none."""
   directory = _copy("hawk", tmp_path)
@@ -332,6 +341,8 @@ def test_an_index_that_names_no_file_is_named(file, message, tmp_path):
     ("tie_word_embeddings", False),
     ("embeddings_scale_by_sqrt_dim", False),
     ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ("rope_parameters", {"rope_theta": 1e6}),
+    ("rope_parameters", "default"),
     ("logits_soft_cap", 0.0),
     ("logits_soft_cap", None),
     ("logits_soft_cap", float("inf")),
