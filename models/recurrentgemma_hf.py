@@ -44,6 +44,8 @@ def load(
   directory = pathlib.Path(directory)
   settings = _read_json(directory / "config.json")
   stored = _stored_tensors(directory)
+  if "embed_tokens.weight" in stored:  # the model without its head, which is tied anyway
+    stored = {f"model.{name}": tensor for name, tensor in stored.items()}
   embedding = stored.get("model.embed_tokens.weight")
   stored_dtype = _DTYPES.get(embedding.dtype, "float32") if embedding else "float32"
   dtype: Any = stored_dtype if param_dtype == "as_stored" else param_dtype

@@ -282,6 +282,22 @@ def test_a_stored_copy_of_the_tied_unembedding_is_no_error(tmp_path):
   )
 
 
+@pytest.mark.parametrize("name", ["single", "sharded"])
+def test_a_model_saved_without_its_head_is_loaded(name, tmp_path):
+  """RecurrentGemmaModel's own names, as save_pretrained of AutoModel writes them."""
+  directory = _copy(name, tmp_path)
+  for path in directory.glob("*.safetensors"):
+    tensors = safetensors.numpy.load_file(path)
+    headless = {key.removeprefix("model."): array for key, array in tensors.items()}
+    safetensors.numpy.save_file(headless, path, metadata={"format": "pt"})
+  for path in directory.glob("*.index.json"):
+    path.write_text(path.read_text().replace('"model.', '"'))
+  config, params = recurrentgemma_hf.load(directory)
+  expected_config, expected = recurrentgemma_hf.load(FOLDER / name)
+  assert config == expected_config
+  _assert_trees_equal(params, expected)
+
+
 def test_broken_files_are_named(tmp_path):
   with pytest.raises(ValueError, match=r"config\.json does not exist"):
     recurrentgemma_hf.load(tmp_path)
