@@ -91,7 +91,7 @@ def save(
   `generate` in transformers stops at and pads with. ValueError if RecurrentGemma cannot express the
   config, or the parameters are not the config's.
   """
-  directory = pathlib.Path(directory)
+  directory = pathlib.Path(directory).resolve()  # what a link names is replaced, not the link
   settings = recurrentgemma_config.to_json(config) | {
     "bos_token_id": bos_token_id,
     "eos_token_id": eos_token_id,
@@ -100,6 +100,8 @@ def save(
   _check_params(config, params)
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise ValueError(f"save: {directory} exists and is not an empty directory; give a new one")
+  if directory == pathlib.Path.cwd():
+    raise ValueError(f"save: {directory} is the working directory; give a new one")
   views = _narrowed(config, _tensors(config, jax.tree.map(np.asarray, params)))
   directory.parent.mkdir(parents=True, exist_ok=True)
   partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")

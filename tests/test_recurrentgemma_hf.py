@@ -455,3 +455,22 @@ def test_a_save_is_whole_or_absent(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="is not an empty directory"):
     recurrentgemma_hf.save(tmp_path / "saved", config, params)
   recurrentgemma_hf.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["link", "dangling"])
+def test_a_link_is_followed_and_stays(name, tmp_path):
+  target = tmp_path / "target"
+  if name == "link":
+    target.mkdir()
+  (tmp_path / name).symlink_to("target")
+  config = CONFIGS["ours_hawk"]
+  recurrentgemma_hf.save(tmp_path / name, config, spread_params(config, seed=0))
+  assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
+  assert {path.name for path in tmp_path.iterdir()} == {name, "target"}
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = CONFIGS["ours_hawk"]
+  with pytest.raises(ValueError, match=f"{tmp_path} is the working directory"):
+    recurrentgemma_hf.save(".", config, spread_params(config, seed=0))
