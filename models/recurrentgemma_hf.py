@@ -4,8 +4,9 @@ Both directions use one list: `_tensors` names, by Hugging Face's names and in i
 our parameters; loading writes into the views and saving reads them, so neither can forget a tensor
 or turn it another way than the other. What cannot be said in the other format is refused by name.
 
-Two things to know before comparing with `transformers`: it has no document masks, and its attention
-sees one key less than ours where a row is longer than the window. For T <= window both agree.
+Two things to know before comparing with `transformers`: it has no document masks, and where a row
+is longer than the window its attention sees other keys than ours: one less in 5.23.0, all before in
+4.40.2 and 4.57.1 without a cache. For T <= window both agree.
 """
 
 import json
