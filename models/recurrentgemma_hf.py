@@ -66,7 +66,8 @@ def load(
     view[...] = tensor
   if "lm_head.weight" in stored:
     unembed_VD = stored["lm_head.weight"].read(views["model.embed_tokens.weight"].shape)
-    if not np.array_equal(unembed_VD, stored["model.embed_tokens.weight"].read(unembed_VD.shape)):
+    embed_VD = stored["model.embed_tokens.weight"].read(unembed_VD.shape)
+    if not np.array_equal(unembed_VD, embed_VD, equal_nan=True):
       raise ValueError(
         f"{directory}: lm_head.weight differs from model.embed_tokens.weight; only a tied "
         "unembedding can be loaded"

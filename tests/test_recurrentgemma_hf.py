@@ -243,6 +243,18 @@ def test_a_bfloat16_directory_is_saved_again_bit_for_bit(tmp_path):
   _assert_trees_equal(again, first)
 
 
+def test_a_tied_unembedding_with_a_nan_is_tied(tmp_path):
+  directory = _copy("hawk", tmp_path)
+
+  def with_nan(tensors):
+    tensors["model.embed_tokens.weight"][3, 2] = np.nan
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+  _edit_tensors(directory, with_nan)
+  _, params = recurrentgemma_hf.load(directory)
+  assert np.argwhere(np.isnan(params["embedding"]["table_VD"])).tolist() == [[3, 2]]
+
+
 def _reshaped(tensors):
   tensors[GATE] = tensors[GATE].reshape(12, 2, 12)
 
