@@ -5,16 +5,19 @@ laid out as a locked ml_collections ConfigDict, whose flags parse and check the 
 dataclasses are then built again, so that every check in them sees the final values.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -66,15 +69,7 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
 
 def load(spec: str) -> Run:
   """The run of "path/to/file.py" or "path/to/file.py:argument"."""
-  module, argument = load_module(spec)
-  if not hasattr(module, "get_config"):
-    raise ValueError(f"{_FLAG}={spec}: it has no function get_config")
-  arguments = (argument,) if argument else ()
-  try:
-    inspect.signature(module.get_config).bind(*arguments)
-  except TypeError as error:
-    raise ValueError(f"{_FLAG}={spec}: get_config of {spec.partition(':')[0]}: {error}") from error
-  run = module.get_config(*arguments)
+  run = ask(spec, "get_config")
   if not isinstance(run, Run):
     raise ValueError(
       f"{_FLAG}={spec}: get_config gave a {type(run).__name__}, not a train.config.Run"
@@ -82,9 +77,27 @@ def load(spec: str) -> Run:
   return run
 
 
-def load_module(spec: str) -> tuple[Any, str]:
-  """The config file of "path/to/file.py:argument" as a module, and the argument or ""."""
+def ask(spec: str, name: str) -> Any:
+  """What the function `name` of the config file "path/to/file.py:argument" gives for the argument,
+  if there is one; ValueError, with its line, for a file that cannot be run to its end."""
   path, _, argument = spec.partition(":")
+  with _as_value_errors(spec, path):
+    module = _module(spec, path)
+  function = getattr(module, name, None)
+  if function is None:
+    raise ValueError(f"{_FLAG}={spec}: it has no function {name}")
+  if not callable(function):
+    raise ValueError(f"{_FLAG}={spec}: {name} is a {type(function).__name__}, not a function")
+  arguments = (argument,) if argument else ()
+  try:
+    inspect.signature(function).bind(*arguments)
+  except TypeError as error:
+    raise ValueError(f"{_FLAG}={spec}: {name} of {path}: {error}") from error
+  with _as_value_errors(spec, path):
+    return function(*arguments)
+
+
+def _module(spec: str, path: str) -> types.ModuleType:
   if not pathlib.Path(path).is_file():
     raise ValueError(f"{_FLAG}={spec}: there is no file {path!r} (seen from the current folder)")
   module_spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
@@ -92,7 +105,26 @@ def load_module(spec: str) -> tuple[Any, str]:
     raise ValueError(f"{_FLAG}={spec}: {path!r} is not a Python file")
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
-  return module, argument
+  return module
+
+
+@contextlib.contextmanager
+def _as_value_errors(spec: str, path: str) -> Iterator[None]:
+  """Whatever the program at `path` raises as a ValueError that says where; its own go through."""
+  try:
+    yield
+  except ValueError:
+    raise
+  # A config is a program, and it may raise anything.
+  except Exception as error:
+    what, where = error, path
+    if isinstance(error, SyntaxError):
+      what, where = error.msg, f"{error.filename or path}, line {error.lineno}"
+    else:
+      own, frames = os.path.realpath(path), traceback.extract_tb(error.__traceback__)
+      lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == own]
+      where = f"{path}, line {lines[-1]}" if lines else path
+    raise ValueError(f"{_FLAG}={spec}: {type(error).__name__}: {what} ({where})") from error
 
 
 def to_config_dict(value: Any) -> Any:

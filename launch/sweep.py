@@ -28,7 +28,7 @@ import jax
 from absl import app, flags, logging
 
 from launch.console import log_for_people
-from launch.overrides import load_module, refuse
+from launch.overrides import ask, refuse
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
@@ -141,10 +141,7 @@ def _end(state: State, stopped: bool) -> int:
 
 
 def _points() -> tuple[Point, ...]:
-  module, argument = load_module(_CONFIG.value)
-  if not hasattr(module, "get_sweep"):
-    raise ValueError(f"--config={_CONFIG.value}: it has no function get_sweep")
-  points = module.get_sweep(argument) if argument else module.get_sweep()
+  points = ask(_CONFIG.value, "get_sweep")
   names = [point.name for point in points]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"--config={_CONFIG.value}: two runs are called {twice[0]!r}")

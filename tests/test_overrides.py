@@ -97,6 +97,24 @@ def test_an_argument_that_the_config_does_not_take_is_named():
     overrides.load("configs/smoke.py:big")
 
 
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:\n  pass\n", r"SyntaxError: .*config\.py, line 1\)"),
+    ("import no_such_module\n", r"ModuleNotFoundError: No module .*config\.py, line 1\)"),
+    ("def get_config():\n  return {}['x']\n", r"KeyError: 'x' \(.*config\.py, line 2\)"),
+    ("def get_config():\n  raise ValueError('width 3 is odd')\n", r"^width 3 is odd"),
+    ("get_config = 3\n", r"get_config is a int, not a function"),
+  ],
+)
+@pytest.mark.parametrize("name", ["get_config", "get_sweep"])
+def test_a_config_that_cannot_be_run_is_one_line_with_its_place(tmp_path, text, message, name):
+  path = tmp_path / "config.py"
+  path.write_text(text.replace("get_config", name))
+  with pytest.raises(ValueError, match=message.replace("get_config", name)):
+    overrides.ask(str(path), name)
+
+
 def test_numbers_that_are_none_are_refused(tmp_path):
   run = tiny.run(tmp_path)
   for name, value in {"seed": -1, "z_loss": float("nan")}.items():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch.overrides import load, load_module
+from launch.overrides import ask, load
 from models.flops import count_params, flops_per_token
 from sharding.topology import chip_named
 from tests import tiny
@@ -284,8 +284,7 @@ def test_a_plan_for_chips_has_time_and_cost(sweep):
 
 @pytest.mark.parametrize("grid", ["mini", "small", "isoflop", "optimal"])
 def test_the_shipped_grids_keep_their_promises(grid):
-  module, _ = load_module("configs/scaling.py")
-  points = module.get_sweep(grid)
+  points = ask(f"configs/scaling.py:{grid}", "get_sweep")
   assert len({point.name for point in points}) == len(points)
   by_size = {}
   for point in points:
@@ -314,7 +313,7 @@ def test_the_shipped_grids_keep_their_promises(grid):
       ]
       assert min(ratios) < 20 < max(ratios)
   last = points[-1]
-  assert module.get_config(f"{grid}/{last.name}") == last.run
+  assert load(f"configs/scaling.py:{grid}/{last.name}") == last.run
 
 
 def test_the_published_rules_are_as_published():
