@@ -31,7 +31,8 @@ from data import pipeline, token_store, vocabulary
 from data.pipeline import DataConfig
 from data.rows import Batch
 from launch import host, step_times
-from launch.overrides import refuse, run_app
+from launch.console import refuse
+from launch.overrides import run_app
 from models.flops import count_params
 from train import program as programs
 from train.config import Run

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from absl import flags, logging
 
 from data import pipeline, vocabulary
-from launch.console import log_for_people
-from launch.overrides import refuse, run_app
+from launch.console import log_for_people, refuse
+from launch.overrides import run_app
 from models.generate import generate
 from train import program as programs
 from train.checkpoint import restore

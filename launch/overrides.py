@@ -24,6 +24,7 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
+from launch.console import refuse
 from train.config import Run, flatten
 
 _FLAG = "--config"
@@ -242,11 +243,3 @@ def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
   if len(specs) != 1:
     raise ValueError(f"{_FLAG}=FILE.py[:ARG] must be given once, it is given {len(specs)} times")
   return load(specs[0]), rest
-
-
-def refuse(error: Exception) -> typing.NoReturn:
-  """One line on stderr and exit status 2; ml_collections quotes its messages and breaks lines."""
-  text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\", "")
-  line = ". ".join(part.strip() for part in text.split("\n"))
-  print(f"error: {line}", file=sys.stderr)
-  sys.exit(2)

@@ -28,7 +28,8 @@ import jax
 from absl import flags
 
 from launch import plan_text
-from launch.overrides import refuse, run_app
+from launch.console import refuse
+from launch.overrides import run_app
 from launch.plan_page import page
 from sharding import machine as machines
 from sharding.machine import Machine

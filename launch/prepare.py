@@ -2,7 +2,8 @@
 
 Reads .txt and .md (one document each) and .jsonl (one per line), also with .gz, .zst or .xz.
 Killed, it goes on when the same command is given again; finished, it says so and does nothing. What
-was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error, 130 by Ctrl-C.
+was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error, 2 a wrong flag, 130
+Ctrl-C.
 
 With --holdout_every=N, every N-th document, counted over all inputs in their order, goes whole into
 --holdout_output instead. With --seqio_task the documents are those of a seqio Task or Mixture, as
@@ -29,7 +30,7 @@ from data.encode import Settings
 from data.parts import Part, PartWriter
 from data.token_store import Writer
 from data.vocabulary import VocabularyRecord
-from launch.console import log_for_people
+from launch.console import log_for_people, parse_flags
 
 _INPUT = flags.DEFINE_multi_string("input", [], "Files or globs (** too); repeat it for more.")
 _OUTPUT = flags.DEFINE_string("output", None, "The token store to make.", required=True)
@@ -372,4 +373,4 @@ def _warn(what: str, made: list[Part], kind: str) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
+from launch.console import parse_flags, refuse
 from launch.families import best_layout, with_rows
-from launch.overrides import load, refuse
+from launch.overrides import load
 from sharding import machine as machines
 from train import plan as plans
 from train.plan import Plan
@@ -150,4 +151,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

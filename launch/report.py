@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import report_page
+from launch.console import parse_flags, refuse
 from launch.report_text import summary_lines
 from train import history
 
@@ -25,14 +26,18 @@ _OUTPUT = flags.DEFINE_string("output", None, "The page to write; report.html if
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) < 2:
-    _refuse("no run is given; give the workdir of at least one: python -m launch.report runs/smoke")
+    refuse(
+      ValueError(
+        "no run is given; give the workdir of at least one: python -m launch.report runs/smoke"
+      )
+    )
   if len(argv) == 2 and _is_sweep(pathlib.Path(argv[1])):
     _report_sweep(pathlib.Path(argv[1]))
     return
   try:
     runs = [history.read(folder) for folder in argv[1:]]
   except ValueError as error:
-    _refuse(str(error))
+    refuse(error)
   command = shlex.join(["python", "-m", "launch.report", *sys.argv[1:]])
   path = pathlib.Path(_OUTPUT.value or "report.html")
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,13 +59,8 @@ def _report_sweep(path: pathlib.Path) -> None:
   try:
     print("\n".join(scaling_report.report(path, output)))
   except ValueError as error:
-    _refuse(str(error))
-
-
-def _refuse(message: str) -> None:
-  print(f"error: {message}", file=sys.stderr)
-  sys.exit(2)
+    refuse(error)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -31,8 +31,9 @@ import jax
 from absl import app, flags
 
 from launch import line_chart, step_times, svg
+from launch.console import parse_flags, refuse
 from launch.families import FAMILIES, best_layout, with_rows
-from launch.overrides import load, refuse
+from launch.overrides import load
 from models.flops import count_params
 from sharding import machine as machines
 from sharding import topology
@@ -288,4 +289,4 @@ def _tell(found: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -27,8 +27,8 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
-from launch.console import log_for_people
-from launch.overrides import ask, refuse
+from launch.console import log_for_people, parse_flags, refuse
+from launch.overrides import ask
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
@@ -263,4 +263,4 @@ def _on_chips(point: Point, machine: Machine) -> Estimate:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -18,8 +18,8 @@ from absl import flags, logging
 
 from data import pipeline, vocabulary
 from launch import distributed, host
-from launch.console import log_for_people
-from launch.overrides import refuse, run_app
+from launch.console import log_for_people, refuse
+from launch.overrides import run_app
 from launch.rendezvous import MissingProcessError
 from train import faults, replay
 from train.bad_steps import BadStepError

@@ -92,3 +92,22 @@ def test_the_bench_prints_one_json_object(commands, tmp_path):
   assert tokens == pytest.approx(8 * 16, rel=1e-3)
   assert (told["config"], told["overrides"]) == ("tiny", {"statistics.every": 10})
   assert 0 < told["statistics"]["share"] < told["statistics"]["of_a_step"]
+
+
+@pytest.mark.parametrize(
+  ("module", "argument", "words"),
+  [
+    ("launch.sweep", "--jobs=0", "--jobs=0"),
+    ("launch.sweep", "--workdir=runs/sweep", "--config"),
+    ("launch.row_lengths", "--remat=all", "none|matmuls|block"),
+    ("launch.published", "--recrod=x", "recrod"),
+    ("launch.report", "--outptu=x", "outptu"),
+    ("launch.prepare", "--workers=0", "--workers=0"),
+  ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(commands, tmp_path, module, argument, words):
+  status, output = commands.run(module, [argument], tmp_path / "output")
+  assert status == 2
+  (line,) = output.splitlines()
+  assert line.startswith("error: ")
+  assert words in line
