@@ -105,8 +105,10 @@ def main() -> None:
   for name in ("launch.train", "matplotlib.figure"):
     importlib.import_module(name)
   listener = socket.socket(socket.AF_UNIX)
-  listener.bind(sys.argv[1])
+  # Its name is there only once it listens: whoever connects before is refused.
+  listener.bind(f"{sys.argv[1]}.new")
   listener.listen(64)
+  os.rename(f"{sys.argv[1]}.new", sys.argv[1])
   ended, wakeup = os.pipe()
   for descriptor in (ended, wakeup):
     os.set_blocking(descriptor, False)
