@@ -1,6 +1,8 @@
 """How a command talks to people: time and message on each line, one line for what it refuses."""
 
 import logging as python_logging
+import os
+import pathlib
 import sys
 import typing
 from collections.abc import Sequence
@@ -24,6 +26,23 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(list(argv))
   except flags.Error as error:
     refuse(error)
+
+
+def check_output(name: str) -> None:
+  """ValueError unless a file can be written where the flag `name` says, or it says nothing: asked
+  before the work whose result goes there."""
+  place = flags.FLAGS[name].value
+  if place is None:
+    return
+  path = pathlib.Path(place)
+  if path.is_dir():
+    raise ValueError(f"--{name}={place} is a folder: name a file in it")
+  if not path.parent.is_dir():
+    raise ValueError(
+      f"--{name}={place}: there is no folder {str(path.parent)!r}: make it, or name another file"
+    )
+  if not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise ValueError(f"--{name}={place}: this user may not write there: name another file")
 
 
 def refuse(error: Exception) -> typing.NoReturn:

@@ -28,7 +28,7 @@ import jax
 from absl import flags
 
 from launch import plan_text
-from launch.console import refuse
+from launch.console import check_output, refuse
 from launch.overrides import run_app
 from launch.plan_page import page
 from sharding import machine as machines
@@ -65,6 +65,8 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   # Programs are compiled for another machine; this one's accelerators are left alone.
   jax.config.update("jax_platforms", "cpu")
   try:
+    for name in ("json", "html"):
+      check_output(name)
     machine = _machine()
     has_mesh = _MESH.value is not None or any(path.startswith("mesh.") for path in overridden)
     searches = _SEARCH.value
@@ -79,9 +81,9 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   notes = [*(_best(found) if searches else _advice(found[0], run, machine)), *_table(run, machine)]
   lines = plan_text.plan_lines(plan, mfu=_MFU.value, price=_PRICE.value)
   print("\n".join([*lines, "", *notes]))
-  if _JSON.value:
+  if _JSON.value is not None:
     _write_json(pathlib.Path(_JSON.value), plan)
-  if _HTML.value:
+  if _HTML.value is not None:
     whole = page(
       plan,
       mfu=_MFU.value,

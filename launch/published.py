@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from launch.console import parse_flags, refuse
+from launch.console import check_output, parse_flags, refuse
 from launch.families import best_layout, with_rows
 from launch.overrides import load
 from sharding import machine as machines
@@ -133,6 +133,7 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"published: {argv[1]!r} is no flag of this command; see --help")
+    check_output("record")
     jax.config.update("jax_platforms", "cpu")
     rows = []
     for title, found in (("MFU", utilisations()), ("time of a step", step_times())):
@@ -141,7 +142,7 @@ def main(argv: list[str]) -> None:
         error = one["expected"] / one["published"] - 1
         rows.append({"kind": title, **one, "error": error})
         print(f"  {one['what']:<38}{one['published']:>9.3f}{one['expected']:>10.3f}{error:>+8.0%}")
-  except (ValueError, FileNotFoundError) as error:
+  except ValueError as error:
     refuse(error)
   if _RECORD.value is not None:
     command = "python -m launch.published " + " ".join(map(shlex.quote, sys.argv[1:]))

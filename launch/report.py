@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import report_page
-from launch.console import parse_flags, refuse
+from launch.console import check_output, parse_flags, refuse
 from launch.report_text import summary_lines
 from train import history
 
@@ -25,41 +25,55 @@ _OUTPUT = flags.DEFINE_string("output", None, "The page to write; report.html if
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) < 2:
-    refuse(
-      ValueError(
+  try:
+    if len(argv) < 2:
+      raise ValueError(
         "no run is given; give the workdir of at least one: python -m launch.report runs/smoke"
       )
-    )
-  if len(argv) == 2 and _is_sweep(pathlib.Path(argv[1])):
-    _report_sweep(pathlib.Path(argv[1]))
-    return
-  try:
-    runs = [history.read(folder) for folder in argv[1:]]
+    path = pathlib.Path(argv[1])
+    lines = _sweep(path) if len(argv) == 2 and _is_sweep(path) else _runs(argv[1:])
   except ValueError as error:
     refuse(error)
-  command = shlex.join(["python", "-m", "launch.report", *sys.argv[1:]])
-  path = pathlib.Path(_OUTPUT.value or "report.html")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(report_page.page(runs, command=command), encoding="utf-8")
-  for run, label in zip(runs, report_page.labels(runs)):
-    print("\n".join(summary_lines(run, label)))
-  print(f"page: {path}")
+  print("\n".join(lines))
 
 
 def _is_sweep(path: pathlib.Path) -> bool:
   return (path / "sweep.json").is_file() or (path.is_file() and path.suffix == ".json")
 
 
-def _report_sweep(path: pathlib.Path) -> None:
+def _runs(folders: Sequence[str]) -> list[str]:
+  """Writes the page of these runs; the lines for the console."""
+  runs = [history.read(folder) for folder in folders]
+  command = shlex.join(["python", "-m", "launch.report", *sys.argv[1:]])
+  path = _output() or pathlib.Path("report.html")
+  path.write_text(report_page.page(runs, command=command), encoding="utf-8")
+  labels = report_page.labels(runs)
+  lines = [line for run, label in zip(runs, labels) for line in summary_lines(run, label)]
+  return [*lines, f"page: {path}"]
+
+
+def _sweep(path: pathlib.Path) -> list[str]:
+  """Writes the page of a sweep's laws; the lines for the console."""
   # Imported where it is asked for: it loads jax, and the page of a run needs none.
   from train import scaling_report
 
-  output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+  return scaling_report.report(path, _output())
+
+
+def _output() -> pathlib.Path | None:
+  """Where --output says, in a folder that is made if missing; ValueError where nothing can be
+  written."""
+  if _OUTPUT.value is None:
+    return None
+  path = pathlib.Path(_OUTPUT.value)
   try:
-    print("\n".join(scaling_report.report(path, output)))
-  except ValueError as error:
-    refuse(error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"--output={path}: {path.parent} cannot be made ({error.strerror}): name another place"
+    ) from error
+  check_output("output")
+  return path
 
 
 if __name__ == "__main__":

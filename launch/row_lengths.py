@@ -31,7 +31,7 @@ import jax
 from absl import app, flags
 
 from launch import line_chart, step_times, svg
-from launch.console import parse_flags, refuse
+from launch.console import check_output, parse_flags, refuse
 from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load
 from models.flops import count_params
@@ -174,13 +174,15 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"row_lengths: {argv[1]!r} is no flag of this command; see --help")
+    for name in ("json", "svg"):
+      check_output(name)
     if _MEASURE.value:
       _measure()
       return
     jax.config.update("jax_platforms", "cpu")
     for name in _MACHINE.value:
       _compare(name)
-  except (ValueError, FileNotFoundError) as error:
+  except ValueError as error:
     refuse(error)
 
 

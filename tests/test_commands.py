@@ -103,6 +103,9 @@ def test_the_bench_prints_one_json_object(commands, tmp_path):
     ("launch.published", "--recrod=x", "recrod"),
     ("launch.report", "--outptu=x", "outptu"),
     ("launch.prepare", "--workers=0", "--workers=0"),
+    ("launch.row_lengths", "--json=runs/none/x.jsonl", "no folder 'runs/none'"),
+    ("launch.row_lengths", "--svg=docs", "--svg=docs is a folder"),
+    ("launch.published", "--record=runs/none/x.jsonl", "no folder 'runs/none'"),
   ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(commands, tmp_path, module, argument, words):

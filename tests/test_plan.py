@@ -253,6 +253,8 @@ def test_the_page_is_whole_and_the_text_says_the_same():
       2,
       "slices lie over data: set it to 2",
     ),
+    (("--topology=v5e:4x4", "--json=runs/none/plan.json"), 2, "there is no folder 'runs/none'"),
+    (("--topology=v5e:4x4", "--html=docs"), 2, "--html=docs is a folder"),
     (("--topology=v5e:4x4", "--mesh=fsdp=8"), 2, "= 8 is not the number of devices 16"),
     (("--topology=v5e:4x4", "--mesh=fsdp=8,model=2"), 2, "axis 'model' is none of data, fsdp"),
     (("--topology=v5e:4x4", "--mesh=fsdp=16", "--search"), 2, "--mesh says which mesh, --search"),

@@ -197,6 +197,14 @@ def test_the_command_needs_no_jax_and_refuses_in_one_line(tmp_path):
   assert (tmp_path / "out" / "page.html").stat().st_size > 10_000
   done = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=60)
   assert (done.returncode, done.stderr) == (2, "error: nowhere is not a folder\n")
+  for place, words in (
+    (tmp_path, "is a folder"),
+    (folder / "metrics.jsonl/x/page.html", "be made"),
+  ):
+    output = f"--output={place}"
+    done = subprocess.run([*command, output], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {output}.* {words}.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
