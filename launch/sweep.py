@@ -21,6 +21,7 @@ stopped by a signal: start me again.
 import json
 import pathlib
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
@@ -63,6 +64,8 @@ _FLOPS = flags.DEFINE_float(
 _PRICE = flags.DEFINE_float(
   "price_per_chip_hour", None, "In any currency; this machine counts as one chip.", lower_bound=0.0
 )
+# What a command may hold in braces: see above.
+_WORDS: tuple[str, ...] = ("name", "job", "workdir")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,6 +76,9 @@ def main(argv: Sequence[str]) -> None:
   try:
     if arguments and "--" not in sys.argv:
       raise ValueError(f"{arguments[0]!r} is no flag; what every run is to get comes after --")
+    if folder.exists() and not folder.is_dir():
+      raise ValueError(f"--workdir={folder} is a file; a sweep is a folder: choose another place")
+    _check_command()
     if _STATUS.value:
       state = State.load(folder)
       sweep_runner.collect(state)
@@ -110,6 +116,18 @@ def _sweep(folder: pathlib.Path, arguments: list[str]) -> int:
   return _end(state, stopped)
 
 
+def _check_command() -> None:
+  """Raises where the command that starts each run cannot be one."""
+  if _SUBMIT.value is not None and _LAUNCH.value is not None:
+    raise ValueError("--launch_command runs here, --submit_command elsewhere: give one of them")
+  for flag in (_SUBMIT, _LAUNCH):
+    if flag.value is None:
+      continue
+    program = sweep_runner.expand(flag.value, dict.fromkeys(_WORDS, ""))[:1]
+    if not program or shutil.which(program[0]) is None:
+      raise ValueError(f"--{flag.name}={flag.value}: there is no program {''.join(program)!r}")
+
+
 def _check_data(points: Sequence[Point]) -> None:
   """Raises if runs that start here would fail one by one for the same reason."""
   if _LAUNCH.value is not None:
@@ -142,6 +160,8 @@ def _end(state: State, stopped: bool) -> int:
 
 def _points() -> tuple[Point, ...]:
   points = ask(_CONFIG.value, "get_sweep")
+  if not points:
+    raise ValueError(f"--config={_CONFIG.value}: get_sweep gave no run; a sweep has at least one")
   names = [point.name for point in points]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"--config={_CONFIG.value}: two runs are called {twice[0]!r}")
@@ -211,7 +231,7 @@ def _command(state: State) -> Callable[[str], list[str]]:
   def command(name: str) -> list[str]:
     config = f"{_CONFIG.value}/{name}" if ":" in _CONFIG.value else f"{_CONFIG.value}:{name}"
     workdir = str(state.run_folder(name))
-    words = {"name": name, "job": name.replace("/", "-"), "workdir": workdir}
+    words = dict(zip(_WORDS, (name, name.replace("/", "-"), workdir)))
     flags_ = [f"--config={config}", f"--workdir={workdir}"]
     return [*sweep_runner.expand(template, words), *flags_, *state.arguments]
 

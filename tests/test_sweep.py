@@ -238,6 +238,33 @@ def test_the_command_that_it_runs_is_launch_train(sweep):
   assert sweep.runs["griffin/4"]["attempts"] == 3  # trying again would be of no use
 
 
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("--workdir=README.md",), "--workdir=README.md is a file"),
+    (("--launch_command=no_such_program {name}",), "there is no program 'no_such_program'"),
+    (("--launch_command= ",), "there is no program ''"),
+    (("--launch_command=sh {nme}",), "'nme'; it may hold {name}, {job}, {workdir}"),
+    (("--submit_command=sh",), "--launch_command runs here, --submit_command elsewhere"),
+  ],
+)
+def test_what_it_cannot_start_is_refused_before_anything_is_written(sweep, arguments, words):
+  sweep.grid(["griffin", 4, 1e-2])
+  status, output = sweep.run(*arguments)
+  assert status == 2
+  (line,) = output.splitlines()
+  assert line.startswith("error: ")
+  assert words in line
+  assert not sweep.workdir.exists()
+
+
+def test_a_grid_without_runs_is_refused(sweep):
+  sweep.grid()
+  status, output = sweep.run("--dry_run")
+  assert status == 2
+  assert "get_sweep gave no run" in output
+
+
 def test_without_its_data_nothing_is_started(sweep):
   sweep.grid(["griffin", 4, 1e-2])
   config = (ROOT / "tests/sweep_config.py").read_text()
