@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import subprocess
 
 from train.metrics import fields_table
 
@@ -12,6 +13,16 @@ README = (ROOT / "README.md").read_text()
 def test_every_console_field_is_explained():
   """If this fails, put the output of train.metrics.fields_table() into the README."""
   assert fields_table().strip() in README
+
+
+def test_what_its_commands_write_leaves_a_checkout_clean(tmp_path):
+  """launch/tpu.sh and slurm.sh ship commits: they refuse a checkout with files of its own."""
+  (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+  written = {"report.html", "plan.html", "launch/cluster.env", ".venv/bin", "runs/smoke/loss.png"}
+  assert all(name in README for name in ("writes report.html", "--html=plan.html", "cluster.env"))
+  for words in (["init", "--quiet"], ["check-ignore", *written]):
+    done = subprocess.run(["git", "-C", tmp_path, *words], capture_output=True, text=True)
+  assert set(done.stdout.split()) == written
 
 
 def test_every_command_and_file_it_names_exists():
