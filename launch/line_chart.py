@@ -232,7 +232,7 @@ def _labels(
   tops = [end[1] for end in order]
   for index in range(1, len(tops)):
     tops[index] = max(tops[index], tops[index - 1] + _LABEL_HEIGHT)
-  limit = bottom + 6
+  limit = bottom  # below are the numbers of the axis
   for index in reversed(range(len(tops))):
     tops[index] = min(tops[index], limit)
     limit = tops[index] - _LABEL_HEIGHT

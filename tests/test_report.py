@@ -232,6 +232,15 @@ def test_labels_stay_in_the_picture_and_apart():
   assert chart([], x=Axis(), y=Axis(), width=400, height=240) == ""
 
 
+def test_labels_of_lines_that_end_on_the_axis_are_clear_of_its_numbers():
+  lines = [Line([(0, 0), (1, 0)], "#000", f"line {index}") for index in range(4)]
+  picture = chart(lines, x=Axis(), y=Axis(low=0.0), width=400, height=240)
+  lowest = max(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>line \d<', picture))
+  numbers = {float(y) for y in re.findall(r'y="([\d.]+)"[^>]*"middle"', picture)}
+  assert len(numbers) == 1
+  assert numbers.pop() - lowest > 12
+
+
 def test_the_first_steps_leave_the_picture_and_nothing_else_does():
   losses = [9.0, 5.0, *(2.0 + 0.01 * index for index in range(100))]
   assert 2.99 <= without_first_steps(losses) < 5
