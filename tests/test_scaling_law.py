@@ -241,3 +241,14 @@ def test_a_page_of_nothing_is_refused_and_one_of_little_says_so(tmp_path):
   content = json.loads(path.read_text())
   lines = scaling_report.report(_points(tmp_path, runs=content["runs"][:2]), None)
   assert "hawk: fewer than two budgets" in lines[1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"config": 1}'])
+def test_a_file_that_is_no_sweep_is_named(tmp_path, text):
+  path = tmp_path / "config.json"
+  path.write_text(text)
+  with pytest.raises(ValueError, match=r"config\.json is not the points\.json of a sweep \("):
+    scaling_report.read(path)
+  (tmp_path / "sweep.json").write_text(text[:1])
+  with pytest.raises(ValueError, match=r"sweep\.json is damaged: "):
+    scaling_report.read(tmp_path)

@@ -52,8 +52,14 @@ class Laws(NamedTuple):
 def read(path: pathlib.Path) -> Points:
   """The points of a sweep's folder, as far as it has come, or of a points.json."""
   if path.is_file():
-    content = json.loads(path.read_text())
-    return Points(content["config"], content["runs"], content["missing"])
+    try:
+      content = json.loads(path.read_text())
+      return Points(content["config"], content["runs"], content["missing"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{path} is not the points.json of a sweep ({type(error).__name__}: {error}): give one, or "
+        "the folder of a sweep or of a run"
+      ) from error
   state = State.load(path)
   runs, missing = [], []
   for name, record in state.in_grid.items():

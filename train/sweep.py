@@ -142,7 +142,10 @@ class State:
     path = folder / STATE
     if not path.is_file():
       raise ValueError(f"{folder} is not a sweep: it has no {STATE}")
-    content = json.loads(path.read_text())
+    try:
+      content = json.loads(path.read_text())
+    except ValueError as error:
+      raise ValueError(f"{path} is damaged: {error}; use another --workdir") from error
     if content.get("format") != FORMAT:
       raise ValueError(f"{path} has format {content.get('format')!r}, this code reads {FORMAT!r}")
     state = cls(folder, content["config"], content["arguments"])
