@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -91,6 +93,29 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(straight, tmp_path, monkey
   before = (tmp_path / "metrics.jsonl").read_bytes()
   assert loop.fit(run, tmp_path) == "complete"
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_each_line_has_the_time_of_its_own_steps_where_steps_run_as_they_are_dispatched(
+  tmp_path, monkeypatch
+):
+  compile_step = programs.compile_step
+
+  def slowly(program, lowered):
+    compiled = compile_step(program, lowered)
+
+    def step(*arguments):
+      time.sleep(0.05)
+      return jax.block_until_ready(compiled(*arguments))
+
+    return step
+
+  monkeypatch.setattr(programs, "compile_step", slowly)
+  # Steps before and after an evaluation and a save, and the last.
+  loop.fit(_run(tmp_path, total_steps=6), tmp_path / "run")
+  records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+  seconds = [r["train/step_seconds"] for r in records if "train/step_seconds" in r]
+  assert len(seconds) == 6
+  assert min(seconds) > 0.05
 
 
 def test_another_mesh_and_zero_stage_go_on_with_the_same_batches(straight, tmp_path):

@@ -137,6 +137,10 @@ class _Running(NamedTuple):
   statistics: dict[str, Any] | None  # of the steps where they are due
 
 
+def _is_over(running: _Running) -> bool:
+  return all(x.is_ready() for x in jax.tree.leaves((running.metrics, running.statistics)))
+
+
 class _Session:
   """One start of a run: from its first step to its last, or to the signal that ends it."""
 
@@ -179,6 +183,11 @@ class _Session:
     saved = step
     with self._train_batches(step) as batches, self.events.span("step"):
       while step < last and not peers.reached(step):
+        if running is not None and peers.count == 1 and _is_over(running):
+          # As on CPUs, where steps run as they are dispatched: the next one is not of its time.
+          # Several processes would not all see it before they begin the next step together.
+          self._finish(running)
+          running = None
         with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
         step += 1
