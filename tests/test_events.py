@@ -188,11 +188,14 @@ def test_going_back_without_a_restart_loses_the_steps_after(tmp_path):
 def test_a_start_that_finds_the_run_complete_is_not_part_of_it(tmp_path):
   clock, _ = _killed_twice(tmp_path)
   before = goodput.read(tmp_path)
-  clock.at += 1e5
-  with Events(tmp_path, began=clock.at, about={}, clock=clock) as events:
-    clock.at += 3
-    events.end("complete")
-  assert goodput.read(tmp_path).seconds() == before.seconds()
+  for outcome in ("complete", "ValueError"):
+    clock.at += 1e5
+    with Events(tmp_path, began=clock.at, about={}, clock=clock) as events:
+      clock.at += 3
+      events.end(outcome)
+    after = goodput.read(tmp_path)
+    assert after.seconds() == before.seconds()
+    assert (after.outcome, after.starts) == ("complete", before.starts)
   # Nor is the time before the run is made longer and goes on.
   clock.at += 1e5
   with Events(tmp_path, began=clock.at, about={}, clock=clock) as events:

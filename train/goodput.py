@@ -85,6 +85,7 @@ class _Reader:
     self.is_open = False
     self._step = 0  # the last that is known to be over
     self._before = 0  # how many pieces there were before this start
+    self._was_complete = False  # what it found
 
   def add(self, line: dict[str, Any]) -> None:
     if not self.starts and line["kind"] != "start":
@@ -92,8 +93,8 @@ class _Reader:
     start, self.end = self.end, max(self.end, line["time"])
     match line["kind"]:
       case "start":
-        self._before = len(self.pieces)
-        if self.starts and self.outcome != "complete":
+        self._before, self._was_complete = len(self.pieces), self.outcome == "complete"
+        if self.starts and not self._was_complete:
           self.pieces.append(Piece("idle", start, self.end))
         about = {name: value for name, value in line.items() if name not in ("time", "kind")}
         self.starts.append(Start(self.end, None, about))
@@ -106,8 +107,9 @@ class _Reader:
         self.pieces = [part for piece in self.pieces for part in _without_lost(piece, self._step)]
       case "end":
         self.is_open, self.outcome = False, line["outcome"]
-        if self.starts[-1].step is None and self.outcome == "complete":
-          # It found nothing left to do.
+        if self.starts[-1].step is None and (self.outcome == "complete" or self._was_complete):
+          # It found nothing left to do, or was refused: as with another seed.
+          self.outcome = "complete"
           del self.pieces[self._before :], self.starts[-1]
       case kind if kind in KINDS:
         self._add_piece(kind, start, line)
