@@ -5,20 +5,28 @@
 # PYTHON is the interpreter (.venv/bin/python where there is one), JAX_PLATFORMS=cpu unless it is set.
 set -euo pipefail
 
-usage() {
-  sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
+usage() { sed -n '2,5s/^# \{0,1\}//p' "$0"; }
+
+misuse() {
+  printf 'error: %s\n\n' "$1" >&2
+  usage >&2
   exit 2
 }
 
 count=
 while (($#)); do
   case $1 in
-    -n) count=${2:-}; shift 2 || usage ;;
+    -n)
+      [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || misuse "-n ${2:-}: how many processes? a whole number of at least 1"
+      count=$2
+      shift 2
+      ;;
     --) shift; break ;;
-    *) usage ;;
+    --help | -h) usage; exit ;;
+    *) misuse "$1: what launch.train gets comes after --, and before it only -n" ;;
   esac
 done
-[[ $count =~ ^[1-9][0-9]*$ ]] || usage
+[[ $count ]] || misuse "-n is missing: how many processes?"
 
 supervise=() train=("$@")
 for ((i = 1; i <= $#; i++)); do

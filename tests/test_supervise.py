@@ -193,6 +193,21 @@ def test_local_sh_supervises_processes_that_train(tmp_path):
     2,
     "error: --workdir=FOLDER is not given\n",
   )
-  status, _, usage = _local_sh(tmp_path, "-n", "none", "--", *train)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("-n", "none", "--"), "error: -n none: how many processes?"),
+    (("-n", "0", "--"), "error: -n 0: how many processes?"),
+    (("-n",), "error: -n : how many processes?"),
+    (("--",), "error: -n is missing"),
+    (("-n", "2", "--workdir=runs/a"), "error: --workdir=runs/a: what launch.train gets"),
+  ],
+)
+def test_local_sh_says_what_is_wrong_and_how_it_is_called(tmp_path, arguments, message):
+  status, _, told = _local_sh(tmp_path, *arguments)
   assert status == 2
-  assert "launch/local.sh -n 4" in usage
+  assert told.startswith(message)
+  assert "launch/local.sh -n 4" in told
+  assert _local_sh(tmp_path, "--help")[0] == 0
