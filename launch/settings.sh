@@ -94,6 +94,16 @@ need_count() {
   local name
   for name in "$@"; do
     [[ ${setting[$name]} =~ ^[0-9]+$ ]] || misuse "--$name=${setting[$name]} is not a whole number"
+    setting[$name]=$((10#${setting[$name]})) # 08 would be octal
+  done
+}
+
+# need_seconds NAME...: each has to be a number of at least 0, as sleep takes it.
+need_seconds() {
+  local name
+  for name in "$@"; do
+    [[ ${setting[$name]} =~ ^([0-9]+[.]?[0-9]*|[.][0-9]+)$ ]] ||
+      misuse "--$name=${setting[$name]} is not a number of seconds"
   done
 }
 

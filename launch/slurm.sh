@@ -178,6 +178,8 @@ main() {
   read_settings "$@"
   ((${#words[@]} == 1)) || misuse "one command is needed, this is: ${words[*]:-none}"
   need_count nodes gpus_per_node cpus_per_task max_restarts max_requeues stop_seconds lines
+  need_seconds backoff_seconds poll_seconds
+  ((setting[nodes] >= 1)) || misuse "--nodes=${setting[nodes]} is below 1"
   case ${words[0]} in
     submit | status | logs | stop) need name folder ;;
     *) misuse "there is no command ${words[0]}" ;;

@@ -160,7 +160,10 @@ status() {
   local state
   state=$(resource_state)
   echo "${setting[name]} $state"
-  if [[ $state == ready ]]; then on_nodes - ssh "$(on_host status)"; fi
+  case $state in
+    ready) on_nodes - ssh "$(on_host status)" ;;
+    unknown:*) return 1 ;;
+  esac
 }
 
 logs() {
@@ -318,11 +321,14 @@ main() {
   ((${#words[@]} == 1)) || misuse "one command is needed, this is: ${words[*]:-none}"
   need_count slices max_restarts max_recreations wait_minutes capacity_attempts ssh_attempts
   need_count stop_seconds lines node worker
+  need_seconds backoff_seconds retry_seconds poll_seconds
   [[ ${setting[mode]} == queued || ${setting[mode]} == vm ]] ||
     misuse "--mode=${setting[mode]} is neither queued nor vm"
   [[ ${setting[mode]} == queued || ${setting[slices]} == 1 ]] ||
     misuse "several slices need --mode=queued"
   ((setting[slices] >= 1)) || misuse "--slices=${setting[slices]} is below 1"
+  ((setting[node] < setting[slices])) ||
+    misuse "--node=${setting[node]}: slices are numbered from 0, and --slices=${setting[slices]}"
   case ${words[0]} in
     create | up) need name zone project accelerator_type runtime_version ;;
     setup | run | status | logs | ssh | stop | delete) need name zone project ;;

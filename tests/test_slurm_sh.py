@@ -282,6 +282,8 @@ def test_status_and_logs_name_the_host(slurm):
     (("submit", "--workdir=runs/x", *JOB), "neither an absolute path nor a URL"),
     (("submit", "--container=docker", *JOB), "none of none, pyxis, apptainer"),
     (("submit", "--image=x", *JOB), "--image needs --container"),
+    (("submit", "--nodes=0", *JOB), "--nodes=0 is below 1"),
+    (("submit", "--backoff_seconds=x", *JOB), "--backoff_seconds=x is not a number of seconds"),
     (("submit",), "put the arguments of launch.train after --"),
     (("cancel",), "no command cancel"),
   ],

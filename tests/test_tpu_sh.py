@@ -284,6 +284,11 @@ def test_what_is_not_ours_is_not_deleted(cloud):
   assert not [call for call in cloud.calls() if " delete " in call]
 
 
+def test_status_fails_where_gcloud_does(cloud):
+  (cloud.folder / "scenario.json").write_text("not JSON: gcloud ends badly")
+  assert "try unknown:" in cloud.run("status", status=1)
+
+
 def test_a_suspended_resource_is_deleted_before_another_is_asked_for(cloud):
   cloud.set(SUCCEEDS)
   cloud.run("create")
@@ -376,6 +381,9 @@ def test_ssh_runs_on_one_host_or_on_all(cloud):
     (("up", "--zone"), "--zone needs a value"),
     (("up", "--spot=perhaps"), "neither true nor false"),
     (("up", "--slices=two"), "not a whole number"),
+    (("up", "--slices=00"), "--slices=0 is below 1"),
+    (("up", "--poll_seconds=1m"), "--poll_seconds=1m is not a number of seconds"),
+    (("ssh", "--node=2", "--slices=02"), "--node=2: slices are numbered from 0, and --slices=2"),
     (("up", "--slices=2", "--mode=vm"), "several slices need --mode=queued"),
     (("up", "--name=Big_One"), "small letters"),
     (("up",), "put the arguments of launch.train after --"),
