@@ -75,6 +75,20 @@ class Vocabulary:
       )
     return ids.astype(self.record.dtype)
 
+  def encode_beginning(self, text: str) -> np.ndarray:
+    """The ids of a document that goes on after `text`: bos if there is one, the text; ValueError
+    where that is nothing, or no text."""
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as error:
+      raise ValueError(f"vocabulary: {text!r} is not UTF-8: {error.reason}") from error
+    ids = self.encode(text)[:-1]
+    if not len(ids):
+      raise ValueError(
+        f"vocabulary: {text!r} has no token, and no token starts a document here: give some text"
+      )
+    return ids
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """The text of ids; bos, eos and bytes that are no UTF-8 do not raise: they are dropped or �."""
     special = {self.record.bos, self.record.eos}

@@ -34,6 +34,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   folder = f"{_WORKDIR.value.rstrip('/')}/checkpoints"
   try:
     words = vocabulary.load(_VOCABULARY.value)
+    prompt = words.encode_beginning(_PROMPT.value)
     if words.record != pipeline.vocabulary(run.data):
       raise ValueError("--vocabulary is not the one that the run's token store was made with")
     complete = steps(folder)
@@ -44,9 +45,9 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     params = restore(folder, step, program.abstract).state.params
   except ValueError as error:
     refuse(error)
-  prompt = words.encode(_PROMPT.value)
-  # The prompt goes on: it does not end the document.
-  prompt_BT = jnp.asarray(prompt[:-1], jnp.int32)[None]
+  if words.unknown is not None and words.unknown in prompt:
+    logging.warning("the vocabulary cannot spell all of the prompt: what it cannot is unknown")
+  prompt_BT = jnp.asarray(prompt, jnp.int32)[None]
   # On one device, however the run was split: a step of decoding is too small to share.
   tokens_BT = generate(
     program.model,

@@ -1,5 +1,6 @@
 """Vocabularies: text comes back, documents begin and end, faults are named."""
 
+import dataclasses
 import io
 import json
 
@@ -72,6 +73,19 @@ def test_text_comes_back_between_bos_and_eos(any_vocabulary, text):
   assert ids.dtype == record.dtype
   assert ids.max() < record.size
   assert any_vocabulary.decode(ids) == text
+
+
+def test_a_beginning_is_a_document_without_its_end(any_vocabulary):
+  ids = any_vocabulary.encode_beginning("to be")
+  np.testing.assert_array_equal(ids, any_vocabulary.encode("to be")[:-1])
+  # What a command line gives for bytes that are no UTF-8.
+  with pytest.raises(ValueError, match=r"'\\udcff' is not UTF-8: surrogates not allowed"):
+    any_vocabulary.encode_beginning("\udcff")
+  without_bos = dataclasses.replace(
+    any_vocabulary, record=dataclasses.replace(any_vocabulary.record, bos=None)
+  )
+  with pytest.raises(ValueError, match="'' has no token, and no token starts a document"):
+    without_bos.encode_beginning("")
 
 
 @pytest.mark.parametrize("text", TEXTS)
