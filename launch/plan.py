@@ -55,7 +55,11 @@ _MESH = flags.DEFINE_string(
 )
 _PRICE = flags.DEFINE_float("price_per_chip_hour", None, "In any currency.", lower_bound=0.0)
 _MFU = flags.DEFINE_float(
-  "mfu", None, "Tokens per day at this MFU instead of the ceiling.", lower_bound=0.01
+  "mfu",
+  None,
+  "Tokens per day at this MFU, as 0.4, instead of the ceiling.",
+  lower_bound=0.01,
+  upper_bound=1.0,
 )
 _JSON = flags.DEFINE_string("json", None, "Where to write the plan; .jsonl: a line is added.")
 _HTML = flags.DEFINE_string("html", None, "Where to write a page with pictures.")

@@ -57,7 +57,13 @@ _LAUNCH = flags.DEFINE_string("launch_command", None, "What runs each command, a
 _SUBMIT = flags.DEFINE_string("submit_command", None, "What hands each command to a cluster.")
 _CHIP = flags.DEFINE_string("chip", None, "Plan for these chips, by the model: v5e, h100, ...")
 _CHIPS = flags.DEFINE_integer("chips", 1, "Chips of each run, with --chip.", lower_bound=1)
-_MFU = flags.DEFINE_float("mfu", None, "With --chip: instead of the roofline.", lower_bound=0.01)
+_MFU = flags.DEFINE_float(
+  "mfu",
+  None,
+  "With --chip: instead of the roofline, as 0.4.",
+  lower_bound=0.01,
+  upper_bound=1.0,
+)
 _FLOPS = flags.DEFINE_float(
   "flops_per_second", None, "Of a run here; unsaid: as measured in finished runs.", lower_bound=1.0
 )
@@ -78,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
       raise ValueError(f"{arguments[0]!r} is no flag; what every run is to get comes after --")
     if folder.exists() and not folder.is_dir():
       raise ValueError(f"--workdir={folder} is a file; a sweep is a folder: choose another place")
+    if _MFU.value is not None and _CHIP.value is None:
+      raise ValueError(f"--mfu={_MFU.value} has no effect without --chip: say of which chips")
     _check_command()
     if _STATUS.value:
       state = State.load(folder)

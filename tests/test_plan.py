@@ -244,6 +244,7 @@ def test_the_page_is_whole_and_the_text_says_the_same():
     (("--topology=v5e:4x4", "--search"), 0, "the best layouts:"),
     (("--chip=v5e", "--chips=1", "--config.mesh.fsdp=1"), 1, "DOES NOT FIT: griffin-100m"),
     (("--topology=v5e:4x4", "--chips=16"), 2, "give either --topology"),
+    (("--topology=v5e:4x4", "--mfu=40"), 2, "flag --mfu=40: 40.0 is not a number in the range"),
     (("--topology=v5e:4x4", "--bogus"), 2, "Unknown command line flag 'bogus"),
     (("--topology=v5e:4x4", "--mesh=fsdp=8,tensor=2"), 0, "mesh fsdp 8 x tensor 2,"),
     (("--chip=v5e", "--chips=16", "--mesh=fsdp=-1"), 0, "mesh fsdp 16,"),

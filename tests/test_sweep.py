@@ -245,6 +245,8 @@ def test_the_command_that_it_runs_is_launch_train(sweep):
     (("--launch_command=no_such_program {name}",), "there is no program 'no_such_program'"),
     (("--launch_command= ",), "there is no program ''"),
     (("--launch_command=sh {nme}",), "'nme'; it may hold {name}, {job}, {workdir}"),
+    (("--mfu=0.4",), "--mfu=0.4 has no effect without --chip"),
+    (("--mfu=40", "--chip=v5e"), "flag --mfu=40: 40.0 is not a number in the range [0.01, 1.0]"),
     (("--submit_command=sh",), "--launch_command runs here, --submit_command elsewhere"),
   ],
 )
