@@ -67,6 +67,9 @@ def _train(
     refuse(ValueError("--workdir is empty: give the folder of this run"))
   workdir = local_side(_LOCAL_WORKDIR.value or place)
   try:
+    if not place:
+      # Else its checkpoints would go to /checkpoints.
+      raise ValueError("--workdir= is empty: name a folder, or a URL such as gs://bucket/run")
     peers = distributed.join()
   except ValueError as error:
     refuse(error)

@@ -48,6 +48,7 @@ def test_a_misspelt_field_is_refused_with_a_suggestion(commands, tmp_path):
     ("--config=tests/no_such_file.py", ["no file", "tests/no_such_file.py"]),
     ("--config=tests/tolerances.py", ["no function get_config"]),
     ("--config=configs/griffin.py:2b", ["size '2b'", "14b"]),
+    ("--workdir=", ["--workdir= is empty", "name a folder"]),
     ("steps=3", ["steps=3", "is not a flag"]),
     ("--workdir=", ["--workdir is empty"]),
   ],
