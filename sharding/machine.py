@@ -153,10 +153,10 @@ def of_topology(name: str, *, num_slices: int = 1) -> Machine:
       raise ValueError(f"topology {name!r}: {chip.name} has no torus; h100:16 are 16 in two nodes")
     return of_chips(chip.key, int(match[2]), num_slices=num_slices)
   torus = tuple(int(size) for size in match[2].split("x"))
-  if len(torus) != chip.links // 2:
+  if len(torus) != chip.links // 2 or 0 in torus:
     raise ValueError(
-      f"topology {name!r}: {chip.name} has a torus of {chip.links // 2} dimensions; standard are "
-      f"{', '.join(_SLICES[chip.key])}"
+      f"topology {name!r}: {chip.name} has a torus of {chip.links // 2} dimensions, each at least "
+      f"1; standard are {', '.join(_SLICES[chip.key])}"
     )
   return _checked(Machine(chip=chip, torus=torus, num_islands=num_slices))
 

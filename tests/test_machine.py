@@ -33,6 +33,7 @@ def test_a_machine_has_this_many_chips(machine, chips, devices, words):
   [
     (lambda: machines.of_topology("v5e-16"), "is not CHIP:SIZE"),
     (lambda: machines.of_topology("v5e:4x4x4"), "a torus of 2 dimensions"),
+    (lambda: machines.of_topology("v5e:0x4"), "'v5e:0x4': .* 2 dimensions, each at least 1"),
     (lambda: machines.of_topology("h100:2x8"), "has no torus; h100:16 are 16 in two nodes"),
     (lambda: machines.of_topology("v9:4x4"), "chip 'v9' is none of"),
     (lambda: machines.of_chips("v5e", 100), "100 chips in 1 slice.* no standard size"),
