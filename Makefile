@@ -43,6 +43,8 @@ $(VENV)/ready-lint: pyproject.toml requirements.lock Makefile
 	$(call install,cpu$(comma)seqio$(comma)lint)
 
 comma := ,
+EXTRAS := cpu tpu cuda
+$(if $(filter $(EXTRA),$(EXTRAS)),,$(error EXTRA=$(EXTRA) is none of $(EXTRAS): it says which jax is installed))
 
 # Where the tests have installed the TPU's compiler too, jax would look for a TPU and say so at length.
 train: export JAX_PLATFORMS := $(if $(filter cpu,$(EXTRA)),cpu,$(JAX_PLATFORMS))

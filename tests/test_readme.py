@@ -36,3 +36,12 @@ def test_every_command_and_file_it_names_exists():
   makefile = (ROOT / "Makefile").read_text()
   assert targets == {"train", "test", "lint"}
   assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_an_extra_that_there_is_not_installs_nothing():
+  """pip would only warn, and a machine with GPUs would train on its CPU."""
+  command = ["make", "--dry-run", "--directory", ROOT, "train"]
+  for extra, status in (("gpu", 2), ("cuda", 0)):
+    done = subprocess.run([*command, f"EXTRA={extra}"], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert (f"EXTRA={extra} is none of cpu tpu cuda" in done.stderr) is (status == 2)
