@@ -224,7 +224,10 @@ def _prepare_seqio(job: Job, source: SeqioSource) -> None:
   try:
     from data import seqio_tasks
   except ModuleNotFoundError as error:
-    raise ValueError(f"--seqio_task: {error}: install the extra `seqio`") from error
+    raise ValueError(
+      f"--seqio_task={source.task}: {error}: .venv/bin/pip install --constraint "
+      "requirements.lock '.[seqio]' installs it"
+    ) from error
 
   provider = seqio_tasks.load(source.task, module=source.module)
   record = seqio_tasks.record(provider, feature=source.feature)
