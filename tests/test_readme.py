@@ -4,7 +4,7 @@ import pathlib
 import re
 import subprocess
 
-from train.metrics import fields_table
+from train.metrics import FIELDS, fields_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -13,6 +13,19 @@ README = (ROOT / "README.md").read_text()
 def test_every_console_field_is_explained():
   """If this fails, put the output of train.metrics.fields_table() into the README."""
   assert fields_table().strip() in README
+
+
+def test_the_lines_it_shows_have_todays_fields():
+  shown = [
+    re.findall(r"\| ([a-zA-Z/]+) ", line)
+    for line in README.splitlines()
+    if re.search(r"step +\d+/\d+ \| loss", line)
+  ]
+  assert len(shown) > 5
+  # A run on CPUs to which nothing bad has happened.
+  left_out = {"eval", "bits/byte", "MFU", "skipped", "passed over"}
+  fields = [field.label for field in FIELDS if field.label and field.label not in left_out]
+  assert all(names == fields for names in shown)
 
 
 def test_what_its_commands_write_leaves_a_checkout_clean(tmp_path):
