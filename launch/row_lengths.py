@@ -176,6 +176,7 @@ def main(argv: list[str]) -> None:
       raise ValueError(f"row_lengths: {argv[1]!r} is no flag of this command; see --help")
     for name in ("json", "svg"):
       check_output(name)
+    _check_lists()
     if _MEASURE.value:
       _measure()
       return
@@ -184,6 +185,19 @@ def main(argv: list[str]) -> None:
       _compare(name)
   except ValueError as error:
     refuse(error)
+
+
+def _check_lists() -> None:
+  """Raises where there would be nothing to compare."""
+  for flag in (_MACHINE, _ROWS, _FAMILIES):
+    if not flag.value:
+      raise ValueError(f"row_lengths: --{flag.name} is empty; leave it out, or name at least one")
+  for row in _ROWS.value:
+    if not row.isdecimal() or int(row) < 1:
+      raise ValueError(f"row_lengths: --rows: {row!r} is no row length; at least 1, as 2048,4096")
+  for family in _FAMILIES.value:
+    if family not in FAMILIES:
+      raise ValueError(f"row_lengths: --families: {family!r} is none of {', '.join(FAMILIES)}")
 
 
 def _compare(name: str) -> None:

@@ -105,6 +105,10 @@ def test_the_bench_prints_one_json_object(commands, tmp_path):
     ("launch.prepare", "--workers=0", "--workers=0"),
     ("launch.row_lengths", "--json=runs/none/x.jsonl", "no folder 'runs/none'"),
     ("launch.row_lengths", "--svg=docs", "--svg=docs is a folder"),
+    ("launch.row_lengths", "--rows=2048,0", "'0' is no row length"),
+    ("launch.row_lengths", "--rows=4k", "'4k' is no row length"),
+    ("launch.row_lengths", "--families=", "--families is empty"),
+    ("launch.row_lengths", "--families=megalodon", "'megalodon' is none of transformer, hawk"),
     ("launch.published", "--record=runs/none/x.jsonl", "no folder 'runs/none'"),
   ],
 )
