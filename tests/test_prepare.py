@@ -19,7 +19,7 @@ from data import documents, parts, token_store, vocabulary
 from data.encode import Settings
 from data.token_store import TokenStore
 from launch import prepare as prepare_module
-from launch.prepare import Job, SeqioSource, prepare
+from launch.prepare import Job, prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 BYTE = vocabulary.load("byte")
@@ -575,10 +575,3 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_store(tmp_path, seed):
     assert left.fingerprint == right.fingerprint
     assert left.origin == right.origin
   assert kills
-
-
-def test_without_seqio_it_says_what_installs_it(monkeypatch):
-  monkeypatch.setitem(sys.modules, "data.seqio_tasks", None)
-  source = SeqioSource(task="task", module="", split="train", feature="targets", num_documents=0)
-  with pytest.raises(ValueError, match=r"--seqio_task=task: .*/pip install .*\[seqio\]'"):
-    prepare(_job(seqio=source))

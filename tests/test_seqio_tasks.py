@@ -235,7 +235,8 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     timeout=60,
   )
   assert done.returncode == 1
-  assert "No module named 'tensorflow_that_is_absent': install the extra `seqio`" in done.stderr
+  assert "No module named 'tensorflow_that_is_absent': .venv/bin/pip install" in done.stderr
+  assert "'.[seqio]'" in done.stderr
   assert "Traceback" not in done.stderr
 
 
