@@ -63,8 +63,7 @@ def _train(
   run: Run, overridden: dict[str, tuple[Any, Any]], stop: faults.StopRequest
 ) -> Outcome | None:
   """How it ended; None if a step was only shown."""
-  if not (place := _WORKDIR.value):
-    refuse(ValueError("--workdir is empty: give the folder of this run"))
+  place = _WORKDIR.value
   workdir = local_side(_LOCAL_WORKDIR.value or place)
   try:
     if not place:

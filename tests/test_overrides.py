@@ -50,7 +50,6 @@ def test_a_misspelt_field_is_refused_with_a_suggestion(commands, tmp_path):
     ("--config=configs/griffin.py:2b", ["size '2b'", "14b"]),
     ("--workdir=", ["--workdir= is empty", "name a folder"]),
     ("steps=3", ["steps=3", "is not a flag"]),
-    ("--workdir=", ["--workdir is empty"]),
   ],
 )
 def test_what_cannot_be_set_is_one_line_that_names_it(commands, tmp_path, argument, words):
