@@ -161,9 +161,11 @@ def rebuild(original: Any, changed: Any) -> Any:
 def take_nones(run: Run, argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """The fields that are set to None, and the other arguments, whose fields exist too.
 
-  The flags of ml_collections have no None: it would be an error, or the name "None".
+  The flags of ml_collections have no None: it would be an error, or the name "None". Of a field
+  that is set several times, the last counts.
   """
-  nones, rest = [], []
+  nones: list[str] = []
+  rest: list[str] = []
   for argument in argv:
     if not argument.startswith(f"{_FLAG}."):
       rest.append(argument)
@@ -173,8 +175,10 @@ def take_nones(run: Run, argv: Sequence[str]) -> tuple[list[str], list[str]]:
       may_be_none = _may_be_none(run, path)
     except ValueError as error:
       raise ValueError(f"{argument}: {error}") from error
+    nones = [other for other in nones if other != path]
     if may_be_none and text in ("None", "none"):
       nones.append(path)
+      rest = [other for other in rest if not other.startswith(f"{_FLAG}.{path}=")]
     else:
       rest.append(argument)
   return nones, rest

@@ -92,6 +92,21 @@ def test_what_is_no_field_is_refused_with_the_fields_there_are(tmp_path, field, 
     overrides.take_nones(tiny.run(tmp_path), [f"--config.{field}"])
 
 
+def test_of_a_field_that_is_set_several_times_the_last_counts(tmp_path):
+  none, some = "--config.optimizer.clip_norm=None", "--config.optimizer.clip_norm=3.0"
+  other = "--config.optimizer.clip_normal=1"
+
+  def taken(*arguments):
+    return overrides.take_nones(tiny.run(tmp_path), arguments)
+
+  assert taken(some, none) == (["optimizer.clip_norm"], [])
+  assert taken(none, some) == ([], [some])
+  assert taken(none, none) == (["optimizer.clip_norm"], [])
+  assert taken("--seed=1", some, none, some) == ([], ["--seed=1", some])
+  with pytest.raises(ValueError, match="no such field as clip_normal"):
+    taken(none, other)
+
+
 def test_an_argument_that_the_config_does_not_take_is_named():
   with pytest.raises(ValueError, match=r"smoke\.py:big: get_config of configs/smoke\.py: .*argum"):
     overrides.load("configs/smoke.py:big")
