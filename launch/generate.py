@@ -14,10 +14,8 @@ from absl import flags, logging
 from data import pipeline, vocabulary
 from launch.console import log_for_people, refuse
 from launch.overrides import run_app
+from launch.trained import newest
 from models.generate import generate
-from train import program as programs
-from train.checkpoint import restore
-from train.checkpoint_folder import steps
 from train.config import Run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of the run.", required=True)
@@ -31,18 +29,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   del overridden
   log_for_people()
-  folder = f"{_WORKDIR.value.rstrip('/')}/checkpoints"
   try:
     words = vocabulary.load(_VOCABULARY.value)
     prompt = words.encode_beginning(_PROMPT.value)
     if words.record != pipeline.vocabulary(run.data):
       raise ValueError("--vocabulary is not the one that the run's token store was made with")
-    complete = steps(folder)
-    if not complete:
-      raise ValueError(f"{folder} has no checkpoint; train first")
-    step = max(complete)
-    program = programs.build(run)
-    params = restore(folder, step, program.abstract).state.params
+    program, step, params = newest(run, _WORKDIR.value)
   except ValueError as error:
     refuse(error)
   if words.unknown is not None and words.unknown in prompt:
@@ -61,7 +53,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   tokens = [int(token) for token in tokens_BT[0]]
   if words.record.eos in tokens:
     tokens = tokens[: tokens.index(words.record.eos)]
-  logging.info("step %d of %s", step, folder)
+  logging.info("step %d of %s", step, _WORKDIR.value)
   sys.stdout.write(_PROMPT.value + words.decode(tokens) + "\n")
 
 

@@ -24,6 +24,8 @@ class Run:
   layers compute) or "float32", for twice the bytes. Sums on a device and of microbatches are
   float32.
   z_loss multiplies the mean of log(Z)^2. eval_every and total_steps are in optimizer steps.
+  init_from: a Hugging Face RecurrentGemma directory with the parameters to begin with, on every
+  process. It is read only where there is no checkpoint to go on from.
   """
 
   name: str
@@ -35,6 +37,7 @@ class Run:
   num_microbatches: int = 1
   z_loss: float = 0.0
   seed: int = 0
+  init_from: str | None = None
   eval_every: int = 500
   mesh: MeshShape = MeshShape()
   zero_stage: Literal[1, 2, 3] = 3

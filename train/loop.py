@@ -26,6 +26,7 @@ from train.checkpoint import Checkpoints, Kind
 from train.config import Run, flatten
 from train.evaluate import evaluate
 from train.events import Events
+from train.initial import initial_state
 from train.metrics import JSONL, Metrics
 from train.peers import Peers
 from train.plot import plot_losses
@@ -90,7 +91,7 @@ def fit(
       with events.span("restore"):
         restored = checkpoints.restore(program.abstract, check=check)
       if restored is None:
-        state, step = programs.initialize(program), 0
+        state, step = initial_state(program), 0
         bad_steps.begin(step, None)
       else:
         state, step = restored.state, restored.step

@@ -19,6 +19,7 @@ from train.config import Run
 # Paths of settings that leave the model and its batches as they are. All others may not change.
 MAY_CHANGE = (
   "name",
+  "init_from",  # read before the first step only
   "total_steps",  # the schedule of the learning rate follows it
   "eval_every",
   "num_microbatches",

@@ -1,0 +1,44 @@
+"""A directory of a run: `python -m launch.export --config=... --workdir=... --output=DIR`.
+
+Writes the parameters of the run's newest checkpoint as a Hugging Face RecurrentGemma, which
+`transformers` opens and a run begins with (--config.init_from=DIR). The ids at which it stops and
+with which it pads are those of the run's token store. Exit status: 0 written, 2 refused.
+"""
+
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from data import pipeline
+from launch.console import log_for_people, refuse
+from launch.overrides import run_app
+from launch.trained import newest
+from models import recurrentgemma_hf
+from train.config import Run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of the run.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "A new or empty folder.", required=True)
+
+
+def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
+  del overridden
+  log_for_people()
+  try:
+    words = pipeline.vocabulary(run.data)
+    _, step, params = newest(run, _WORKDIR.value)
+    recurrentgemma_hf.save(
+      _OUTPUT.value,
+      run.model,
+      jax.device_get(params),
+      bos_token_id=words.bos,
+      eos_token_id=words.eos,
+      pad_token_id=words.pad,
+    )
+  except ValueError as error:
+    refuse(error)
+  logging.info("step %d of %s: written to %s", step, _WORKDIR.value, _OUTPUT.value)
+
+
+if __name__ == "__main__":
+  run_app(main)

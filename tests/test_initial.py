@@ -1,0 +1,111 @@
+"""Runs that begin with the parameters of a Hugging Face directory, and what they leave as one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from models import decoder, recurrentgemma_hf
+from models.layers import rg_lru
+from sharding.mesh import MeshShape
+from tests import tiny
+from train import program as programs
+from train.initial import initial_state
+
+_SETTINGS = {"embedding_scale": "sqrt_width", "logit_cap": 30.0}
+
+
+def _run(folder, **of_model):
+  """A Griffin that RecurrentGemma can express: it has as many gate blocks as heads."""
+  run = tiny.run(folder, mesh=MeshShape(fsdp=4, tensor=2))
+  pattern = tuple(
+    dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, num_gate_blocks=2))
+    if isinstance(block.mixer, rg_lru.Config)
+    else block
+    for block in run.model.pattern
+  )
+  model = dataclasses.replace(run.model, pattern=pattern, **{**_SETTINGS, **of_model})
+  return dataclasses.replace(run, model=model)
+
+
+def _saved(folder):
+  """The parameters of a model of other values than a new run's, and the directory they are in."""
+  run = _run(folder)
+  params = jax.device_get(decoder.build(run.model).init(jax.random.key(7)))
+  recurrentgemma_hf.save(folder / "hf", run.model, params)
+  return params, str(folder / "hf")
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_a_run_begins_with_the_parameters_of_a_directory(tmp_path, param_dtype):
+  params, directory = _saved(tmp_path)
+  run = dataclasses.replace(_run(tmp_path, param_dtype=param_dtype), init_from=directory)
+  program = programs.build(run)
+  state = initial_state(program)
+  assert int(state.step) == 0
+  assert all(not leaf.any() for leaf in jax.tree.leaves(state.opt_state.mu))
+
+  def same(found, saved, abstract):
+    assert (found.shape, found.dtype) == (abstract.shape, abstract.dtype)
+    assert found.sharding.is_equivalent_to(abstract.sharding, found.ndim)
+    np.testing.assert_array_equal(found, saved.astype(found.dtype))
+
+  jax.tree.map(same, state.params, params, program.abstract.params)
+
+
+@pytest.mark.parametrize(
+  ("of_model", "message"),
+  [
+    ({"logit_cap": None}, r"logit_cap is 30\.0 there, None in the config"),
+    ({"embedding_scale": "none"}, "embedding_scale is 'sqrt_width' there, 'none' in the config"),
+    ({"num_blocks": 3}, "num_blocks is 4 there, 3 in the config"),
+    ({"width": 48}, "width is 32 there, 48 in the config"),
+  ],
+  ids=str,
+)
+def test_another_model_is_refused_by_what_differs(tmp_path, of_model, message):
+  _, directory = _saved(tmp_path)
+  run = dataclasses.replace(_run(tmp_path, **of_model), init_from=directory)
+  with pytest.raises(ValueError, match=rf"init_from .*/hf is of another model: {message}\. Set"):
+    initial_state(programs.build(run))
+
+
+def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
+  model = [f"--config.model.{name}={value}" for name, value in _SETTINGS.items()]
+  model += [f"--config.model.pattern[{index}].mixer.num_gate_blocks=2" for index in (0, 1)]
+  flags = [f"--config=tests/tiny_config.py:{tmp_path}", *model]
+  flags += ["--config.total_steps=2", "--config.optimizer.warmup_steps=1"]
+  first, second = f"--workdir={tmp_path / 'first'}", f"--workdir={tmp_path / 'second'}"
+  output = f"--output={tmp_path / 'hf'}"
+
+  def run(module, *more):
+    return commands.run(module, [*flags, *more], tmp_path / "output")
+
+  status, told = run("launch.export", first, output)
+  assert status == 2
+  assert "has no checkpoint; train first" in told.splitlines()[-1]
+  assert run("launch.train", first)[0] == 0
+  status, told = run("launch.export", first, output)
+  assert status == 0, told
+  assert "step 2 of" in told
+  status, told = run("launch.export", first, output)
+  assert status == 2
+  assert "is not an empty directory" in told.splitlines()[-1]
+  status, told = run("launch.export", first, output + "2", "--config.model.logit_cap=None")
+  assert status == 2
+  assert "model.logit_cap is 30.0 in the checkpoint, None now" in told.splitlines()[-1]
+
+  init_from = f"--config.init_from={tmp_path / 'hf'}"
+  status, told = run("launch.train", second, init_from)
+  assert status == 0, told
+  assert f"parameters from {tmp_path / 'hf'}" in told
+  # From its own checkpoint now, and not from the directory again.
+  status, told = run("launch.train", second, init_from, "--config.total_steps=3")
+  assert status == 0, told
+  assert "restored step 2" in told
+  assert "parameters from" not in told
+  status, told = run("launch.train", f"--workdir={tmp_path / 'third'}", init_from + "/none")
+  assert status == 1
+  assert "none/config.json does not exist" in told.splitlines()[-1]
+  assert "Traceback" not in told

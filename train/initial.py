@@ -1,0 +1,68 @@
+"""The state before the first step: drawn at random, or with the parameters of a directory."""
+
+import fnmatch
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from models import recurrentgemma_hf
+from models.decoder import DecoderConfig
+from train import program as programs
+from train.config import flatten
+from train.program import Program
+from train.state import TrainState
+
+# What of a model's config its parameters do not depend on.
+_FREE = (
+  "dtype",
+  "param_dtype",
+  "remat",
+  "layers",
+  "*.scan",
+  "*.gates",
+  "*.implementation",
+  "*.decay_init",
+)
+
+
+def initial_state(program: Program) -> TrainState:
+  """Step 0 of a run, in its layout, with moments of 0. With `init_from` every process reads that
+  directory; ValueError where it holds another model than the run's."""
+  run = program.run
+  state = programs.initialize(program)
+  if run.init_from is None:
+    return state
+  config, params = recurrentgemma_hf.load(run.init_from, param_dtype=run.model.param_dtype)
+  _check_same(run.model, config, run.init_from)
+  logging.info("parameters from %s", run.init_from)
+  return state._replace(params=jax.tree.map(_laid_out, params, program.shardings.params))
+
+
+def _check_same(ours: DecoderConfig, theirs: DecoderConfig, directory: str) -> None:
+  here, there = _decisive(ours), _decisive(theirs)
+  missing = "(not there)"
+  different = [
+    f"{path} is {there.get(path, missing)!r} there, {here.get(path, missing)!r} in the config"
+    for path in sorted({*here, *there})
+    if here.get(path, missing) != there.get(path, missing)
+  ]
+  if different:
+    raise ValueError(
+      f"init_from {directory} is of another model: {'; '.join(different)}. Set --config.model to "
+      "what is there, or give another directory"
+    )
+
+
+def _decisive(config: DecoderConfig) -> dict[str, Any]:
+  return {
+    path: value
+    for path, value in flatten(config).items()
+    if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _FREE)
+  }
+
+
+def _laid_out(w: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """An array that every process has, each device's part on that device."""
+  return jax.make_array_from_callback(w.shape, sharding, lambda index: w[index])
