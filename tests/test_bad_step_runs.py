@@ -15,6 +15,9 @@ from tests.tolerances import assert_close
 from train.checkpoint_folder import steps
 from train.jsonl import read_jsonl
 
+# One worker for all of them: they share the runs of the fixtures.
+pytestmark = pytest.mark.xdist_group("bad_step_runs")
+
 
 @pytest.fixture(scope="module")
 def bad(commands, tmp_path_factory):

@@ -46,6 +46,10 @@ def _small():
   return dataclasses.replace(run, model=model, batch_size=64)
 
 
+# One worker for all that use it.
+_compiles_small = pytest.mark.xdist_group("compiled_small")
+
+
 @functools.cache
 def _compiled_small():
   machine = machines.of_topology("v5e:2x4")
@@ -53,6 +57,7 @@ def _compiled_small():
   return plans.compiled(run, machine)
 
 
+@_compiles_small
 def test_the_compiled_step_says_what_the_models_say():
   plan = _compiled_small()
   model = plans.modelled(plan.run, plan.machine)
@@ -70,6 +75,7 @@ def test_the_compiled_step_says_what_the_models_say():
   assert not any(one.crosses for one in plan.collectives)
 
 
+@_compiles_small
 def test_the_compiled_step_executes_what_the_models_say():
   plan = _compiled_small()
   assert plan.program is not None
@@ -226,6 +232,7 @@ def test_flags_say_the_layout():
   )
 
 
+@_compiles_small
 def test_the_page_is_whole_and_the_text_says_the_same():
   plan = _compiled_small()
   lines = plan_lines(plan, mfu=None, price=3.0)

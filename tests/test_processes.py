@@ -21,6 +21,9 @@ from train.checkpoint_folder import steps
 from train.faults import SECONDS_OF_ONE_REQUEST
 from train.jsonl import read_jsonl
 
+# One worker for all of them: they share the runs of the fixtures.
+pytestmark = pytest.mark.xdist_group("processes")
+
 NUM_KILLS = 20
 SEED = 4
 # A process not heard of for so long is gone.

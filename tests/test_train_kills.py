@@ -14,6 +14,9 @@ from train import goodput, history
 from train.checkpoint_folder import steps
 from train.jsonl import read_jsonl
 
+# One worker for all of them: they share the runs of the fixtures.
+pytestmark = pytest.mark.xdist_group("train_kills")
+
 NUM_KILLS = 6
 
 
