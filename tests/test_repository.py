@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pathlib
 
 import pytest
@@ -99,3 +100,10 @@ def test_every_folder_has_an_init_that_only_speaks():
     for path in [ROOT / folder, *(p for p in (ROOT / folder).rglob("*") if p.is_dir())]:
       if any(path.glob("*.py")):
         assert (path / "__init__.py").is_file(), f"{path.relative_to(ROOT)} has no __init__.py"
+
+
+@pytest.mark.xdist_group("group")
+def test_a_group_of_tests_goes_to_one_worker(request):
+  """Its name in the id is how pytest-xdist keeps it together; tests share what takes minutes."""
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    assert request.node.nodeid.endswith("@group")
