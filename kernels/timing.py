@@ -38,18 +38,15 @@ def medians(calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
   return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def beside_a_copy(
+def two_passes(
   runs: Mapping[str, Callable[..., tuple[jax.Array, ...]]],
   arrays: tuple[jax.Array, ...],
   cotangents: tuple[jax.Array, ...],
-  *,
-  moved: Mapping[str, int],
-) -> dict[str, Any]:
-  """What is recorded of implementations: runs[name](*arrays), "forward", and that with the
-  gradients of all arrays, "forward_backward". Each moves at least moved[pass] arrays like the
-  first: milliseconds, and what part of the bytes per second of a copy of it they reach; compile
-  seconds and temporary bytes of the latter."""
-  calls: dict[Any, Callable[[], Any]] = {}
+) -> tuple[dict[tuple[str, str], Callable[[], Any]], dict[str, dict[str, Any]]]:
+  """Of every implementation, compiled: the calls of (name, "forward"), which is
+  runs[name](*arrays), and of (name, "forward_backward"), that with the gradients of all arrays; and
+  by name compile seconds and temporary bytes of the latter."""
+  calls: dict[tuple[str, str], Callable[[], Any]] = {}
   implementations: dict[str, dict[str, Any]] = {}
   for name, run in runs.items():
 
@@ -67,6 +64,20 @@ def beside_a_copy(
     }
     calls[name, "forward"] = lambda forward=forward: forward(*arrays)
     calls[name, "forward_backward"] = lambda both=both: both(cotangents, *arrays)
+  return calls, implementations
+
+
+def beside_a_copy(
+  runs: Mapping[str, Callable[..., tuple[jax.Array, ...]]],
+  arrays: tuple[jax.Array, ...],
+  cotangents: tuple[jax.Array, ...],
+  *,
+  moved: Mapping[str, int],
+) -> dict[str, Any]:
+  """What is recorded of implementations, arguments as of `two_passes`. Each moves at least
+  moved[pass] arrays like the first: milliseconds, and what part of the bytes per second of a copy
+  of it they reach; compile seconds and temporary bytes."""
+  calls, implementations = two_passes(runs, arrays, cotangents)
   copy, size = jax.jit(jnp.negative).lower(arrays[0]).compile(), arrays[0].nbytes
   seconds = medians({**calls, "copy": lambda: copy(arrays[0])})
   copied = 2 * size / seconds["copy"]

@@ -8,10 +8,9 @@ each pass over those of the product. Counted are two products forward and five b
 that a query sees in a row of one document; what is multiplied in vain does not count.
 """
 
+import functools
 import json
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,39 +34,25 @@ def measure(
     jax.random.normal(key, (batch, row_length, head_size), jnp.bfloat16) for key in keys[2:]
   )
   documents_BT = jnp.ones((batch, row_length), jnp.int32)
-  passes: dict[str, Callable[[], Any]] = {}
-  results: dict[str, dict[str, Any]] = {}
-  for name in filter(timing.runs_here, IMPLEMENTATIONS):
-    if name == "reference":
-      continue
 
-    def run(q_BTNH, k_BSH, v_BSH, name=name):
-      arrays = (q_BTNH, k_BSH, v_BSH, documents_BT, documents_BT)
-      return local_attention(*arrays, window=window, implementation=name)
+  def attend(q_BTNH, k_BSH, v_BSH, *, implementation):
+    arrays = (q_BTNH, k_BSH, v_BSH, documents_BT, documents_BT)
+    return (local_attention(*arrays, window=window, implementation=implementation),)
 
-    def gradients(do_BTNH, *arrays, run=run):
-      return jax.vjp(run, *arrays)[1](do_BTNH)
-
-    arrays = (q_BTNH, k_BSH, v_BSH)
-    forward = jax.jit(run).lower(*arrays).compile()
-    start = time.perf_counter()
-    both = jax.jit(gradients).lower(do_BTNH, *arrays).compile()
-    memory = both.memory_analysis()
-    results[name] = {
-      "compile_seconds": round(time.perf_counter() - start, 2),
-      "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
-    }
-    passes[f"{name} forward"] = lambda forward=forward, arrays=arrays: forward(*arrays)
-    passes[f"{name} forward_backward"] = lambda both=both, arrays=arrays: both(do_BTNH, *arrays)
+  runs = {
+    name: functools.partial(attend, implementation=name)
+    for name in filter(timing.runs_here, IMPLEMENTATIONS)
+    if name != "reference"
+  }
+  calls, results = timing.two_passes(runs, (q_BTNH, k_BSH, v_BSH), (do_BTNH,))
   x_IJ = jax.random.normal(keys[0], (product_size, product_size), jnp.bfloat16)
   product = jax.jit(jnp.matmul).lower(x_IJ, x_IJ).compile()
-  passes["product"] = lambda: product(x_IJ, x_IJ)
-  seconds = timing.medians(passes)
-  flops_per_second = 2 * product_size**3 / seconds.pop("product")
+  seconds = timing.medians({**calls, "product": lambda: product(x_IJ, x_IJ)})
+  flops_per_second = 2 * product_size**3 / seconds["product"]
   reach = row_length if window is None else window + 1
   seen = sum(min(t + 1, reach) for t in range(row_length))
-  for key, value in seconds.items():
-    name, part = key.split(" ")
+  for name, part in calls:
+    value = seconds[name, part]
     flops = _PRODUCTS[part] * 2 * batch * heads * head_size * seen
     results[name][f"{part}_ms"] = round(1e3 * value, 3)
     results[name][f"{part}_of_product"] = round(flops / value / flops_per_second, 4)
