@@ -27,6 +27,7 @@ from flax import nnx
 from kernels import block_diagonal, halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
+from models.layers.gelu import gated_gelu
 from models.layers.projection import add_bias, branches, project
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
@@ -131,10 +132,9 @@ class RecurrentBlock(nnx.Module):
     with jax.named_scope("recurrent"):
       w_in_D2R = self.w_in_D2R[...].astype(dtype)
       gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, self.b_in_2R[...], axis="rnn")
-      gelu_BTR = jax.nn.gelu(gate_BTR, approximate=True)
       conv_BTR = self._conv(in_BTR, segments, state)
       h_BTR, h_BR = self._recur(conv_BTR, segments, state)
-      y_BTD = project(gelu_BTR * h_BTR, self.w_out_RD[...].astype(dtype))
+      y_BTD = project(gated_gelu(gate_BTR, h_BTR), self.w_out_RD[...].astype(dtype))
       y_BTD = add_bias(y_BTD, self.b_out_D[...])
     if not has_state:
       return y_BTD, None
