@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import gpu_math
+from kernels.triton_call import on_gpu_or_interpreted
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 CHANNELS = 64
@@ -128,39 +129,39 @@ def launch(
   name: str,
 ) -> tuple[jax.Array, ...]:
   """`kernel(chunk, *array_refs, *out_refs)` for each chunk; every one sees the arrays whole."""
-  num_inputs = len(arrays)
-  links = jax.ShapeDtypeStruct((3 * tiles.batch, tiles.num_chunks, tiles.width), jnp.int32)
+  call = _Launch(kernel, out_shapes, tiles, reverse, name)
+  *results, _ = on_gpu_or_interpreted(call, *arrays)
+  return tuple(results)
 
-  def call(interpret: bool, *arrays: jax.Array):
+
+class _Launch(NamedTuple):
+  """As kernels/triton_call.py wants it."""
+
+  kernel: Callable[..., None]
+  out_shapes: tuple[jax.ShapeDtypeStruct, ...]
+  tiles: Tiles
+  reverse: bool
+  name: str
+
+  def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
+    tiles, num_inputs = self.tiles, len(arrays)
+    links = jax.ShapeDtypeStruct((3 * tiles.batch, tiles.num_chunks, tiles.width), jnp.int32)
     math = gpu_math.of(interpret=interpret)
 
     def program(*refs):
       *inputs, _ = refs[: num_inputs + 1]
       *outputs, links_ref = refs[num_inputs + 1 :]
-      kernel(Chunk.of(tiles, links_ref, math, reverse=reverse), *inputs, *outputs)
+      self.kernel(Chunk.of(tiles, links_ref, math, reverse=self.reverse), *inputs, *outputs)
 
     return pl.pallas_call(
       program,
       grid=tiles.grid,
-      out_shape=(*out_shapes, links),
-      input_output_aliases={num_inputs: len(out_shapes)},
+      out_shape=(*self.out_shapes, links),
+      input_output_aliases={num_inputs: len(self.out_shapes)},
       compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
       interpret=interpret,
-      name=name,
+      name=self.name,
     )(*arrays, jnp.full(links.shape, _UNKNOWN, links.dtype))
-
-  *results, _ = on_gpu_or_interpreted(call, *arrays)
-  return tuple(results)
-
-
-def on_gpu_or_interpreted(call: Callable[..., Any], *arrays: jax.Array) -> Any:
-  """call(interpret, *arrays): compiled where the program is for a GPU, interpreted on CPU.
-
-  It is the platform that the program is lowered for that counts. On others lowering fails.
-  """
-  return jax.lax.platform_dependent(
-    *arrays, cpu=functools.partial(call, True), cuda=functools.partial(call, False)
-  )
 
 
 def _scan(chunk, x_ref, a_ref, h0_ref, y_ref, hT_ref):

@@ -12,6 +12,7 @@ no register is spilled, at 256 80 bytes a thread in one of the three kernels (pt
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import gpu_math
+from kernels.triton_call import on_gpu_or_interpreted
 
 # Triton's blocks are powers of two, tensor cores' at least 16; wider heads do not fit registers.
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -150,23 +152,33 @@ def _head_groups(heads: int, *, programs: int) -> int:
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, arrays, like, grid, layout, *, num_warps, num_stages, name):
-  """One program of `kernel` for each place of the grid; results are shaped as `like`."""
+class _Call(NamedTuple):
+  """One program of `kernel` for each place of the grid."""
 
-  def call(interpret, *arrays):
+  kernel: Callable[..., None]
+  results: tuple[jax.ShapeDtypeStruct, ...]
+  grid: tuple[int, ...]
+  layout: Any
+  num_warps: int
+  num_stages: int
+  name: str
+
+  def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
     return pl.pallas_call(
-      functools.partial(kernel, layout=layout, math=gpu_math.of(interpret=interpret)),
-      grid=grid,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-      compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+      functools.partial(self.kernel, layout=self.layout, math=gpu_math.of(interpret=interpret)),
+      grid=self.grid,
+      out_shape=list(self.results),
+      compiler_params=plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages),
       interpret=interpret,
-      name=name,
+      name=self.name,
     )(*arrays)
 
-  # By the platform that the program is lowered for; on others than these lowering fails.
-  return jax.lax.platform_dependent(
-    *arrays, cpu=functools.partial(call, True), cuda=functools.partial(call, False)
-  )
+
+def _call(kernel, arrays, like, grid, layout, *, num_warps, num_stages, name):
+  """Results are shaped as `like`."""
+  results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like)
+  call = _Call(kernel, results, grid, layout, num_warps, num_stages, name)
+  return on_gpu_or_interpreted(call, *arrays)
 
 
 def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout, math):
