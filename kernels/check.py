@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import block_diagonal, linear_scan, local_attention, rg_lru, timing
+from kernels import block_diagonal, causal_conv, linear_scan, local_attention, rg_lru, timing
 from kernels.local_attention import splash_tpu
 
 # Of the largest value of an array. bfloat16: inputs are exact; what a kernel keeps and gives out is
@@ -45,6 +45,7 @@ def cases(shapes: tuple[tuple[int, int, int], ...], heads: tuple[int, ...]) -> I
       yield _rg_lru(shape, dtype)
       for reverse in (False, True):
         yield _linear_scan(shape, dtype, reverse)
+      yield _causal_conv(shape, dtype)
   for size in heads:
     for window in (200, None):
       yield _local_attention((2, 523, 4, size), window)
@@ -172,6 +173,21 @@ def _block_diagonal(shape: tuple[int, int, int]) -> Case:
   names, text = ("x", "w", "b"), f"{shape}, 4 blocks"
   implementations = block_diagonal.IMPLEMENTATIONS
   return Case("block_diagonal", text, "bfloat16", names, arrays, call, implementations, "einsum")
+
+
+def _causal_conv(shape: tuple[int, int, int], dtype: str) -> Case:
+  batch, time, width = shape
+  documents_BT = jnp.cumsum(_starts(batch, time), axis=1, dtype=jnp.int32)
+
+  def call(implementation, x_BTR, b_in_R, w_KR, b_R):
+    return causal_conv.convolve(
+      x_BTR, b_in_R, w_KR, b_R, documents_BT, implementation=implementation
+    )
+
+  vectors = (_normal(1, (width,)), _normal(2, (4, width)), _normal(3, (width,)))
+  arrays = (_normal(0, shape, dtype), *vectors)
+  names, implementations = ("x", "b_in", "w", "b"), causal_conv.IMPLEMENTATIONS
+  return Case("causal_conv", f"{shape}", dtype, names, arrays, call, implementations, "shifts")
 
 
 def check(cases: Iterator[Case]) -> bool:

@@ -46,8 +46,9 @@ class DecoderConfig:
   activations, param_dtype that of matrices and vectors alike, but for norms, gate biases and decay:
   those are float32. remat: what the backward pass computes again. "none": nothing but elementwise
   work and the gates' small products, whose results would fill memory for longer than they take to
-  make; "matmuls": attention and scans too; "block": everything, keeping only block inputs. layers
-  "unroll" writes every block out: for tests and tiny models.
+  make (where Triton makes them, and blocks are written out, they are kept); "matmuls": attention
+  and scans too; "block": everything, keeping only block inputs. layers "unroll" writes every block
+  out, which takes longer to compile: for tests, tiny models, and speed on GPUs.
   """
 
   vocab_size: int
@@ -370,6 +371,9 @@ class _Decoder:
       kept = ("projection",)
       if self.config.remat == "none":
         kept += ("scan", "attention")
+        if self.config.layers == "unroll":
+          # A loop would copy them into arrays of all blocks: dearer than to form them again.
+          kept += ("gates", "conv", "rotated")
       policy = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,  # not the gates'
         policies.save_only_these_names(*kept),

@@ -5,7 +5,7 @@ import logging
 import jax
 import pytest
 
-from kernels import block_diagonal, dispatch, linear_scan, local_attention, rg_lru
+from kernels import block_diagonal, causal_conv, dispatch, linear_scan, local_attention, rg_lru
 from models import decoder
 from tests import tiny
 from train.optimizer import decay_mask
@@ -48,7 +48,13 @@ def test_a_decision_is_logged_once(caplog):
 
 @pytest.mark.parametrize(
   ("kernel", "arguments"),
-  [(linear_scan, {}), (rg_lru, {}), (block_diagonal, {}), (local_attention, {"head_size": 128})],
+  [
+    (linear_scan, {}),
+    (rg_lru, {}),
+    (block_diagonal, {}),
+    (causal_conv, {}),
+    (local_attention, {"head_size": 128}),
+  ],
 )
 def test_every_default_is_an_implementation(kernel, arguments):
   assert set(kernel._DEFAULTS) == {"cpu", "gpu", "tpu"}
@@ -103,11 +109,15 @@ def test_triton_kernels_are_the_default_from_ampere_on(
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [_Device(version, capability)])
-  expected = ["chunked", "chunked", "einsum", "banded"]
+  kernels = (linear_scan, rg_lru, block_diagonal, causal_conv)
+  expected = ["chunked", "chunked", "einsum", "shifts", "banded"]
   if is_default:
-    expected = ["pallas_gpu", "pallas_gpu", "einsum_rounded", "pallas_gpu"]
-  resolved = [kernel.resolve("auto") for kernel in (linear_scan, rg_lru, block_diagonal)]
+    expected = ["pallas_gpu"] * 5
+  resolved = [kernel.resolve("auto") for kernel in kernels]
   assert [*resolved, local_attention.resolve("auto", head_size=128)] == expected
+  # Tensor cores have no float32.
+  expected = "einsum_rounded" if is_default else "einsum"
+  assert block_diagonal.resolve("auto", itemsize=4) == expected
   assert local_attention.resolve("auto", head_size=96) == "banded"
 
 

@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.rows import Batch
+from kernels import causal_conv
 from models import decoder
 from models.griffin import griffin
-from models.layers import embedding, projection, rg_lru
+from models.layers import embedding, projection
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
 from tests.jaxprs import equations
@@ -37,9 +38,11 @@ _TOKENS_BT = np.minimum(_GENERATOR.zipf(1.3, (_BATCH, _TIME)) - 1, _VOCAB - 1).a
 
 
 def _convolve(w_KR, b_R):
-  before_BKR = jnp.zeros((_BATCH, _TAPS - 1, _WIDTH), jnp.bfloat16)
-  before_BK = jnp.zeros((_BATCH, _TAPS - 1), jnp.int32)
-  return rg_lru._convolve(_X_BTD, _DOCUMENT_BT, before_BKR, before_BK, w_KR, b_R)
+  no_bias_R = jnp.zeros((_WIDTH,))
+  y_BTD, _ = causal_conv.convolve(
+    _X_BTD, no_bias_R, w_KR, b_R, jnp.asarray(_DOCUMENT_BT), implementation="shifts"
+  )
+  return y_BTD
 
 
 def _sums_of_convolution(dy_BTD):

@@ -27,6 +27,7 @@ def test_what_runs_here_is_right(capsys):
     ("local_attention", "banded"),
     ("block_diagonal", "einsum"),
     ("block_diagonal", "einsum_rounded"),
+    ("causal_conv", "shifts"),
   }
 
 
@@ -64,7 +65,7 @@ def test_accelerators_kernels_are_held_in_the_interpreter(monkeypatch, name):
     if name in case.implementations and case.dtype == "bfloat16" and "None" not in case.text
   ]
   assert {case.kernel for case in held} == {
-    "pallas_gpu": {"rg_lru", "linear_scan", "local_attention", "block_diagonal"},
+    "pallas_gpu": {"rg_lru", "linear_scan", "local_attention", "block_diagonal", "causal_conv"},
     "pallas_tpu": {"rg_lru", "linear_scan", "block_diagonal"},
     "splash_tpu": {"local_attention"},
   }[name]

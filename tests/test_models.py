@@ -18,6 +18,7 @@ from models.sizes import SIZES
 from models.transformer import mqa_transformer
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
+from tests.jaxprs import equations
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -172,6 +173,61 @@ def test_remat_makes_again_the_products_that_it_says(remat, again, float32_sums)
     products = str(jax.make_jaxpr(gradient)(model.shapes, tokens)).count("dot_general[")
   unembedding = 3
   assert products == unembedding + config.num_blocks * (3 * 7 + again)
+
+
+def _triton(config):
+  """With the kernels of NVIDIA's GPUs, interpreted here."""
+  mixer = dataclasses.replace(
+    config.pattern[0].mixer, scan="pallas_gpu", gates="pallas_gpu", conv="pallas_gpu"
+  )
+  block = dataclasses.replace(config.pattern[0], mixer=mixer)
+  return dataclasses.replace(config, pattern=(block,), dtype="bfloat16", remat="none")
+
+
+@pytest.mark.parametrize(("layers", "passes"), [("unroll", 1), ("scan", 2)])
+def test_what_triton_gives_out_is_kept_by_blocks_written_out(layers, passes):
+  """Gates and convolution are formed again in a loop, which would copy what it keeps."""
+  config = _triton(TINY["hawk"])
+  if layers == "unroll":
+    config = dataclasses.replace(config, num_blocks=1)
+  model = decoder.build(dataclasses.replace(config, layers=layers))
+  tokens = jnp.ones((1, 8), jnp.int32)
+  gradient = jax.grad(lambda params: model.apply(params, tokens, tokens)[0].astype("float32").sum())
+  jaxpr = jax.make_jaxpr(gradient)(model.shapes)
+  calls = [
+    str(one.params["name"])
+    for one in equations(jaxpr.jaxpr)
+    if one.primitive.name == "pallas_call" and not one.params["interpret"]
+  ]
+  for kernel in ("causal_conv_forward", "block_diagonal_forward"):
+    assert calls.count(kernel) == passes, kernel
+  assert calls.count("rg_lru_forward") == 1
+
+
+def test_a_model_with_triton_kernels_is_the_model():
+  """bfloat16: two rows of several documents, loss and every gradient."""
+  plain = dataclasses.replace(TINY["hawk"], dtype="bfloat16", remat="none")
+  tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, plain.vocab_size)
+  segments = 1 + jnp.cumsum(jax.random.uniform(jax.random.key(2), (2, 40)) < 0.1, axis=1)
+  params = decoder.build(plain).init(jax.random.key(0))
+
+  def results(config):
+    model = decoder.build(config)
+    weights = jax.random.normal(jax.random.key(3), (2, 40, plain.vocab_size))
+    loss = lambda params: jnp.mean(model.logits(params, tokens, segments) * weights)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  expected = results(dataclasses.replace(plain, dtype="float32"))
+  errors = [
+    [
+      float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted))
+      for got, wanted in zip(jax.tree.leaves(results(config)), jax.tree.leaves(expected))
+    ]
+    for config in (_triton(TINY["hawk"]), plain)
+  ]
+  for ours, theirs in zip(*errors, strict=True):
+    # As exact as the default in bfloat16 is.
+    assert ours < 1.5 * theirs + 1e-2
 
 
 def test_blocks_written_out_keep_their_matrices_as_they_are_multiplied():

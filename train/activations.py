@@ -34,6 +34,7 @@ class Kernels(NamedTuple):
   rg_lru: str
   local_attention: str
   block_diagonal: str
+  causal_conv: str
 
   def of(self, model: DecoderConfig) -> DecoderConfig:
     """`model` with these named in its blocks."""
@@ -41,7 +42,9 @@ class Kernels(NamedTuple):
     for block in model.pattern:
       match block.mixer:
         case rg_lru.Config() as mixer:
-          mixer = dataclasses.replace(mixer, scan=self.rg_lru, gates=self.block_diagonal)
+          mixer = dataclasses.replace(
+            mixer, scan=self.rg_lru, gates=self.block_diagonal, conv=self.causal_conv
+          )
         case attention.Config() as mixer:
           mixer = dataclasses.replace(mixer, implementation=self.local_attention)
         case mixer:
@@ -76,7 +79,7 @@ class _Part(NamedTuple):
   elementwise or inside its kernel; what it holds at once in the backward pass."""
 
   products: float  # results that remat "matmuls" keeps
-  batched: float  # results that "none" keeps beside: attention, states
+  batched: float  # results that "none" keeps beside: attention, states, those of Triton kernels
   forward: float
   elementwise: float
   working: float
@@ -92,12 +95,15 @@ def of_block(
   sequence: int,
   itemsize: int,
   kernels: Kernels,
+  is_unrolled: bool = False,
 ) -> Activations:
   """The activations of one block whose wide dimensions are split over `tensor` devices, and rows
   over `sequence`."""
   match block.mixer:
     case rg_lru.Config() as mixer:
-      mixed = _recurrent(mixer, width, tensor, itemsize, kernels, splits_rows=sequence > 1)
+      mixed = _recurrent(
+        mixer, width, tensor, itemsize, kernels, splits_rows=sequence > 1, is_unrolled=is_unrolled
+      )
     case attention.Config() as mixer:
       mixed = _attention(mixer, width, row_length, tensor, sequence, itemsize, kernels)
     case mixer:
@@ -143,13 +149,15 @@ def _recurrent(
   kernels: Kernels,
   *,
   splits_rows: bool,
+  is_unrolled: bool,
 ) -> _Part:
   """in: D -> 2 R; conv: R -> R; gates: R -> 2 R; RG-LRU; gelu x h: 2 R -> R; out: R -> D.
 
   Fused, the RG-LRU reads x and two gates and writes h. Otherwise the gates are float32, and decays
   (float32) and inputs are written by one pass and read by the scan. A shard of a row scans twice:
   for what it tells the others, and from what they tell it. Not counted: what XLA for TPU copies
-  around gates that are "einsum" (kernels/block_diagonal).
+  around gates that are "einsum" (kernels/block_diagonal). Of blocks written out, remat
+  "none" keeps what the Triton kernels of gates and convolution give out.
   """
   a, r = itemsize, mixer.rnn_width / tensor
   is_fused = kernels.rg_lru not in UNFUSED_SCANS
@@ -160,9 +168,12 @@ def _recurrent(
   if splits_rows:
     rg *= 2
   elementwise = a * (2 * r + 3 * r) + rg
+  kept = 1
+  if is_unrolled:
+    kept += 2 * (kernels.block_diagonal == "pallas_gpu") + (kernels.causal_conv == "pallas_gpu")
   return _Part(
     products=a * (2 * r + width),
-    batched=a * r,
+    batched=a * kept * r,
     forward=a * (2 * width + 4 * r) + gates + elementwise,
     elementwise=elementwise,
     working=_FLOAT32 * r * (_FUSED_WORKING if is_fused else _UNFUSED_WORKING),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from kernels import block_diagonal, dispatch, local_attention, rg_lru
+from kernels import block_diagonal, causal_conv, dispatch, local_attention, rg_lru
 from models import decoder
 from models.decoder import DecoderConfig
 from models.layers import attention
@@ -74,7 +74,9 @@ def resolved_kernels(config: DecoderConfig, platform: str) -> Kernels:
       match block.mixer:
         case recurrent.Config() as mixer:
           found["rg_lru"] = rg_lru.resolve(mixer.scan)
-          found["block_diagonal"] = block_diagonal.resolve(mixer.gates)
+          itemsize = _BYTES[config.dtype]
+          found["block_diagonal"] = block_diagonal.resolve(mixer.gates, itemsize=itemsize)
+          found["causal_conv"] = causal_conv.resolve(mixer.conv)
         case attention.Config() as mixer:
           found["local_attention"] = local_attention.resolve(
             mixer.implementation, head_size=mixer.head_size
@@ -122,6 +124,7 @@ def block_activations(run: Run, mesh: MeshShape, *, platform: str) -> tuple[Acti
       sequence=mesh.sequence,
       itemsize=_BYTES[run.model.dtype],
       kernels=kernels,
+      is_unrolled=run.model.layers == "unroll",
     )
     for block in run.model.pattern
   }

@@ -9,9 +9,10 @@ import platform
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from data.token_store import read_manifest
-from kernels import block_diagonal, local_attention, rg_lru
+from kernels import block_diagonal, causal_conv, local_attention, rg_lru
 from models.decoder import Model
 from sharding import xla_flags
 from train.config import Run
@@ -38,6 +39,7 @@ MAY_CHANGE = (
   "model.layers",
   "model.*.scan",
   "model.*.gates",
+  "model.*.conv",
   "model.*.implementation",
   "data.at_end",  # the batches up to the end are the same
   "data.num_epochs",
@@ -64,7 +66,10 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
     if path.endswith(".mixer.scan"):
       identity[path] = rg_lru.resolve(value)
     elif path.endswith(".mixer.gates"):
-      identity[path] = block_diagonal.resolve(value)
+      itemsize = jnp.dtype(identity["model.dtype"]).itemsize
+      identity[path] = block_diagonal.resolve(value, itemsize=itemsize)
+    elif path.endswith(".mixer.conv"):
+      identity[path] = causal_conv.resolve(value)
     elif path.endswith(".mixer.implementation"):
       head_size = identity[path.removesuffix("implementation") + "head_size"]
       identity[path] = local_attention.resolve(value, head_size=head_size)

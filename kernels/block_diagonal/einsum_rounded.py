@@ -34,22 +34,26 @@ def backward(
     for k, dy_BTR in enumerate((dr_BTR, di_BTR))
   )
   dx_BTR = (of_r_BTGI + of_i_BTGI).reshape(x_BTR.shape)
-  return dx_BTR, *weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
+  db_2GJ = [
+    jnp.sum(_blocks_of(dy_BTR, w_GI2J), axis=(0, 1), dtype=jnp.float32)
+    for dy_BTR in (dr_BTR, di_BTR)
+  ]
+  dw_GI2J = weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
+  return dx_BTR, dw_GI2J, jnp.stack(db_2GJ, axis=1)
 
 
 def weight_gradients(
   x_BTR: jax.Array, w_GI2J: jax.Array, dr_BTR: jax.Array, di_BTR: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """dw in the dtype of w, db in float32."""
+) -> jax.Array:
+  """dw in the dtype of w."""
   x_BTGI = _blocks_of(x_BTR, w_GI2J)
-  dw_2GIJ, db_2GJ = [], []
-  for dy_BTR in (dr_BTR, di_BTR):
-    dy_BTGJ = _blocks_of(dy_BTR, w_GI2J)
-    dw_2GIJ.append(
-      jnp.einsum("BTGI,BTGJ->GIJ", x_BTGI, dy_BTGJ, preferred_element_type=jnp.float32)
+  dw_2GIJ = [
+    jnp.einsum(
+      "BTGI,BTGJ->GIJ", x_BTGI, _blocks_of(dy_BTR, w_GI2J), preferred_element_type=jnp.float32
     )
-    db_2GJ.append(jnp.sum(dy_BTGJ, axis=(0, 1), dtype=jnp.float32))
-  return jnp.stack(dw_2GIJ, axis=2).astype(w_GI2J.dtype), jnp.stack(db_2GJ, axis=1)
+    for dy_BTR in (dr_BTR, di_BTR)
+  ]
+  return jnp.stack(dw_2GIJ, axis=2).astype(w_GI2J.dtype)
 
 
 def _product(x_BTGI: jax.Array, w_GIJ: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 With activations of 2 bytes, a channel and token, beside einsum_rounded.py's 16 and 30:
 
-  forward    reads x; writes r, i                                                        6 bytes
-  backward   reads dr, di; writes dx; the products of dw read x, dr, x, di, sums of db dr, di   18
+  forward    reads x; writes r, i                                          6 bytes
+  backward   reads dr, di; writes dx; the products of dw read x, dr, x, di      14
 
 Letters of this file: P tokens of the whole batch, C tokens of a program, I and J channels that go
 into a piece of a block and come out of it.
@@ -14,6 +14,8 @@ gradients of the weights are left to XLA: sums over all tokens, which a program 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.block_diagonal import einsum_rounded
-from kernels.linear_scan.pallas_gpu import on_gpu_or_interpreted
+from kernels.triton_call import on_gpu_or_interpreted
 
 _TOKENS = 64
 _MOST, _LEAST = 128, 16
@@ -35,13 +37,10 @@ def forward(x_BTR: jax.Array, w_GI2J: jax.Array, b_G2J: jax.Array) -> tuple[jax.
       "are not tensor cores' and would spill every register; use einsum_rounded or einsum"
     )
   blocks, size = w_GI2J.shape[:2]
-  r_PR, i_PR = _call(
-    functools.partial(_forward_kernel, size=size),
-    (_flat(x_BTR), w_GI2J, b_G2J),
-    results=2,
-    blocks=blocks,
-    name="block_diagonal_forward",
-  )
+  x_PR = _flat(x_BTR)
+  results = (_like(x_PR), _like(x_PR))
+  call = _Call(_forward_kernel, results, blocks, size, "block_diagonal_forward")
+  r_PR, i_PR = on_gpu_or_interpreted(call, x_PR, w_GI2J, b_G2J)
   return r_PR.reshape(x_BTR.shape), i_PR.reshape(x_BTR.shape)
 
 
@@ -50,33 +49,41 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """dx in the dtype of x, dw in that of w, db in float32."""
   blocks, size = w_GI2J.shape[:2]
-  (dx_PR,) = _call(
-    functools.partial(_backward_kernel, size=size),
-    (_flat(dr_BTR), _flat(di_BTR), w_GI2J),
-    results=1,
-    blocks=blocks,
-    name="block_diagonal_backward",
-  )
-  dw_GI2J, db_G2J = einsum_rounded.weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
-  return dx_PR.reshape(x_BTR.shape), dw_GI2J, db_G2J
+  dr_PR = _flat(dr_BTR)
+  sums = jax.ShapeDtypeStruct((_num_tiles(dr_PR), blocks, 2, size), jnp.float32)
+  call = _Call(_backward_kernel, (_like(dr_PR), sums), blocks, size, "block_diagonal_backward")
+  dx_PR, sums_NG2J = on_gpu_or_interpreted(call, dr_PR, _flat(di_BTR), w_GI2J)
+  dw_GI2J = einsum_rounded.weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
+  return dx_PR.reshape(x_BTR.shape), dw_GI2J, jnp.sum(sums_NG2J, axis=0)
 
 
-def _call(kernel, arrays, *, results, blocks, name):
-  """`results` arrays like the first: a program for each block and each few tokens."""
-  like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+def _num_tiles(x_PR: jax.Array) -> int:
+  return pl.cdiv(x_PR.shape[0], _TOKENS)
 
-  def call(interpret, *arrays):
+
+def _like(x_PR: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x_PR.shape, x_PR.dtype)
+
+
+class _Call(NamedTuple):
+  """A program for each block and each few tokens of the first array."""
+
+  kernel: Callable[..., None]
+  results: tuple[jax.ShapeDtypeStruct, ...]
+  blocks: int
+  size: int
+  name: str
+
+  def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
     return pl.pallas_call(
-      kernel,
+      functools.partial(self.kernel, size=self.size),
       # The blocks of a token beside each other: together they read and write whole rows of memory.
-      grid=(blocks, pl.cdiv(like.shape[0], _TOKENS)),
-      out_shape=[like] * results,
+      grid=(self.blocks, _num_tiles(arrays[0])),
+      out_shape=self.results,
       compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
       interpret=interpret,
-      name=name,
+      name=self.name,
     )(*arrays)
-
-  return on_gpu_or_interpreted(call, *arrays)
 
 
 def _forward_kernel(x_ref, w_ref, b_ref, r_ref, i_ref, *, size):
@@ -91,7 +98,7 @@ def _forward_kernel(x_ref, w_ref, b_ref, r_ref, i_ref, *, size):
       tile.store(y_ref, outputs, y_CJ + tile.load_biases(b_ref, branch, outputs)[None])
 
 
-def _backward_kernel(dr_ref, di_ref, w_ref, dx_ref, *, size):
+def _backward_kernel(dr_ref, di_ref, w_ref, dx_ref, sums_ref, *, size):
   tile, pieces = _Tile(dr_ref.shape[0], size), _pieces(size)
   dy_CJ = [[tile.load(dy_ref, piece) for piece in pieces] for dy_ref in (dr_ref, di_ref)]
   for inputs in pieces:
@@ -101,6 +108,9 @@ def _backward_kernel(dr_ref, di_ref, w_ref, dx_ref, *, size):
       for dy, outputs in zip(dy_CJ[branch], pieces, strict=True)
     )
     tile.store(dx_ref, inputs, dx_CI)
+  for branch in range(2):
+    for dy, outputs in zip(dy_CJ[branch], pieces, strict=True):
+      tile.store_sums(sums_ref, branch, outputs, jnp.sum(dy.astype(jnp.float32), axis=0))
 
 
 def _pieces(size: int) -> list[tuple[int, int, int]]:
@@ -118,8 +128,8 @@ class _Tile:
   """The tokens and the block of a program; what is not there is loaded as 0."""
 
   def __init__(self, tokens: int, size: int):
-    self.size, self.block = size, pl.program_id(0)
-    first = pl.program_id(1) * _TOKENS
+    self.size, self.block, self.tile = size, pl.program_id(0), pl.program_id(1)
+    first = self.tile * _TOKENS
     self.rows = pl.ds(first, _TOKENS)
     all_there = tokens % _TOKENS == 0
     self.is_token_C = None if all_there else first + jax.lax.iota(jnp.int32, _TOKENS) < tokens
@@ -139,6 +149,10 @@ class _Tile:
   def load_biases(self, ref, branch, outputs):
     place, mask_J = (self.block, jnp.int32(branch), _span(outputs)), _is_there(outputs)
     return plgpu.load(ref.at[place], mask=mask_J, other=None if mask_J is None else 0)
+
+  def store_sums(self, ref, branch, outputs, sums_J):
+    place = (self.tile, self.block, jnp.int32(branch), _span(outputs))
+    plgpu.store(ref.at[place], sums_J, mask=_is_there(outputs))
 
   def _place(self, piece):
     first, length, _ = piece

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import halo, local_attention
 from models.layers.projection import add_bias, project
@@ -102,6 +103,8 @@ class Attention(nnx.Module):
       kv_BT2H = project(x_BTD, self.w_kv_D2H[...].astype(dtype))
       q_BTNH = apply_rope(q_BTNH, segments.position_BT)
       k_BSH = apply_rope(kv_BT2H[:, :, :1], segments.position_BT)[:, :, 0]
+      # To be kept instead of the product, which its gradient does not need.
+      q_BTNH = checkpoint_name(q_BTNH, "rotated")
       v_BSH = kv_BT2H[:, :, 1]
       document_BS = segments.document_BT
       if state is not None:

@@ -61,20 +61,23 @@ def add_bias(y_BTO: jax.Array, b_O: jax.Array) -> jax.Array:
 def branches(
   x_BTD: jax.Array, w_DKF: jax.Array, b_KF: jax.Array, *, axis: str
 ) -> tuple[jax.Array, ...]:
-  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]; the product is "projection" to a remat
-  policy: it is written anyway, and with its bias would be one array more.
+  """For every k, y_BTF = x_BTD @ w_DKF[:, k] + b_KF[k]."""
+  products = branch_products(x_BTD, w_DKF, axis=axis)
+  return tuple(add_bias(y_BTF, b_F) for y_BTF, b_F in zip(products, b_KF, strict=True))
 
-  As many products as branches, each with its bias: of one product a TPU writes the result with and
-  without bias, cuts the branches out of it, and joins their gradients again for every product of
-  the backward pass (docs/benchmarks.md). `axis` is what sharding/rules.py calls F; where F is
-  split, the branches' gradients with respect to x are added before they are summed over devices.
+
+def branch_products(x_BTD: jax.Array, w_DKF: jax.Array, *, axis: str) -> tuple[jax.Array, ...]:
+  """For every k, x_BTD @ w_DKF[:, k], "projection" to a remat policy: it is written anyway, and
+  with its bias would be one array more.
+
+  As many products as branches: of one product a TPU writes the result with and without bias, cuts
+  the branches out of it, and joins their gradients again for every product of the backward pass
+  (docs/benchmarks.md). `axis` is what sharding/rules.py calls F; where F is split, the branches'
+  gradients with respect to x are added before they are summed over devices.
   """
   is_split = logical.is_split() and logical.num_shards(axis) > 1
   products = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
-  return tuple(
-    add_bias(checkpoint_name(y_BTF, "projection"), b_F)
-    for y_BTF, b_F in zip(cast(list[jax.Array], products), b_KF, strict=True)
-  )
+  return tuple(checkpoint_name(y_BTF, "projection") for y_BTF in cast(list[jax.Array], products))
 
 
 def _products(x_BTD: jax.Array, w_DKF: jax.Array) -> list[jax.Array]:

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import block_diagonal, halo, rg_lru
+from kernels import block_diagonal, causal_conv, halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
 from models.layers.gelu import gated_gelu
-from models.layers.projection import add_bias, branches, project
+from models.layers.projection import add_bias, branch_products, project
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
@@ -45,7 +45,8 @@ class Config:
 
   `decay_init` "paper": a^8 uniform in [0.9, 0.999] (the text of section 2.4); "recurrentgemma": a
   itself there, uniform in the ring's area (the released code): memories about 8 times shorter.
-  `scan` names an implementation of kernels/rg_lru, `gates` of kernels/block_diagonal, or "auto".
+  `scan` names an implementation of kernels/rg_lru, `gates` of kernels/block_diagonal, `conv` of
+  kernels/causal_conv, or "auto".
   """
 
   rnn_width: int
@@ -54,6 +55,7 @@ class Config:
   decay_init: DecayInit = "paper"
   scan: str = "auto"
   gates: str = "auto"
+  conv: str = "auto"
 
   def __post_init__(self):
     for name in ("rnn_width", "num_gate_blocks", "conv_taps"):
@@ -89,6 +91,8 @@ class RecurrentBlock(nnx.Module):
     block_width = rnn_width // blocks
     self.scan = rg_lru.resolve(config.scan)
     self.gates = block_diagonal.resolve(config.gates)
+    self.gates_of_float32 = block_diagonal.resolve(config.gates, itemsize=4)
+    self.conv = causal_conv.resolve(config.conv)
     self.w_in_D2R = param(
       normal(1.0 / width), (width, 2, rnn_width), ("embed", "branch", "rnn"), rngs=rngs
     )
@@ -126,51 +130,50 @@ class RecurrentBlock(nnx.Module):
     self, x_BTD: jax.Array, segments: Segments, state: RecurrentState | None
   ) -> tuple[jax.Array, RecurrentState | None]:
     dtype = x_BTD.dtype
-    has_state = state is not None
-    if state is None:
-      state = self.initial_state(x_BTD.shape[0], 0, dtype)
     with jax.named_scope("recurrent"):
       w_in_D2R = self.w_in_D2R[...].astype(dtype)
-      gate_BTR, in_BTR = branches(x_BTD, w_in_D2R, self.b_in_2R[...], axis="rnn")
-      conv_BTR = self._conv(in_BTR, segments, state)
-      h_BTR, h_BR = self._recur(conv_BTR, segments, state)
+      gate_BTR, in_BTR = branch_products(x_BTD, w_in_D2R, axis="rnn")
+      gate_BTR = add_bias(gate_BTR, self.b_in_2R[0])
+      h_BTR, h_BR = self._recur(*self._conv(in_BTR, segments, state), segments, state)
       y_BTD = project(gated_gelu(gate_BTR, h_BTR), self.w_out_RD[...].astype(dtype))
       y_BTD = add_bias(y_BTD, self.b_out_D[...])
-    if not has_state:
+    if state is None:
       return y_BTD, None
     time = x_BTD.shape[1]
-    conv_BSR = jnp.concatenate([state.conv_BKR, in_BTR], axis=1)
+    conv_BSR = jnp.concatenate([state.conv_BKR, add_bias(in_BTR, self.b_in_2R[1])], axis=1)
     document_BS = jnp.concatenate([state.document_BK, segments.document_BT], axis=1)
     return y_BTD, RecurrentState(h_BR, conv_BSR[:, time:], document_BS[:, time:])
 
-  def _conv(self, x_BTR: jax.Array, segments: Segments, state: RecurrentState) -> jax.Array:
-    """Causal depthwise convolution, tap K-1 on the current token, over one document only."""
+  def _conv(
+    self, x_BTR: jax.Array, segments: Segments, state: RecurrentState | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Causal depthwise convolution of x and its bias, tap K-1 on the current token, over one
+    document only. Twice the same, for gates and recurrence (kernels/causal_conv)."""
+    row, channels = ("batch", "time", "rnn"), ("rnn",)
+    arrays = (
+      x_BTR, self.b_in_2R[1], self.w_conv_KR[...], self.b_conv_R[...], segments.document_BT
+    )  # fmt: skip
+    in_axes = (row, channels, (None, "rnn"), channels, ("batch", "time"))
+    if state is not None:
+      arrays += (state.conv_BKR, state.document_BK)
+      in_axes += (("batch", None, "rnn"), ("batch", None))
     convolve = logical.on_shards(
-      _convolve,
-      in_axes=(
-        ("batch", "time", "rnn"),
-        ("batch", "time"),
-        ("batch", None, "rnn"),
-        ("batch", None),
-        (None, "rnn"),
-        ("rnn",),
-      ),
-      out_axes=("batch", "time", "rnn"),
+      functools.partial(_convolve, implementation=self.conv),
+      in_axes=in_axes,
+      out_axes=(row, row),
+      check_vma=causal_conv.tracks_varying(self.conv),
     )
     with jax.named_scope("conv"):
-      return convolve(
-        x_BTR,
-        segments.document_BT,
-        state.conv_BKR,
-        state.document_BK,
-        self.w_conv_KR[...].astype(jnp.float32),
-        self.b_conv_R[...].astype(jnp.float32),
-      )
+      return convolve(*arrays)
 
   def _recur(
-    self, x_BTR: jax.Array, segments: Segments, state: RecurrentState
+    self,
+    gated_BTR: jax.Array,
+    x_BTR: jax.Array,
+    segments: Segments,
+    state: RecurrentState | None,
   ) -> tuple[jax.Array, jax.Array]:
-    """The states of the recurrence on x, and the row's last one.
+    """The states of the recurrence on x, gates formed of the first, and the row's last one.
 
     On shards also where only channels are split: a Pallas kernel must not meet the partitioner.
     """
@@ -181,20 +184,21 @@ class RecurrentBlock(nnx.Module):
       out_axes=(row, row),
       check_vma=rg_lru.tracks_varying(self.scan),
     )
-    r_BTR, i_BTR = self._gates(x_BTR)
-    h_BTR, last_BSR = recur(
-      x_BTR, r_BTR, i_BTR, self.decay_R[...], segments.is_start_BT, state.h_BR
-    )
+    r_BTR, i_BTR = self._gates(gated_BTR)
+    batch, _, width = x_BTR.shape
+    h0_BR = jnp.zeros((batch, width), jnp.float32) if state is None else state.h_BR
+    h_BTR, last_BSR = recur(x_BTR, r_BTR, i_BTR, self.decay_R[...], segments.is_start_BT, h0_BR)
     if observe.is_on():
       observe.record(**statistics(r_BTR, i_BTR, h_BTR, self.decay_R[...]))
     return h_BTR, last_BSR[:, 0]
 
   def _gates(self, x_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pre-activations of the recurrence gate and of the input gate, [batch, time, R]."""
+    implementation = self.gates_of_float32 if x_BTR.dtype == jnp.float32 else self.gates
     products = functools.partial(
-      block_diagonal.products, implementation=self.gates, is_whole=not logical.is_split()
+      block_diagonal.products, implementation=implementation, is_whole=not logical.is_split()
     )
-    if not block_diagonal.is_partitioned(self.gates):
+    if not block_diagonal.is_partitioned(implementation):
       row = ("batch", "time", "rnn")
       products = logical.on_shards(
         products,
@@ -206,30 +210,29 @@ class RecurrentBlock(nnx.Module):
       return products(x_BTR, self.w_gates_GI2J[...].astype(x_BTR.dtype), self.b_gates_G2J[...])
 
 
-def _convolve(x_BTR, document_BT, before_BKR, before_BK, w_KR, b_R):
-  """The convolution of one shard of the row; `before` is what stands before the row.
-
-  Sums are float32: those of the outputs and, over all tokens, the gradients of w and b.
-  """
-  axis_name, history = logical.mesh_axis("time"), before_BK.shape[1]
-  time = x_BTR.shape[1]
+def _convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, *before, implementation):
+  """The convolution of one shard of the row; `before` is what stands before the row, if anything:
+  inputs with their bias [B, K-1, R], and documents."""
+  axis_name, history = logical.mesh_axis("time"), w_KR.shape[0] - 1
   if axis_name is not None:
+    batch, time, width = x_BTR.shape
     if time < history:
       raise ValueError(
         f"rg_lru: {time} tokens of a row on each device are fewer than the {history} that the "
         "convolution takes from the device before; use longer rows or a smaller mesh axis sequence"
       )
-    neighbour = functools.partial(halo.from_neighbour, before=True, axis_name=axis_name)
-    before_BKR = neighbour(x_BTR[:, time - history :], edge=before_BKR)
-    before_BK = neighbour(document_BT[:, time - history :], edge=before_BK)
-  x_BSR = jnp.concatenate([before_BKR, x_BTR], axis=1)
-  document_BS = jnp.concatenate([before_BK, document_BT], axis=1)
-  y_BTR = x_BTR.astype(jnp.float32) * w_KR[history] + b_R
-  for tap in range(history):
-    same_BT1 = (document_BS[:, tap : tap + time] == document_BT)[..., None]
-    tap_BTR = jnp.where(same_BT1, x_BSR[:, tap : tap + time], 0)
-    y_BTR += tap_BTR.astype(jnp.float32) * w_KR[tap]
-  return y_BTR.astype(x_BTR.dtype)
+    edges = before or (
+      jnp.zeros((batch, history, width), x_BTR.dtype),
+      jnp.full((batch, history), NO_DOCUMENT, jnp.int32),
+    )
+    ends = (add_bias(x_BTR[:, time - history :], b_in_R), document_BT[:, time - history :])
+    before = tuple(
+      halo.from_neighbour(end, before=True, axis_name=axis_name, edge=edge)
+      for end, edge in zip(ends, edges)
+    )
+  return causal_conv.convolve(
+    x_BTR, b_in_R, w_KR, b_R, document_BT, *before, implementation=implementation
+  )
 
 
 def _recur(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, *, implementation):

@@ -1,0 +1,197 @@
+"""The short convolution by every implementation: values, every gradient, documents, borders."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import causal_conv, dispatch
+from kernels.causal_conv import measure, pallas_gpu
+from tests.tolerances import assert_close
+
+_NAMES = ("y", "the other y", "dx", "db_in", "dw", "db")
+# Odd lengths, tails of tiles of channels, one tap, rows shorter than the taps, several chunks.
+SHAPES = [
+  (2, 37, 96, 4),
+  (1, 64, 64, 4),
+  (2, 3, 40, 4),
+  (1, 66, 70, 2),
+  (2, 5, 33, 1),
+  (1, 1, 64, 4),
+  (1, 67, 160, 6),
+]
+
+
+def _inputs(batch, time, width, taps, dtype="float32"):
+  """x, b_in, w, b; documents, and gradients of both results."""
+  keys = jax.random.split(jax.random.key(0), 7)
+  x_BTR, *dy = (jax.random.normal(key, (batch, time, width)).astype(dtype) for key in keys[:3])
+  b_in_R, b_R = (jax.random.normal(key, (width,)) for key in keys[3:5])
+  w_KR = jax.random.normal(keys[5], (taps, width))
+  document_BT = jnp.cumsum(jax.random.uniform(keys[6], (batch, time)) < 0.2, axis=1)
+  return (x_BTR, b_in_R, w_KR, b_R), document_BT, tuple(dy)
+
+
+def _run(arrays, document_BT, dy, convolve):
+  y, vjp = jax.vjp(lambda *arrays: convolve(*arrays, document_BT), *arrays)
+  return *y, *vjp(tuple(z.astype(one.dtype) for z, one in zip(dy, y, strict=True)))
+
+
+def _implementation(name):
+  return functools.partial(causal_conv.convolve, implementation=name)
+
+
+def _by_definition(x_BTR, b_in_R, w_KR, b_R, document_BT):
+  """Token by token and tap by tap."""
+  z_BTR, taps = x_BTR + b_in_R, w_KR.shape[0]
+  batch, time, _ = x_BTR.shape
+  rows = []
+  for row in range(batch):
+    tokens = []
+    for t in range(time):
+      y_R = b_R
+      for tap in range(taps):
+        source = t - (taps - 1 - tap)
+        if source >= 0 and int(document_BT[row, source]) == int(document_BT[row, t]):
+          y_R = y_R + w_KR[tap] * z_BTR[row, source]
+      tokens.append(y_R)
+    rows.append(jnp.stack(tokens))
+  y_BTR = jnp.stack(rows)
+  return y_BTR, y_BTR
+
+
+@functools.cache
+def _expected(shape):
+  return _run(*_inputs(*shape), _by_definition)
+
+
+@pytest.mark.parametrize(
+  ("shape", "name"), [*itertools.product(SHAPES, causal_conv.IMPLEMENTATIONS)], ids=str
+)
+def test_it_is_the_definition(shape, name):
+  """Values, and the gradients of x, both biases and the taps."""
+  inputs = _inputs(*shape)
+  actual = _run(*inputs, _implementation(name))
+  expected = _expected(shape)
+  batch, time, _, taps = shape
+  terms = (taps, taps, taps, batch * time, batch * time, batch * time)
+  for what, got, wanted, reduction in zip(_NAMES, actual, expected, terms, strict=True):
+    assert got.dtype == jnp.float32, what
+    assert_close(got, wanted, dtype="float32", reduction=reduction)
+
+
+@pytest.mark.parametrize("name", causal_conv.IMPLEMENTATIONS)
+def test_bfloat16_is_rounded_once_each_way(name):
+  """From the same bfloat16 inputs as the definition in float32."""
+  (x_BTR, *vectors), document_BT, dy = _inputs(2, 70, 96, 4, "bfloat16")
+  # What enters is rounded with its bias.
+  z_BTR = (x_BTR.astype(jnp.float32) + vectors[0]).astype(jnp.bfloat16).astype(jnp.float32)
+  actual = _run((x_BTR, *vectors), document_BT, dy, _implementation(name))
+  wide_dy = tuple(z.astype(jnp.float32) for z in dy)
+  wide = (z_BTR, jnp.zeros_like(vectors[0]), *vectors[1:])
+  expected = _run(wide, document_BT, wide_dy, _by_definition)
+  kinds = ("bfloat16", "bfloat16", "bfloat16", "float32", "float32", "float32")
+  assert tuple(z.dtype.name for z in actual) == kinds
+  for got, wanted in zip(actual[:3], expected[:3], strict=True):
+    assert_close(got, wanted, dtype="bfloat16", reduction=1)
+  for what, got, wanted in zip(_NAMES[3:], actual[3:], expected[3:], strict=True):
+    # "shifts" rounds the sum of both gradients before it is summed over tokens.
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    assert error < (4e-3 if name == "shifts" else 1e-5), what
+
+
+@pytest.mark.parametrize("name", causal_conv.IMPLEMENTATIONS)
+def test_no_number_of_another_document_is_touched(name):
+  """What is no number in one document is none of the others', forward and backward."""
+  (x_BTR, *vectors), _, dy = _inputs(1, 40, 64, 4)
+  document_BT = jnp.arange(40)[None] // 10
+  bad = (document_BT == 1)[..., None]
+  poisoned = (jnp.where(bad, jnp.nan, x_BTR), *vectors)
+  poisoned_dy = tuple(jnp.where(bad, jnp.nan, z) for z in dy)
+  clean = _run((x_BTR, *vectors), document_BT, dy, _implementation(name))
+  dirty = _run(poisoned, document_BT, poisoned_dy, _implementation(name))
+  for got, wanted in zip(dirty[:3], clean[:3], strict=True):
+    np.testing.assert_array_equal(got[:, :10], wanted[:, :10])
+    np.testing.assert_array_equal(got[:, 20:], wanted[:, 20:])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+def test_a_row_goes_on_from_what_was_before_it(cut):
+  (x_BTR, b_in_R, w_KR, b_R), document_BT, _ = _inputs(2, 12, 32, 4)
+  whole, _ = causal_conv.convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, implementation="shifts")
+  z_BSR = jnp.pad(x_BTR + b_in_R, ((0, 0), (3, 0), (0, 0)))
+  document_BS = jnp.pad(document_BT, ((0, 0), (3, 0)), constant_values=-1)
+  rest, _ = causal_conv.convolve(
+    x_BTR[:, cut:],
+    b_in_R,
+    w_KR,
+    b_R,
+    document_BT[:, cut:],
+    z_BSR[:, cut : cut + 3],
+    document_BS[:, cut : cut + 3],
+    implementation="pallas_gpu",  # left to "shifts", as is documented
+  )
+  np.testing.assert_array_equal(rest, whole[:, cut:])
+
+
+def test_triton_kernels_lower_for_cuda():
+  arrays, document_BT, dy = _inputs(2, 128, 160, 4, "bfloat16")
+  run = jax.jit(functools.partial(_run, convolve=_implementation("pallas_gpu")))
+  with dispatch.targeting("gpu"):
+    text = run.trace(arrays, document_BT, dy).lower(lowering_platforms=("cuda",)).as_text()
+  assert "causal_conv_forward" in text
+  assert "causal_conv_backward" in text
+
+
+def test_a_remat_policy_keeps_what_the_kernel_gives_out():
+  (x_BTR, *vectors), document_BT, _ = _inputs(1, 8, 16, 4)
+
+  def passes(policy):
+    def loss(x_BTR):
+      y, again = causal_conv.convolve(x_BTR, *vectors, document_BT, implementation="pallas_gpu")
+      return jnp.sum(jnp.sin(y) * again)
+
+    text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(x_BTR))
+    # Each call has a branch for each of two platforms.
+    return text.count("name=causal_conv_forward") // 2 or text.count("causal_conv_forward")
+
+  kept = passes(jax.checkpoint_policies.save_only_these_names("conv"))
+  assert kept < passes(jax.checkpoint_policies.nothing_saveable)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"x": jnp.zeros((3, 4))}, r"x \(3, 4\)"),
+    ({"w": jnp.zeros((4, 5))}, r"w \(5,\) must be \(8,\)"),
+    ({"b_in": jnp.zeros(3)}, r"b_in \(3,\) must be \(8,\)"),
+    ({"document": jnp.zeros((1, 3), int)}, r"document \(1, 3\) must be \(1, 6\)"),
+  ],
+)
+def test_shapes_that_do_not_fit_are_named(change, message):
+  arrays = {
+    "x": jnp.zeros((1, 6, 8)),
+    "b_in": jnp.zeros(8),
+    "w": jnp.zeros((4, 8)),
+    "b": jnp.zeros(8),
+    "document": jnp.zeros((1, 6), int),
+    **change,
+  }
+  with pytest.raises(ValueError, match=message):
+    causal_conv.convolve(*arrays.values(), implementation="shifts")
+
+
+def test_more_taps_than_a_word_has_bits_are_refused():
+  (x_BTR, b_in_R, _, b_R), document_BT, _ = _inputs(1, 4, 8, 1)
+  w_KR = jnp.zeros((pallas_gpu._MOST_TAPS + 1, 8))
+  with pytest.raises(ValueError, match="32 taps are more than the 31 of pallas_gpu"):
+    causal_conv.convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, implementation="pallas_gpu")
+
+
+def test_measuring_works_anywhere():
+  found = measure.measure(1, 16, 8)["implementations"]
+  assert set(found) == {"shifts"}
+  assert found["shifts"]["forward_backward_ms"] > 0
