@@ -17,10 +17,14 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
 from kernels.varying import varying_alike
 
 # A vocabulary of this many entries is one chunk; of a larger one never more than a quarter is.
 _LEAST_CHUNK = 1024
+# Entries of a chunk on GPUs. Every chunk adds to the float32 gradient of all hidden states, 8 D
+# bytes of a token, which take as long there as the products of 400 entries.
+_GPU_CHUNK = 4096
 # Logits of a chunk, unless that is the least chunk: 16 MiB in float32.
 _MAX_LOGITS = 1 << 22
 
@@ -37,8 +41,8 @@ def log_z_and_target_logit(
   """log Z and the target's logit of every token, float32 [batch, time].
 
   `logit_cap` c makes logits c tanh(logits / c). `chunk` is the number of vocabulary entries at a
-  time; by default as many as keep a chunk's logits within 16 MiB, at least 1024 and, beyond those,
-  at most a quarter of the vocabulary.
+  time; by default as many as keep a chunk's logits within 16 MiB, at least 1024 (4096 on GPUs) and,
+  beyond 1024, at most a quarter of the vocabulary.
   """
   is_of_rank = (x_BTD.ndim, unembed_VD.ndim) == (3, 2)
   if (
@@ -69,7 +73,10 @@ def log_z_and_target_logit(
 
 
 def _default_chunk(vocab_size: int, num_tokens: int) -> int:
-  most = max(_LEAST_CHUNK, min(_MAX_LOGITS // num_tokens, vocab_size // 4))
+  wanted = _MAX_LOGITS // num_tokens
+  if dispatch.target_platform() == "gpu":
+    wanted = max(wanted, _GPU_CHUNK)
+  most = max(_LEAST_CHUNK, min(wanted, vocab_size // 4))
   if vocab_size <= most:
     return vocab_size
   # Equal chunks, so that little is filled up, of whole tiles of 128.

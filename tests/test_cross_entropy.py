@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from kernels import dispatch
 from kernels.cross_entropy import _default_chunk, log_z_and_target_logit
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
@@ -155,6 +156,16 @@ def test_default_chunks_fill_up_little(vocab_size, tokens):
   assert chunk <= max(1024, vocab_size // 4)
   assert chunk * tokens <= max(1024 * tokens, 1 << 22)
   assert -(-vocab_size // chunk) * chunk < vocab_size + 128 * -(-vocab_size // chunk)
+
+
+def test_chunks_are_larger_on_gpus_and_never_the_vocabulary():
+  assert _default_chunk(256_000, 16_384) == 1024
+  with dispatch.targeting("gpu"):
+    assert _default_chunk(256_000, 16_384) == 4096
+    assert _default_chunk(32_000, 16_384) == 4096
+    assert _default_chunk(8000, 16_384) == 2000
+    assert _default_chunk(2000, 16_384) == 1024
+    assert _default_chunk(1024, 16_384) == 1024
 
 
 def test_large_logits_do_not_overflow():
