@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 _RUN_SECONDS = 0.02
 _RUNS = 7
 _SLOW_SECONDS, _SLOW_RUNS = 0.2, 3
+# Calls shorter than this wait for their dispatch, on accelerators: so many are one program.
+_SHORT_SECONDS, _IN_TURN = 1e-3, 20
 
 
 def runs_here(implementation: str) -> bool:
@@ -24,17 +26,61 @@ def runs_here(implementation: str) -> bool:
   return platform not in ("tpu", "gpu") or platform == jax.default_backend()
 
 
-def medians(calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-  """Seconds of one call of each; their runs alternate, after a call that does not count."""
+class Compiled(NamedTuple):
+  """A program that runs something `times` times in turn."""
+
+  program: Callable[[], Any]
+  times: int = 1
+
+
+def compiled(
+  run: Callable[..., Any], arguments: tuple[Any, ...], once: jax.stages.Compiled | None = None
+) -> Compiled:
+  """Of run(*arguments): `_IN_TURN` times, if one is short and the device has a queue. `once` is
+  what it is compiled to, if that is there."""
+  if once is None:
+    once = jax.jit(run).lower(*arguments).compile()
+  found = Compiled(lambda: once(*arguments))
+  if jax.default_backend() == "cpu":
+    return found
+  _seconds_of(found.program, 1)
+  if _seconds_of(found.program, 1) > _SHORT_SECONDS:
+    return found
+  return in_turn(run, arguments, _IN_TURN)
+
+
+def in_turn(run: Callable[..., Any], arguments: tuple[Any, ...], times: int) -> Compiled:
+  """run(*arguments) `times` times in one program, each after the one before has all its results:
+  what is 0 times a number of each is added to the smallest array of the arguments."""
+  leaves, tree = jax.tree.flatten(arguments)
+  floats = [index for index, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+  smallest = min(floats, key=lambda index: leaves[index].size)
+
+  def loop(leaves):
+    def one(_, carry):
+      small, _ = carry
+      results = run(*tree.unflatten([*leaves[:smallest], small, *leaves[smallest + 1 :]]))
+      numbers = [y[(0,) * y.ndim].astype(jnp.float32) for y in jax.tree.leaves(results)]
+      return small + (0.0 * jnp.sum(jnp.stack(numbers))).astype(small.dtype), results
+
+    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(run, *arguments))
+    return jax.lax.fori_loop(0, times, one, (leaves[smallest], zeros))
+
+  program = jax.jit(loop).lower(leaves).compile()
+  return Compiled(lambda: program(leaves), times)
+
+
+def medians(programs: Mapping[Any, Compiled]) -> dict[Any, float]:
+  """Seconds of one time of each; their runs alternate, after a call that does not count."""
   per_run: dict[Any, int] = {}
-  seconds: dict[Any, list[float]] = {key: [] for key in calls}
-  for key, call in calls.items():
+  seconds: dict[Any, list[float]] = {key: [] for key in programs}
+  for key, (call, _) in programs.items():
     _seconds_of(call, 1)
     per_run[key] = max(1, round(_RUN_SECONDS / _seconds_of(call, 1)))
   for run in range(_RUNS):
-    for key, call in calls.items():
+    for key, (call, times) in programs.items():
       if run < _SLOW_RUNS or seconds[key][0] < _SLOW_SECONDS:
-        seconds[key].append(_seconds_of(call, per_run[key]))
+        seconds[key].append(_seconds_of(call, per_run[key]) / times)
   return {key: statistics.median(values) for key, values in seconds.items()}
 
 
@@ -42,19 +88,20 @@ def two_passes(
   runs: Mapping[str, Callable[..., tuple[jax.Array, ...]]],
   arrays: tuple[jax.Array, ...],
   cotangents: tuple[jax.Array, ...],
-) -> tuple[dict[tuple[str, str], Callable[[], Any]], dict[str, dict[str, Any]]]:
-  """Of every implementation, compiled: the calls of (name, "forward"), which is
-  runs[name](*arrays), and of (name, "forward_backward"), that with the gradients of all arrays; and
-  by name compile seconds and temporary bytes of the latter."""
-  calls: dict[tuple[str, str], Callable[[], Any]] = {}
+) -> tuple[dict[tuple[str, str], Compiled], dict[str, dict[str, Any]]]:
+  """Of every implementation the programs of (name, "forward"), which is runs[name](*arrays), and of
+  (name, "forward_backward"), that with the gradients of all arrays; and by name compile seconds and
+  temporary bytes of the latter."""
+  programs: dict[tuple[str, str], Compiled] = {}
   implementations: dict[str, dict[str, Any]] = {}
   for name, run in runs.items():
 
     def gradients(cotangents, *arrays, run=run):
       results, pull_back = jax.vjp(run, *arrays)
-      return pull_back(tuple(d.astype(y.dtype) for d, y in zip(cotangents, results, strict=True)))
+      dy = tuple(d.astype(y.dtype) for d, y in zip(cotangents, results, strict=True))
+      # The results too: a backward pass that has no need of them would leave the forward pass out.
+      return results, pull_back(dy)
 
-    forward = jax.jit(run).lower(*arrays).compile()
     start = time.perf_counter()
     both = jax.jit(gradients).lower(cotangents, *arrays).compile()
     memory = both.memory_analysis()
@@ -62,9 +109,9 @@ def two_passes(
       "compile_seconds": round(time.perf_counter() - start, 2),
       "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
     }
-    calls[name, "forward"] = lambda forward=forward: forward(*arrays)
-    calls[name, "forward_backward"] = lambda both=both: both(cotangents, *arrays)
-  return calls, implementations
+    programs[name, "forward"] = compiled(run, arrays)
+    programs[name, "forward_backward"] = compiled(gradients, (cotangents, *arrays), both)
+  return programs, implementations
 
 
 def beside_a_copy(
@@ -77,15 +124,22 @@ def beside_a_copy(
   """What is recorded of implementations, arguments as of `two_passes`. Each moves at least
   moved[pass] arrays like the first: milliseconds, and what part of the bytes per second of a copy
   of it they reach; compile seconds and temporary bytes."""
-  calls, implementations = two_passes(runs, arrays, cotangents)
-  copy, size = jax.jit(jnp.negative).lower(arrays[0]).compile(), arrays[0].nbytes
-  seconds = medians({**calls, "copy": lambda: copy(arrays[0])})
+  programs, implementations = two_passes(runs, arrays, cotangents)
+  size = arrays[0].nbytes
+  seconds = medians({**programs, "copy": _copy(arrays[0])})
   copied = 2 * size / seconds["copy"]
-  for name, part in calls:
+  for name, part in programs:
     value = seconds[name, part]
     implementations[name][f"{part}_ms"] = round(1e3 * value, 3)
     implementations[name][f"{part}_of_copy"] = round(moved[part] * size / value / copied, 3)
   return {"copy_bytes_per_second": round(copied), "implementations": implementations}
+
+
+def _copy(x: jax.Array) -> Compiled:
+  """x with the other sign, as often in turn as is worth a program."""
+  times = 1 if jax.default_backend() == "cpu" else _IN_TURN
+  program = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: -y, x)).lower(x).compile()
+  return Compiled(lambda: program(x), times)
 
 
 def print_shapes(

@@ -44,14 +44,14 @@ def measure(
     for name in filter(timing.runs_here, IMPLEMENTATIONS)
     if name != "reference"
   }
-  calls, results = timing.two_passes(runs, (q_BTNH, k_BSH, v_BSH), (do_BTNH,))
+  programs, results = timing.two_passes(runs, (q_BTNH, k_BSH, v_BSH), (do_BTNH,))
   x_IJ = jax.random.normal(keys[0], (product_size, product_size), jnp.bfloat16)
-  product = jax.jit(jnp.matmul).lower(x_IJ, x_IJ).compile()
-  seconds = timing.medians({**calls, "product": lambda: product(x_IJ, x_IJ)})
+  product = timing.compiled(jnp.matmul, (x_IJ, x_IJ))
+  seconds = timing.medians({**programs, "product": product})
   flops_per_second = 2 * product_size**3 / seconds["product"]
   reach = row_length if window is None else window + 1
   seen = sum(min(t + 1, reach) for t in range(row_length))
-  for name, part in calls:
+  for name, part in programs:
     value = seconds[name, part]
     flops = _PRODUCTS[part] * 2 * batch * heads * head_size * seen
     results[name][f"{part}_ms"] = round(1e3 * value, 3)

@@ -1,0 +1,43 @@
+"""How the kernels' `measure` modules time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import timing
+
+
+def test_one_program_runs_something_several_times_and_gives_its_results():
+  seen = []
+
+  def run(x, y):
+    jax.debug.callback(lambda value: seen.append(float(value)), y[0])
+    return x + y[0], jnp.sin(x).astype(jnp.bfloat16)
+
+  arguments = (jnp.arange(6.0).reshape(2, 3), jnp.full((1,), 2.0))
+  program = timing.in_turn(run, arguments, 5)
+  assert program.times == 5
+  _, results = program.program()
+  jax.effects_barrier()
+  assert seen == [2.0] * 5
+  for got, wanted in zip(results, run(*arguments), strict=True):
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_time_of_several_in_turn_is_that_of_one():
+  x = jnp.ones((400, 400))
+  once = timing.compiled(jnp.matmul, (x, x))
+  assert once.times == 1
+  several = timing.in_turn(jnp.matmul, (x, x), 20)
+  seconds = timing.medians({"once": once, "several": several})
+  assert 0.2 < seconds["several"] / seconds["once"] < 5
+
+
+def test_forward_and_backward_has_the_results_too():
+  """Of what backward does not need the forward pass, it would be left out."""
+  x = jnp.linspace(-1.0, 1.0, 8)
+  programs, found = timing.two_passes({"sine": lambda x: (jnp.sin(x),)}, (x,), (jnp.ones(8),))
+  (y,), (dx,) = programs["sine", "forward_backward"].program()
+  np.testing.assert_allclose(y, np.sin(x), rtol=1e-6)
+  np.testing.assert_allclose(dx, np.cos(x), rtol=1e-6)
+  assert found["sine"]["compile_seconds"] > 0
