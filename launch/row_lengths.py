@@ -12,7 +12,9 @@ kernels. With --compile the real step is compiled for the chip and its time foll
 estimate); otherwise from the planner's models (train/roofline.py). Nothing is run.
 
 With --measure the steps run on the devices at hand, in one layout as with --remat. All are compiled
-first, some side by side, and then timed one after another.
+first and then timed one after another. Those of the first row length are compiled alone: a compiler
+for GPUs chooses algorithms of products by timing them, and remembers what it chose for the others,
+of which some are compiled side by side.
 """
 
 import dataclasses
@@ -55,6 +57,7 @@ _TOKENS = flags.DEFINE_integer(
   "tokens_per_chip", 16384, "Of a batch; at least a row each.", lower_bound=1
 )
 _REMAT = flags.DEFINE_enum("remat", None, REMATS, "One layout for all, with this remat.")
+_LAYERS = flags.DEFINE_enum("layers", "scan", ("scan", "unroll"), "A loop over blocks, or none.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile each step; needs --remat, and a compiler.")
 _MEASURE = flags.DEFINE_bool("measure", False, "Run the steps on the devices at hand.")
 _TIMED_STEPS = flags.DEFINE_integer("timed_steps", 8, "With --measure.", lower_bound=1)
@@ -75,6 +78,7 @@ def result(plan: Plan) -> dict[str, Any]:
     "parameters_without_embedding": count_params(plan.run.model).rest,
     **dataclasses.asdict(layout_of(plan.run, plan.machine.num_devices)),
     "kernels": plan.kernels,
+    "layers": plan.run.model.layers,
     "memory_margin": plan.memory.margin,
     "how": "model",
     "tokens_per_second": tokens / plan.roofline.expected_seconds,
@@ -235,8 +239,9 @@ def _measure() -> None:
     start = time.perf_counter()
     return program, programs.compile_step(program, lowered), time.perf_counter() - start
 
+  steps = [compiled(rows[0], family) for family in families]
   with ThreadPoolExecutor(_COMPILERS) as pool:
-    steps = list(pool.map(lambda each: compiled(*each), itertools.product(rows, families)))
+    steps += pool.map(lambda each: compiled(*each), itertools.product(rows[1:], families))
   print(f"{machine_here()}, {_SIZE.value}: tokens/s on all devices, and over the first's")
   results = []
   for first in range(0, len(steps), len(families)):
@@ -288,6 +293,7 @@ def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
 
 def _one_layout(run: Run, num_devices: int, remat: str) -> Run:
   mesh, kept = MeshShape(fsdp=num_devices), REMATS[REMATS.index(remat)]
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=_LAYERS.value))
   return Layout(mesh=mesh, zero_stage=3, remat=kept, num_microbatches=1).of(run)
 
 

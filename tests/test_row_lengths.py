@@ -1,6 +1,7 @@
 """Tokens/s of the families over row length, by the planner's models."""
 
 import json
+import types
 
 import pytest
 
@@ -31,6 +32,13 @@ def test_rows_cost_a_transformer_and_not_a_recurrence():
   )
   assert transformer[1] < 0.7 * transformer[0]
   assert hawk[1] == pytest.approx(hawk[0], rel=0.01)
+
+
+def test_blocks_are_a_loop_unless_they_are_asked_for_written_out(monkeypatch):
+  run = load(f"{ROOT}/configs/hawk.py:100m")
+  for layers in ("scan", "unroll"):
+    monkeypatch.setattr(row_lengths, "_LAYERS", types.SimpleNamespace(value=layers))
+    assert row_lengths._one_layout(run, 1, "none").model.layers == layers
 
 
 def test_rows_that_do_not_divide_the_batch_are_refused():
