@@ -10,6 +10,9 @@ import pytest
 
 from kernels import causal_conv, dispatch
 from kernels.causal_conv import measure, pallas_gpu
+from models.layers import rg_lru
+from sharding import logical, rules
+from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
 _NAMES = ("y", "the other y", "dx", "db_in", "dw", "db")
@@ -135,6 +138,30 @@ def test_a_row_goes_on_from_what_was_before_it(cut):
     implementation="pallas_gpu",  # left to "shifts", as is documented
   )
   np.testing.assert_array_equal(rest, whole[:, cut:])
+
+
+@pytest.mark.parametrize(
+  "mesh", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(fsdp=2, sequence=4)], ids=str
+)
+def test_shards_have_the_gradients_of_one_device(mesh):
+  """Those of taps and biases are sums over all devices with other rows; as the layer runs it."""
+  arrays, document_BT, dy = _inputs(4, 12, 32, 4)
+  row, channels = ("batch", "time", "rnn"), ("rnn",)
+
+  def on_shards(*arrays):
+    convolve = logical.on_shards(
+      functools.partial(rg_lru._convolve, implementation="pallas_gpu"),
+      in_axes=(row, channels, (None, "rnn"), channels, ("batch", "time")),
+      out_axes=(row, row),
+      check_vma=causal_conv.tracks_varying("pallas_gpu"),
+    )
+    return convolve(*arrays)
+
+  expected = _run(arrays, document_BT, dy, _implementation("shifts"))
+  with logical.placement(make_mesh(mesh), rules.ZERO3):
+    actual = jax.jit(functools.partial(_run, convolve=on_shards))(arrays, document_BT, dy)
+  for what, got, wanted in zip(_NAMES, actual, expected, strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5, err_msg=what)
 
 
 def test_triton_kernels_lower_for_cuda():
