@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import dispatch
+from kernels import dispatch, shapes
 from kernels.causal_conv import pallas_gpu
 
 IMPLEMENTATIONS = ("shifts", "pallas_gpu")
@@ -69,9 +69,7 @@ def convolve(
     "b": (b_R.shape, (width,)),
     "document": (document_BT.shape, (batch, time)),
   }
-  for name, (actual, needed) in expected.items():
-    if actual != needed:
-      raise ValueError(f"causal_conv: {name} {actual} must be {needed} beside x {x_BTR.shape}")
+  shapes.check("causal_conv", f"x {x_BTR.shape}", expected)
   implementation = resolve(implementation)
   b_in_R, w_KR, b_R = (z.astype(jnp.float32) for z in (b_in_R, w_KR, b_R))
   if implementation == "shifts" or before_BHR is not None:

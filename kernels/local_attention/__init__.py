@@ -36,7 +36,7 @@ import functools
 import jax
 from absl import logging
 
-from kernels import dispatch
+from kernels import dispatch, shapes
 from kernels.local_attention import banded, pallas_gpu, reference, splash_tpu
 from kernels.varying import varying_alike
 
@@ -104,9 +104,7 @@ def local_attention(
     "q_documents": (q_documents_BT.shape, (batch, time)),
     "k_documents": (k_documents_BS.shape, (batch, keys)),
   }
-  for name, (actual, needed) in expected.items():
-    if actual != needed:
-      raise ValueError(f"local_attention: {name} {actual} must be {needed} beside q {q_BTNH.shape}")
+  shapes.check("local_attention", f"q {q_BTNH.shape}", expected)
   if keys < time:
     raise ValueError(
       f"local_attention: {keys} keys are fewer than the {time} queries they end with"

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import dispatch, linear_scan
+from kernels import dispatch, linear_scan, shapes
 from kernels.linear_scan import sequence_parallel
 from kernels.rg_lru import gates, pallas_gpu, pallas_tpu
 from kernels.varying import varying_alike
@@ -93,9 +93,7 @@ def rg_lru(
     "is_start": (is_start_BT.shape, (batch, time)),
     "h0": (h0_BR.shape, (batch, width)),
   }
-  for name, (actual, needed) in expected.items():
-    if actual != needed:
-      raise ValueError(f"rg_lru: {name} {actual} must be {needed} beside x {x_BTR.shape}")
+  shapes.check("rg_lru", f"x {x_BTR.shape}", expected)
   implementation = resolve(implementation)
   if implementation in _FUSED:
     # The gates' product rounds them as it writes them: no float32 activation lies in memory.

@@ -1,0 +1,15 @@
+"""The shapes of a kernel's arrays, held to those of the first of them."""
+
+from collections.abc import Mapping
+
+Shape = tuple[int, ...]
+
+
+def check(kernel: str, beside: str, expected: Mapping[str, tuple[Shape, Shape]]) -> None:
+  """ValueError for the first of `expected`, name -> (shape, what it must be), that is not so.
+
+  `beside` is what it has to fit, such as "x (2, 8, 16)".
+  """
+  for name, (actual, needed) in expected.items():
+    if actual != needed:
+      raise ValueError(f"{kernel}: {name} {actual} must be {needed} beside {beside}")
