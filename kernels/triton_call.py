@@ -13,6 +13,11 @@ class Call(Hashable, Protocol):
   def __call__(self, interpret: bool, *arrays: jax.Array) -> Any: ...
 
 
+def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+  """A result with the shape and dtype of x."""
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 @partial(jax.jit, static_argnums=0)
 def on_gpu_or_interpreted(call: Call, *arrays: jax.Array) -> Any:
   """call(interpret, *arrays): compiled where the program is for a GPU, interpreted on CPU.

@@ -156,8 +156,8 @@ def _recurrent(
   Fused, the RG-LRU reads x and two gates and writes h. Otherwise the gates are float32, and decays
   (float32) and inputs are written by one pass and read by the scan. A shard of a row scans twice:
   for what it tells the others, and from what they tell it. Not counted: what XLA for TPU copies
-  around gates that are "einsum" (kernels/block_diagonal). Of blocks written out, remat
-  "none" keeps what the Triton kernels of gates and convolution give out.
+  around gates that are "einsum" (kernels/block_diagonal). Of blocks written out, remat "none" keeps
+  what the Triton kernels of gates and convolution give out.
   """
   a, r = itemsize, mixer.rnn_width / tensor
   is_fused = kernels.rg_lru not in UNFUSED_SCANS

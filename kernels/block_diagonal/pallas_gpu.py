@@ -11,6 +11,7 @@ into a piece of a block and come out of it.
 A program has a block and some tokens. Triton's arrays have powers of two: a block of 160 channels
 is pieces of 128 and 32, each piece of a result the sum of a product for each piece of x. The
 gradients of the weights are left to XLA: sums over all tokens, which a program has few of.
+Those of the biases begin here, summed over the tokens of a program.
 """
 
 import functools
@@ -23,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.block_diagonal import einsum_rounded
-from kernels.triton_call import on_gpu_or_interpreted
+from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 _TOKENS = 64
 _MOST, _LEAST = 128, 16
@@ -38,7 +39,7 @@ def forward(x_BTR: jax.Array, w_GI2J: jax.Array, b_G2J: jax.Array) -> tuple[jax.
     )
   blocks, size = w_GI2J.shape[:2]
   x_PR = _flat(x_BTR)
-  results = (_like(x_PR), _like(x_PR))
+  results = (shape_of(x_PR), shape_of(x_PR))
   call = _Call(_forward_kernel, results, blocks, size, "block_diagonal_forward")
   r_PR, i_PR = on_gpu_or_interpreted(call, x_PR, w_GI2J, b_G2J)
   return r_PR.reshape(x_BTR.shape), i_PR.reshape(x_BTR.shape)
@@ -51,7 +52,7 @@ def backward(
   blocks, size = w_GI2J.shape[:2]
   dr_PR = _flat(dr_BTR)
   sums = jax.ShapeDtypeStruct((_num_tiles(dr_PR), blocks, 2, size), jnp.float32)
-  call = _Call(_backward_kernel, (_like(dr_PR), sums), blocks, size, "block_diagonal_backward")
+  call = _Call(_backward_kernel, (shape_of(dr_PR), sums), blocks, size, "block_diagonal_backward")
   dx_PR, sums_NG2J = on_gpu_or_interpreted(call, dr_PR, _flat(di_BTR), w_GI2J)
   dw_GI2J = einsum_rounded.weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
   return dx_PR.reshape(x_BTR.shape), dw_GI2J, jnp.sum(sums_NG2J, axis=0)
@@ -59,10 +60,6 @@ def backward(
 
 def _num_tiles(x_PR: jax.Array) -> int:
   return pl.cdiv(x_PR.shape[0], _TOKENS)
-
-
-def _like(x_PR: jax.Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x_PR.shape, x_PR.dtype)
 
 
 class _Call(NamedTuple):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.triton_call import on_gpu_or_interpreted
+from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 _CHANNELS = 64
@@ -38,7 +38,7 @@ def forward(
 ) -> jax.Array:
   """y in the dtype of x. `same[d - 1]` is whether the token d before each is of its document."""
   shape, taps = x_BTR.shape, w_KR.shape[0]
-  call = _Call(_forward, (_like(x_BTR),), shape, taps, "causal_conv_forward")
+  call = _Call(_forward, (shape_of(x_BTR),), shape, taps, "causal_conv_forward")
   (y_BTR,) = on_gpu_or_interpreted(call, x_BTR, b_in_R, w_KR, b_R, _links(same, shape))
   return y_BTR
 
@@ -55,7 +55,7 @@ def backward(
   shape, taps = x_BTR.shape, w_KR.shape[0]
   batch, time, width = shape
   sums = jax.ShapeDtypeStruct((batch, pl.cdiv(time, _STEPS), taps + 2, width), jnp.float32)
-  call = _Call(_backward, (_like(x_BTR), sums), shape, taps, "causal_conv_backward")
+  call = _Call(_backward, (shape_of(x_BTR), sums), shape, taps, "causal_conv_backward")
   arrays = (x_BTR, dy_BTR, more_dy_BTR, b_in_R, w_KR, _links(same, shape))
   dx_BTR, sums_BNSR = on_gpu_or_interpreted(call, *arrays)
   sums_SR = jnp.sum(sums_BNSR, axis=(0, 1))
@@ -71,10 +71,6 @@ def _links(same: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
     )
   bits = [jnp.where(same_BT, 1 << distance, 0) for distance, same_BT in enumerate(same, start=1)]
   return sum(bits, jnp.zeros(shape[:2], jnp.int32))
-
-
-def _like(x_BTR: jax.Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x_BTR.shape, x_BTR.dtype)
 
 
 class _Call(NamedTuple):

@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import gpu_math
-from kernels.triton_call import on_gpu_or_interpreted
+from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 CHANNELS = 64
@@ -112,7 +112,7 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
   """h_t = a_t h_{t-1} + x_t with a float32 carry; states in x's dtype, the last one float32."""
   tiles = Tiles.of(x_BTD.shape, steps=STEPS)
-  y = jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype)
+  y = shape_of(x_BTD)
   y_BTD, hT_BD = launch(
     _scan, (x_BTD, a_BTD, h0_BD), (y, tiles.state), tiles=tiles, reverse=reverse, name="linear_scan"
   )

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import gpu_math
-from kernels.triton_call import on_gpu_or_interpreted
+from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 # Triton's blocks are powers of two, tensor cores' at least 16; wider heads do not fit registers.
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -176,7 +176,7 @@ class _Call(NamedTuple):
 
 def _call(kernel, arrays, like, grid, layout, *, num_warps, num_stages, name):
   """Results are shaped as `like`."""
-  results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like)
+  results = tuple(map(shape_of, like))
   call = _Call(kernel, results, grid, layout, num_warps, num_stages, name)
   return on_gpu_or_interpreted(call, *arrays)
 
