@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import local_attention
+from tests.draws import Draws
 
 
 def inputs(*, time, size, start_probability, batch=1, history=0, heads=2, dtype="float32"):
   """q, k, v and the documents of queries and of keys; a token begins one with that probability."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  q_BTNH = jax.random.normal(keys[0], (batch, time, heads, size)).astype(dtype)
-  k_BSH = jax.random.normal(keys[1], (batch, history + time, size)).astype(dtype)
-  v_BSH = jax.random.normal(keys[2], (batch, history + time, size)).astype(dtype)
+  draws = Draws()
+  q_BTNH = draws.normal(batch, time, heads, size, dtype=dtype)
+  k_BSH, v_BSH = (draws.normal(batch, history + time, size, dtype=dtype) for _ in range(2))
   starts = np.random.default_rng(0).random((batch, history + time)) < start_probability
   documents_BS = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
   return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
@@ -21,7 +21,7 @@ def inputs(*, time, size, start_probability, batch=1, history=0, heads=2, dtype=
 def run(implementation, arrays, window):
   """The output, and the gradients of q, k and v."""
   q, k, v, *documents = arrays
-  weights = jax.random.normal(jax.random.key(9), q.shape)
+  weights = Draws(9).normal(*q.shape)
 
   def loss(q, k, v):
     out = local_attention.local_attention(

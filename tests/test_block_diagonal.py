@@ -15,18 +15,18 @@ from jax.sharding import PartitionSpec as P
 from kernels import block_diagonal, dispatch
 from kernels.block_diagonal import pallas_tpu
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 
 def _inputs(batch, time, blocks, size, dtype):
   """x, w, b, and cotangents of both results."""
-  keys = jax.random.split(jax.random.key(0), 5)
-  shape = (batch, time, blocks * size)
-  x_BTR = jax.random.normal(keys[0], shape).astype(dtype)
-  w_GI2J = (jax.random.normal(keys[1], (blocks, size, 2, size)) / size**0.5).astype(dtype)
-  b_G2J = jax.random.normal(keys[2], (blocks, 2, size))
+  draws, shape = Draws(), (batch, time, blocks * size)
+  x_BTR = draws.normal(*shape, dtype=dtype)
+  w_GI2J = (draws.normal(blocks, size, 2, size) / size**0.5).astype(dtype)
+  b_G2J = draws.normal(blocks, 2, size)
   # Rounded, so that they are the same in both dtypes.
-  dy = tuple(jax.random.normal(key, shape).astype(jnp.bfloat16) for key in keys[3:])
+  dy = tuple(draws.normal(*shape, dtype="bfloat16") for _ in range(2))
   return (x_BTR, w_GI2J, b_G2J), dy
 
 

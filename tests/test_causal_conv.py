@@ -13,6 +13,7 @@ from kernels.causal_conv import measure, pallas_gpu
 from models.layers import rg_lru
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 _NAMES = ("y", "the other y", "dx", "db_in", "dw", "db")
@@ -30,14 +31,15 @@ SHAPES = [
 
 def _inputs(batch, time, width, taps, dtype="float32"):
   """x, b_in, w, b; documents, and gradients of both results."""
-  keys = jax.random.split(jax.random.key(0), 7)
-  x_BTR, *dy = (jax.random.normal(key, (batch, time, width)).astype(dtype) for key in keys[:3])
-  b_in_R, b_R = (jax.random.normal(key, (width,)) for key in keys[3:5])
-  w_KR = jax.random.normal(keys[5], (taps, width))
-  document_BT = jnp.cumsum(jax.random.uniform(keys[6], (batch, time)) < 0.2, axis=1)
+  draws = Draws()
+  x_BTR, *dy = (draws.normal(batch, time, width, dtype=dtype) for _ in range(3))
+  b_in_R, b_R = (draws.normal(width) for _ in range(2))
+  w_KR = draws.normal(taps, width)
+  document_BT = jnp.cumsum(draws.uniform(batch, time) < 0.2, axis=1)
   return (x_BTR, b_in_R, w_KR, b_R), document_BT, tuple(dy)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def _run(arrays, document_BT, dy, convolve):
   y, vjp = jax.vjp(lambda *arrays: convolve(*arrays, document_BT), *arrays)
   return *y, *vjp(tuple(z.astype(one.dtype) for z, one in zip(dy, y, strict=True)))
@@ -48,21 +50,13 @@ def _implementation(name):
 
 
 def _by_definition(x_BTR, b_in_R, w_KR, b_R, document_BT):
-  """Token by token and tap by tap."""
-  z_BTR, taps = x_BTR + b_in_R, w_KR.shape[0]
-  batch, time, _ = x_BTR.shape
-  rows = []
-  for row in range(batch):
-    tokens = []
-    for t in range(time):
-      y_R = b_R
-      for tap in range(taps):
-        source = t - (taps - 1 - tap)
-        if source >= 0 and int(document_BT[row, source]) == int(document_BT[row, t]):
-          y_R = y_R + w_KR[tap] * z_BTR[row, source]
-      tokens.append(y_R)
-    rows.append(jnp.stack(tokens))
-  y_BTR = jnp.stack(rows)
+  """Token t takes with each tap the token s so far before it, if it is of the same document."""
+  taps, time = w_KR.shape[0], document_BT.shape[1]
+  t, s = np.indices((time, time))
+  same_BTS = document_BT[:, :, None] == document_BT[:, None]
+  takes_KBTS = jnp.stack([same_BTS & (s == t - (taps - 1 - tap)) for tap in range(taps)])
+  takes_KBTS = takes_KBTS.astype(jnp.float32)
+  y_BTR = b_R + jnp.einsum("KBTS,KR,BSR->BTR", takes_KBTS, w_KR, x_BTR + b_in_R)
   return y_BTR, y_BTR
 
 

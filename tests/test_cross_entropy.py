@@ -11,17 +11,17 @@ from jax.sharding import PartitionSpec as P
 from kernels import dispatch
 from kernels.cross_entropy import _default_chunk, log_z_and_target_logit
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 
 def _inputs(vocab_size, dtype="float32", batch=4, time=6, width=16):
-  keys = jax.random.split(jax.random.key(0), 5)
-  x_BTD = jax.random.normal(keys[0], (batch, time, width)).astype(dtype)
-  unembed_VD = jax.random.normal(keys[1], (vocab_size, width)).astype(dtype)
-  targets_BT = jax.random.randint(keys[2], (batch, time), 0, vocab_size)
-  targets_BT = targets_BT.at[0, 0].set(vocab_size - 1).at[0, 1].set(0)
-  weights = jax.random.normal(keys[3], (2, batch, time))
-  return x_BTD, unembed_VD, targets_BT, weights
+  draws = Draws()
+  x_BTD = draws.normal(batch, time, width, dtype=dtype)
+  unembed_VD = draws.normal(vocab_size, width, dtype=dtype)
+  targets_BT = np.random.default_rng(0).integers(0, vocab_size, (batch, time), dtype=np.int32)
+  targets_BT[0, :2] = vocab_size - 1, 0
+  return x_BTD, unembed_VD, jnp.asarray(targets_BT), draws.normal(2, batch, time)
 
 
 def _whole(x_BTD, unembed_VD, targets_BT, logit_cap):

@@ -1,5 +1,6 @@
 """Every implementation of the linear recurrence against one written token by token."""
 
+import functools
 import re
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import linear_scan
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 # Those of any device; tests/test_pallas_gpu.py has the GPU's.
@@ -30,14 +32,13 @@ def _slow(x_BTD, a_BTD, h0_BD, reverse):
 
 def _inputs(shape, dtype, seed=0):
   batch, _, width = shape
-  keys = jax.random.split(jax.random.key(seed), 5)
-  x_BTD = jax.random.normal(keys[0], shape).astype(dtype)
-  a_BTD = jax.random.uniform(keys[1], shape, minval=0.6, maxval=1.0)
-  # Exactly 0, exactly 1, and runs of both.
-  kind_BTD = jax.random.uniform(keys[2], shape)
-  a_BTD = jnp.where(kind_BTD < 0.1, 0.0, jnp.where(kind_BTD > 0.9, 1.0, a_BTD))
-  return x_BTD, a_BTD, jax.random.normal(keys[3], (batch, width)), keys[4]
+  draws = Draws(seed)
+  x_BTD, a_BTD = draws.normal(*shape, dtype=dtype), jnp.asarray(draws.decays(shape))
+  return x_BTD, a_BTD, draws.normal(batch, width), draws
 
+
+# As it runs in a model; and compiled whole, which takes less than operation by operation.
+_scan = jax.jit(linear_scan.linear_scan, static_argnames=("implementation", "reverse"))
 
 SHAPES = [(2, 1, 3), (2, 63, 5), (3, 64, 8), (1, 257, 4)]
 
@@ -48,9 +49,7 @@ SHAPES = [(2, 1, 3), (2, 63, 5), (3, 64, 8), (1, 257, 4)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_states_are_those_of_the_recurrence(implementation, reverse, dtype, shape):
   x_BTD, a_BTD, h0_BD, _ = _inputs(shape, dtype)
-  y_BTD, hT_BD = linear_scan.linear_scan(
-    x_BTD, a_BTD, h0_BD, implementation=implementation, reverse=reverse
-  )
+  y_BTD, hT_BD = _scan(x_BTD, a_BTD, h0_BD, implementation=implementation, reverse=reverse)
   assert y_BTD.dtype == x_BTD.dtype
   assert hT_BD.dtype == jnp.float32
   expected_BTD, expected_BD = _slow(*map(np.asarray, (x_BTD, a_BTD, h0_BD)), reverse)
@@ -63,9 +62,8 @@ def test_states_are_those_of_the_recurrence(implementation, reverse, dtype, shap
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 63, 3), (1, 65, 4)], ids=str)
 def test_gradients_are_those_of_the_recurrence(implementation, reverse, shape):
-  x_BTD, a_BTD, h0_BD, key = _inputs(shape, "float32")
-  weights_BTD = jax.random.normal(key, shape)
-  weights_BD = jax.random.normal(jax.random.fold_in(key, 1), h0_BD.shape)
+  x_BTD, a_BTD, h0_BD, draws = _inputs(shape, "float32")
+  weights_BTD, weights_BD = draws.normal(*shape), draws.normal(*h0_BD.shape)
 
   def loss(x_BTD, a_BTD, h0_BD):
     y_BTD, hT_BD = linear_scan.linear_scan(
@@ -96,8 +94,9 @@ def test_gradients_in_bfloat16_have_the_dtypes_of_the_inputs(implementation):
     y_BTD, hT_BD = linear_scan.linear_scan(x_BTD, a_BTD, h0_BD, implementation=implementation)
     return jnp.sum(y_BTD.astype(jnp.float32) ** 2) + jnp.sum(hT_BD)
 
-  low = jax.grad(loss, (0, 1, 2))(x_BTD, a_BTD, h0_BD)
-  high = jax.grad(loss, (0, 1, 2))(x_BTD.astype(jnp.float32), a_BTD, h0_BD)
+  gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+  low = gradients(x_BTD, a_BTD, h0_BD)
+  high = gradients(x_BTD.astype(jnp.float32), a_BTD, h0_BD)
   assert [g.dtype for g in low] == [jnp.bfloat16, jnp.float32, jnp.float32]
   for grad, expected in zip(low, high, strict=True):
     assert_close(grad, expected, dtype="bfloat16", reduction=4)
@@ -106,10 +105,10 @@ def test_gradients_in_bfloat16_have_the_dtypes_of_the_inputs(implementation):
 @every_implementation
 @pytest.mark.parametrize("reverse", [False, True])
 def test_nothing_crosses_a_decay_of_zero(implementation, reverse):
-  x_BTD, a_BTD, h0_BD, key = _inputs((1, 150, 3), "float32")
+  x_BTD, a_BTD, h0_BD, draws = _inputs((1, 150, 3), "float32")
   a_BTD = a_BTD.at[:, 70].set(0.0)
   mine = slice(0, 71) if reverse else slice(70, 150)
-  weights = jax.random.normal(key, (1, 150, 3))
+  weights = draws.normal(1, 150, 3)
 
   def loss(x_BTD, a_BTD, h0_BD):
     y_BTD, _ = linear_scan.linear_scan(
@@ -138,12 +137,11 @@ def test_nothing_crosses_a_decay_of_zero(implementation, reverse):
 @every_implementation
 def test_a_split_sequence_with_its_state_is_the_whole(implementation):
   x_BTD, a_BTD, h0_BD, _ = _inputs((2, 100, 3), "float32")
-  whole, last = linear_scan.linear_scan(x_BTD, a_BTD, h0_BD, implementation=implementation)
+  scan = functools.partial(_scan, implementation=implementation)
+  whole, last = scan(x_BTD, a_BTD, h0_BD)
   parts, h_BD = [], h0_BD
   for start, end in ((0, 1), (1, 40), (40, 99), (99, 100)):
-    y_BTD, h_BD = linear_scan.linear_scan(
-      x_BTD[:, start:end], a_BTD[:, start:end], h_BD, implementation=implementation
-    )
+    y_BTD, h_BD = scan(x_BTD[:, start:end], a_BTD[:, start:end], h_BD)
     parts.append(y_BTD)
   assert_close(jnp.concatenate(parts, axis=1), whole, dtype="float32", reduction=4)
   assert_close(h_BD, last, dtype="float32", reduction=4)
@@ -192,8 +190,8 @@ def test_no_step_rewrites_what_earlier_steps_wrote(implementation, dtype):
 @every_implementation
 def test_shards_with_a_shared_state_are_the_whole(implementation):
   """Batch and channels split by jax.shard_map, the first state the same on every data shard."""
-  x_BTD, a_BTD, h0_BD, key = _inputs((4, 19, 8), "float32")
-  weights_BTD, h0_D = jax.random.normal(key, x_BTD.shape), h0_BD[0]
+  x_BTD, a_BTD, h0_BD, draws = _inputs((4, 19, 8), "float32")
+  weights_BTD, h0_D = draws.normal(*x_BTD.shape), h0_BD[0]
   mesh = make_mesh(MeshShape(data=2, tensor=4))
   split = P("data", None, "tensor")
 

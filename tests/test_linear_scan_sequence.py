@@ -1,6 +1,7 @@
 """The linear recurrence with its rows split over devices is that of whole rows."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import halo, linear_scan
 from sharding import collectives
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 every_implementation = pytest.mark.parametrize("implementation", linear_scan.IMPLEMENTATIONS)
@@ -39,26 +41,21 @@ def _split(run, shards, *, check_vma=True):
 
 
 def _inputs(time, dtype="float32", batch=2, width=3):
-  keys = jax.random.split(jax.random.key(time), 4)
-  shape = (batch, time, width)
-  a_BTD = jax.random.uniform(keys[1], shape, minval=0.6, maxval=1.0)
-  # Exactly 0, exactly 1, and the borders of 8 shards: 0 on one, just before and just after others.
-  kind_BTD = jax.random.uniform(keys[2], shape)
-  a_BTD = jnp.where(kind_BTD < 0.05, 0.0, jnp.where(kind_BTD > 0.8, 1.0, a_BTD))
+  draws, shape = Draws(time), (batch, time, width)
+  a_BTD = draws.decays(shape, zero=0.05, one=0.2)
+  # The borders of 8 shards: 0 on one, just before and just after others.
   shard = time // 8
   for start in (2 * shard, 4 * shard - 1, 5 * shard + 1):
-    a_BTD = a_BTD.at[0, start].set(0.0)
-  x_BTD = jax.random.normal(keys[0], shape).astype(dtype)
-  return x_BTD, a_BTD, jax.random.normal(keys[3], (batch, width))
+    a_BTD[0, start] = 0.0
+  x_BTD = draws.normal(*shape, dtype=dtype)
+  return x_BTD, jnp.asarray(a_BTD), draws.normal(batch, width)
 
 
 @every_implementation
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shards", [2, 8])
-def test_states_and_gradients_are_those_of_the_whole_row(implementation, reverse, shards):
+def test_states_and_gradients_are_those_of_the_whole_row(implementation, reverse):
   arrays = _inputs(8 * 5)
-  weights_BTD = jax.random.normal(jax.random.key(1), arrays[0].shape)
-  weights_BD = jax.random.normal(jax.random.key(2), arrays[2].shape)
+  weights_BTD, weights_BD = Draws(1).normal(*arrays[0].shape), Draws(2).normal(*arrays[2].shape)
   run = functools.partial(linear_scan.linear_scan, implementation=implementation, reverse=reverse)
 
   def loss(run, *arrays):
@@ -79,7 +76,7 @@ def test_states_and_gradients_are_those_of_the_whole_row(implementation, reverse
   split = functools.partial(run, axis_name="sequence")
   # A Triton kernel does not say over which axes its results vary; what can be checked is.
   checks = {"reference": (True, False), "pallas_gpu": (False,)}
-  for check_vma in checks.get(implementation, (True,)):
+  for shards, check_vma in itertools.product((2, 8), checks.get(implementation, (True,))):
     grads, (y_BTD, hT_SBD) = gradients(_split(split, shards, check_vma=check_vma))
     assert_close(y_BTD, expected_y, dtype="float32", reduction=4)
     for hT_BD in hT_SBD:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import local_attention
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 # Those for any head size; tests/test_splash_attention.py has the TPU's.
@@ -18,10 +19,9 @@ every_implementation = pytest.mark.parametrize("implementation", ["reference", "
 
 
 def _inputs(batch=2, time=50, history=0, heads=3, size=8, dtype="float32", seed=0):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  q_BTNH = jax.random.normal(keys[0], (batch, time, heads, size)).astype(dtype)
-  k_BSH = jax.random.normal(keys[1], (batch, history + time, size)).astype(dtype)
-  v_BSH = jax.random.normal(keys[2], (batch, history + time, size)).astype(dtype)
+  draws = Draws(seed)
+  q_BTNH = draws.normal(batch, time, heads, size, dtype=dtype)
+  k_BSH, v_BSH = (draws.normal(batch, history + time, size, dtype=dtype) for _ in range(2))
   documents = np.random.default_rng(seed).random((batch, history + time)) < 0.06
   documents_BS = jnp.asarray(np.cumsum(documents, axis=1), jnp.int32)
   return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
@@ -34,6 +34,7 @@ def _attend(*arrays, window, implementation="banded"):
 def _slow(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window):
   """One query at a time, in float64."""
   q, k, v = (np.float64(np.asarray(x, np.float32)) for x in (q_BTNH, k_BSH, v_BSH))
+  q_documents, k_documents = np.asarray(q_documents_BT), np.asarray(k_documents_BS)
   out = np.zeros(q.shape)
   batch, time, heads, size = q.shape
   for b in range(batch):
@@ -42,7 +43,7 @@ def _slow(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window):
       seen = [
         s
         for s in range(row + 1)
-        if k_documents_BS[b, s] == q_documents_BT[b, t] and (window is None or row - s <= window)
+        if k_documents[b, s] == q_documents[b, t] and (window is None or row - s <= window)
       ]
       for n in range(heads):
         logits = k[b, seen] @ q[b, t, n] / np.sqrt(size)
@@ -88,7 +89,7 @@ def test_gradients_are_those_of_the_reference(case, dtype):
   case = dict(case)
   window = case.pop("window")
   q, k, v, *documents = _inputs(**case, dtype=dtype)
-  weights = jax.random.normal(jax.random.key(9), q.shape)
+  weights = Draws(9).normal(*q.shape)
 
   def loss(q, k, v, implementation):
     out = _attend(q, k, v, *documents, window=window, implementation=implementation)
@@ -125,7 +126,7 @@ def test_a_document_does_not_notice_that_another_changes(window, length, impleme
   q, k, v, _, _ = _inputs(batch=1, time=length)
   documents = jnp.asarray([[1] * start + [2] * (end - start) + [3] * (length - end)], jnp.int32)
   mine = slice(start, end)
-  weights = jax.random.normal(jax.random.key(9), q.shape)
+  weights = Draws(9).normal(*q.shape)
 
   def loss(q, k, v):
     out = _attend(q, k, v, documents, documents, window=window, implementation=implementation)
@@ -264,7 +265,7 @@ def test_no_query_at_all_is_refused(implementation):
 def test_shards_of_heads_share_one_key_and_value(implementation, window):
   """Batch and heads split by jax.shard_map, keys and values the same on every shard of heads."""
   q, k, v, q_documents, k_documents = _inputs(batch=2, time=140, history=5, heads=4)
-  weights = jax.random.normal(jax.random.key(9), q.shape)
+  weights = Draws(9).normal(*q.shape)
   heads, batch = P("data", None, "tensor"), P("data")
 
   def run(q, k, v):

@@ -13,6 +13,7 @@ from kernels import dispatch, local_attention
 from kernels.local_attention import measure, pallas_gpu
 from sharding.mesh import MeshShape, make_mesh
 from tests import attention_runs
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 
@@ -75,7 +76,7 @@ def test_a_document_does_not_notice_that_another_changes():
   q, k, v, _, _ = _inputs(time=time)
   documents = jnp.asarray([[1] * 21 + [2] * 24 + [3] * 15], jnp.int32)
   other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None]
-  weights = jnp.where(other[..., None], 0, jax.random.normal(jax.random.key(9), q.shape))
+  weights = jnp.where(other[..., None], 0, Draws(9).normal(*q.shape))
 
   def loss(q, k, v):
     out = local_attention.local_attention(

@@ -11,22 +11,23 @@ from jax.sharding import PartitionSpec as P
 from kernels import rg_lru
 from kernels.rg_lru import pallas_tpu
 from sharding.mesh import MeshShape, make_mesh
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 
 def _inputs(shape, dtype, seed=0, starts=0.1):
   """x, r, i, decay, is_start, h0, and weights for the loss; some channels' a is exactly 0 or 1."""
   batch, time, width = shape
-  keys = jax.random.split(jax.random.key(seed), 8)
-  x_BTR, r_BTR, i_BTR = (jax.random.normal(k, shape).astype(dtype) for k in keys[:3])
-  decay_R = jax.random.uniform(keys[3], (width,), minval=-9.0, maxval=1.0)
+  draws = Draws(seed)
+  x_BTR, r_BTR, i_BTR = (draws.normal(*shape, dtype=dtype) for _ in range(3))
+  decay_R = draws.uniform(width, low=-9.0, high=1.0)
   # softplus(30) makes a underflow to 0, softplus(-200) is 0 and makes a exactly 1.
   decay_R = decay_R.at[::5].set(30.0).at[1::5].set(-200.0)
-  is_start_BT = jax.random.uniform(keys[4], (batch, time)) < starts
-  h0_BR = jax.random.normal(keys[5], (batch, width))
+  is_start_BT = draws.uniform(batch, time) < starts
+  h0_BR = draws.normal(batch, width)
   # The cotangent of y comes in the dtype of y: rounded here, so that it is the same in float32.
-  weights_BTR = jax.random.normal(keys[6], shape).astype(jnp.bfloat16).astype(jnp.float32)
-  weights = weights_BTR, jax.random.normal(keys[7], (batch, width))
+  weights_BTR = draws.normal(*shape, dtype="bfloat16").astype(jnp.float32)
+  weights = weights_BTR, draws.normal(batch, width)
   return (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR), weights
 
 

@@ -21,6 +21,7 @@ from models.layers.segments import NO_DOCUMENT
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
 from tests import attention_runs
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 
@@ -94,7 +95,7 @@ def test_a_document_does_not_notice_that_another_changes():
   q, k, v, _, _ = _inputs(time=time)
   documents = jnp.asarray([[1] * 110 + [2] * 90 + [3] * 100], jnp.int32)
   other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None]
-  weights = jnp.where(other[..., None], 0, jax.random.normal(jax.random.key(9), q.shape))
+  weights = jnp.where(other[..., None], 0, Draws(9).normal(*q.shape))
 
   def loss(q, k, v):
     out = local_attention.local_attention(
