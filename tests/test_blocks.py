@@ -51,9 +51,20 @@ CONFIGS = {
     RECURRENT, RECURRENT, LOCAL, embedding_scale="sqrt_width", logit_cap=5.0
   ),
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def every(*names):
+  """One worker for all tests of a config: they share what is compiled."""
+  params = [
+    pytest.param(CONFIGS[name], id=name, marks=pytest.mark.xdist_group(f"blocks_{name}"))
+    for name in names
+  ]
+  return pytest.mark.parametrize("config", params)
+
+
+every_config = every(*CONFIGS)
 # Sharding needs divisible sizes; these have them.
-SHARDED = (
+every_sharded = every(
   "recurrent",
   "recurrent_gates_pallas_tpu",
   "local_attention",
@@ -62,17 +73,12 @@ SHARDED = (
 )
 
 
-def _params(model, seed=0):
+def _params(model):
   """Initial parameters with every zero (biases, norm scales) moved, so that nothing is trivial."""
-  params = model.init(jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return jax.tree.unflatten(
-    tree,
-    [
-      w + 0.1 * jax.random.normal(key, w.shape).astype(w.dtype)
-      for w, key in zip(leaves, keys, strict=True)
-    ],
+  random = np.random.default_rng(1)
+  return jax.tree.map(
+    lambda w: w + random.normal(scale=0.1, size=w.shape).astype(w.dtype),
+    jax.jit(model.init)(jax.random.key(0)),
   )
 
 
@@ -85,6 +91,29 @@ SEGMENTS = np.array(
   [[1] * 9 + [2] + [1] * 11 + [3] * 2 + [0] * 2, [5] * 3 + [4] * 20 + [9] * 2], np.int32
 )
 BATCH, TIME = SEGMENTS.shape
+
+
+class _Built:
+  """A model, parameters, and its functions, each compiled once for equal shapes."""
+
+  def __init__(self, config: DecoderConfig):
+    self.model = decoder.build(config)
+    self.params = _params(self.model)
+    self.apply, self.logits = jax.jit(self.model.apply), jax.jit(self.model.logits)
+    self.extend = jax.jit(self.model.extend)
+    self.document_loss = functools.cache(self._document_loss)
+
+  def _document_loss(self, start, end):
+    """Loss that reads the logits of tokens [start, end) of the first row only."""
+    weights = jax.random.normal(jax.random.key(7), (end - start, VOCAB))
+
+    def loss(params, tokens_BT, segments_BT):
+      return jnp.sum(self.model.logits(params, tokens_BT, segments_BT)[0, start:end] * weights)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+_built = functools.cache(_Built)
 
 
 @every_config
@@ -105,44 +134,30 @@ def test_gradient_with_respect_to_the_future_is_zero(config):
 
 @every_config
 def test_later_tokens_change_nothing_before_them(config):
-  model = decoder.build(config)
-  params, tokens_BT = _params(model), _tokens(BATCH, TIME)
-  apply = jax.jit(lambda tokens: model.apply(params, tokens, SEGMENTS)[0])
-  changed = np.asarray(apply(tokens_BT.at[:, 13:].set((tokens_BT[:, 13:] + 1) % VOCAB)))
-  original = np.asarray(apply(tokens_BT))
+  built, tokens_BT = _built(config), _tokens(BATCH, TIME)
+  changed_BT = tokens_BT.at[:, 13:].set((tokens_BT[:, 13:] + 1) % VOCAB)
+  changed = np.asarray(built.logits(built.params, changed_BT, SEGMENTS))
+  original = np.asarray(built.logits(built.params, tokens_BT, SEGMENTS))
   np.testing.assert_array_equal(changed[:, :13], original[:, :13])
   assert (changed[:, 13] != original[:, 13]).any()
 
 
-def _document_loss(model, start, end):
-  """Loss that reads the logits of tokens [start, end) of the first row only."""
-  weights = jax.random.normal(jax.random.key(7), (end - start, VOCAB))
-
-  def loss(params, tokens_BT, segments_BT):
-    return jnp.sum(model.logits(params, tokens_BT, segments_BT)[0, start:end] * weights)
-
-  return jax.jit(jax.value_and_grad(loss))
-
-
 @every_config
 def test_packed_documents_are_as_if_alone(config):
-  model = decoder.build(config)
-  params, tokens_BT = _params(model), _tokens(BATCH, TIME)
-  logits = jax.jit(model.logits)
-  packed = logits(params, tokens_BT, SEGMENTS)
+  built, tokens_BT = _built(config), _tokens(BATCH, TIME)
+  params = built.params
+  packed = built.logits(params, tokens_BT, SEGMENTS)
   for start, end in ((0, 9), (9, 10), (10, 21), (21, 23)):
     size = end - start
     # Alone in a row of the same length, so that one compiled program serves both.
     alone_BT = jnp.zeros((BATCH, TIME), jnp.int32).at[0, :size].set(tokens_BT[0, start:end])
     segments_BT = np.zeros((BATCH, TIME), np.int32)
     segments_BT[0, :size] = 1
-    alone = logits(params, alone_BT, segments_BT)
+    alone = built.logits(params, alone_BT, segments_BT)
     assert_close(packed[0, start:end], alone[0, :size], dtype="float32", reduction=WIDTH)
-  loss, grads = _document_loss(model, 10, 21)(params, tokens_BT, SEGMENTS)
+  loss, grads = built.document_loss(10, 21)(params, tokens_BT, SEGMENTS)
   alone_BT = tokens_BT[:1, 10:21]
-  loss_alone, grads_alone = _document_loss(model, 0, 11)(
-    params, alone_BT, np.ones((1, 11), np.int32)
-  )
+  loss_alone, grads_alone = built.document_loss(0, 11)(params, alone_BT, np.ones((1, 11), np.int32))
   # Terms of size 1 to 10 that may cancel.
   assert_close(loss, loss_alone, dtype="float32", reduction=WIDTH * VOCAB, floor=10.0)
   jax.tree.map(
@@ -154,50 +169,54 @@ def test_packed_documents_are_as_if_alone(config):
 
 @every_config
 def test_a_document_does_not_notice_that_another_changes(config):
-  model = decoder.build(config)
-  params, tokens_BT = _params(model), _tokens(BATCH, TIME)
+  built, tokens_BT = _built(config), _tokens(BATCH, TIME)
   other_BT = tokens_BT.at[0, :10].set((tokens_BT[0, :10] + 5) % VOCAB)
   other_BT = other_BT.at[0, 21:].set((tokens_BT[0, 21:] + 7) % VOCAB)
-  loss = _document_loss(model, 10, 21)
+  loss = built.document_loss(10, 21)
   jax.tree.map(
     np.testing.assert_array_equal,
-    loss(params, tokens_BT, SEGMENTS),
-    loss(params, other_BT, SEGMENTS),
+    loss(built.params, tokens_BT, SEGMENTS),
+    loss(built.params, other_BT, SEGMENTS),
   )
 
 
 @every_config
 def test_split_rows_with_carried_state_are_the_whole(config):
-  model = decoder.build(config)
-  params, tokens_BT = _params(model), _tokens(BATCH, TIME)
-  whole = model.apply(params, tokens_BT, SEGMENTS)[0]
-  extend = jax.jit(model.extend)
-  for ends in ((1, 2, 25), (9, 10, 17, 25), (4, 24, 25)):
-    state, parts, start = model.initial_state(BATCH, context=TIME), [], 0
+  built, tokens_BT = _built(config), _tokens(BATCH, TIME)
+  whole = built.apply(built.params, tokens_BT, SEGMENTS)[0]
+  # At borders of documents and between them, parts of one token and longer than the window.
+  for ends in ((1, 2, 9, 10, 18, 25), (8, 24, 25), (16, 17, 24, 25)):
+    state, parts, start = built.model.initial_state(BATCH, context=TIME), [], 0
     for end in ends:
-      x_BTD, _, state = extend(params, tokens_BT[:, start:end], SEGMENTS[:, start:end], state)
+      part = (tokens_BT[:, start:end], SEGMENTS[:, start:end])
+      x_BTD, _, state = built.extend(built.params, *part, state)
       parts.append(x_BTD)
       start = end
     assert_close(jnp.concatenate(parts, axis=1), whole, dtype="float32", reduction=WIDTH)
 
 
+# More than a window long, and more than another is decoded.
+LONG_PROMPT = WINDOW + 5
+CONTEXT = LONG_PROMPT + WINDOW + 3
+
+
 @every_config
-@pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5, WINDOW + 5])
+@pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5, LONG_PROMPT])
 def test_prefill_and_decoding_are_the_parallel_pass(config, prompt):
-  model = decoder.build(config)
-  params, time = _params(model), prompt + WINDOW + 3
-  tokens_BT = _tokens(2, time)
+  built, time = _built(config), CONTEXT
+  params, tokens_BT = built.params, _tokens(2, time)
   # The second prompt is one token shorter, and padded on the left.
   segments_BT = np.ones((2, time), np.int32)
   segments_BT[1, :1] = 0 if prompt > 1 else 1
-  whole = jax.jit(model.logits)(params, tokens_BT, segments_BT)
-  x_BTD, unembed_VD, state = jax.jit(model.extend)(
-    params, tokens_BT[:, :prompt], segments_BT[:, :prompt], model.initial_state(2, context=time)
+  whole = built.logits(params, tokens_BT, segments_BT)
+  state = built.model.initial_state(2, context=time)
+  x_BTD, unembed_VD, state = built.extend(
+    params, tokens_BT[:, :prompt], segments_BT[:, :prompt], state
   )
-  step = jax.jit(model.extend)
   hidden = [x_BTD]
   for t in range(prompt, time):
-    x_BTD, _, state = step(params, tokens_BT[:, t : t + 1], segments_BT[:, t : t + 1], state)
+    token = (tokens_BT[:, t : t + 1], segments_BT[:, t : t + 1])
+    x_BTD, _, state = built.extend(params, *token, state)
     hidden.append(x_BTD)
   logits = jnp.concatenate(hidden, axis=1) @ unembed_VD.T
   if config.logit_cap is not None:
@@ -207,12 +226,18 @@ def test_prefill_and_decoding_are_the_parallel_pass(config, prompt):
   assert_close(logits[1, 1:], whole[1, 1:], dtype="float32", reduction=WIDTH)
 
 
-def _loss_and_grads(config, params, tokens_BT):
-  model = decoder.build(config)
-  weights = jax.random.normal(jax.random.key(3), (BATCH, TIME, VOCAB))
-  return jax.jit(
-    jax.value_and_grad(lambda params: jnp.sum(model.logits(params, tokens_BT, SEGMENTS) * weights))
-  )(params)
+def _loss(model, copies=1):
+  """Of all logits of the rows of SEGMENTS, so many times."""
+  tokens_BT = jnp.tile(_tokens(BATCH, TIME), (copies, 1))
+  segments_BT = np.tile(SEGMENTS, (copies, 1))
+  weights = jax.random.normal(jax.random.key(3), (*tokens_BT.shape, VOCAB))
+  return lambda params: jnp.sum(model.logits(params, tokens_BT, segments_BT) * weights)
+
+
+@functools.cache
+def _loss_and_grads(config, copies=1):
+  built = _built(config)
+  return jax.jit(jax.value_and_grad(_loss(built.model, copies)))(built.params)
 
 
 @every_config
@@ -220,41 +245,30 @@ def _loss_and_grads(config, params, tokens_BT):
   "change", [{"layers": "unroll"}, {"remat": "block"}, {"remat": "matmuls"}], ids=str
 )
 def test_scan_and_remat_change_no_result(config, change):
-  params, tokens_BT = _params(decoder.build(config)), _tokens(BATCH, TIME)
-  expected = _loss_and_grads(config, params, tokens_BT)
-  actual = _loss_and_grads(dataclasses.replace(config, **change), params, tokens_BT)
+  changed = decoder.build(dataclasses.replace(config, **change))
+  actual = jax.jit(jax.value_and_grad(_loss(changed)))(_built(config).params)
   jax.tree.map(
     lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB, floor=1.0),
     actual,
-    expected,
+    _loss_and_grads(config),
   )
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@every_sharded
 @pytest.mark.parametrize(
   "shape", [{"data": 2, "tensor": 4}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str
 )
-def test_sharded_is_as_on_one_device(name, shape):
-  config = CONFIGS[name]
-  model = decoder.build(config)
-  params = _params(model)
-  tokens_BT = jnp.tile(_tokens(BATCH, TIME), (2, 1))
-  segments_BT = np.tile(SEGMENTS, (2, 1))
-  weights = jax.random.normal(jax.random.key(3), (2 * BATCH, TIME, VOCAB))
-
-  def loss(params):
-    return jnp.sum(model.logits(params, tokens_BT, segments_BT) * weights)
-
-  expected = jax.jit(jax.value_and_grad(loss))(params)
-  mesh = make_mesh(MeshShape(**shape))
+def test_sharded_is_as_on_one_device(config, shape):
+  built, mesh = _built(config), make_mesh(MeshShape(**shape))
+  model, loss = built.model, _loss(built.model, copies=2)
   for zero in (rules.ZERO1, rules.ZERO3):
     layout = logical.shardings(model.axes, model.shapes, zero.parameters, mesh)
     with logical.placement(mesh, zero):
-      actual = jax.jit(jax.value_and_grad(loss))(jax.device_put(params, layout))
+      actual = jax.jit(jax.value_and_grad(loss))(jax.device_put(built.params, layout))
     jax.tree.map(
       lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB, floor=1.0),
       actual,
-      expected,
+      _loss_and_grads(config, copies=2),
     )
 
 
@@ -279,9 +293,9 @@ def _split_loss(model):
 
 
 @functools.cache
-def _on_one_device(name):
-  model = decoder.build(CONFIGS[name])
-  return _split_loss(model)(_params(model))
+def _on_one_device(config):
+  built = _built(config)
+  return _split_loss(built.model)(built.params)
 
 
 # With every other axis; the meshes of the test above split rows in one part.
@@ -292,17 +306,14 @@ SEQUENCE = (
 )
 
 
-@pytest.mark.parametrize(
-  "name", ["recurrent", "local_attention", "global_attention", "recurrentgemma"]
-)
+@every("recurrent", "local_attention", "global_attention", "recurrentgemma")
 @pytest.mark.parametrize(
   ("shape", "zero"), SEQUENCE, ids=lambda x: str(x) if type(x) is dict else ""
 )
-def test_rows_split_over_devices_are_whole_rows(name, shape, zero):
-  model = decoder.build(CONFIGS[name])
+def test_rows_split_over_devices_are_whole_rows(config, shape, zero):
+  model, params = _built(config).model, _built(config).params
   mesh = make_mesh(MeshShape(**shape))
-  params = _params(model)
-  (loss, logits), grads = _on_one_device(name)
+  (loss, logits), grads = _on_one_device(config)
   layout = logical.shardings(model.axes, model.shapes, zero.parameters, mesh)
   with logical.placement(mesh, zero):
     (split_loss, split_logits), split_grads = _split_loss(model)(jax.device_put(params, layout))
@@ -314,13 +325,13 @@ def test_rows_split_over_devices_are_whole_rows(name, shape, zero):
   )
 
 
-def test_padding_on_the_left_changes_nothing():
-  model = decoder.build(CONFIGS["griffin_with_remainder"])
-  params, tokens_BT = _params(model), _tokens(1, 6)
-  plain = model.logits(params, tokens_BT, np.ones((1, 6), np.int32))
+@every("griffin_with_remainder")
+def test_padding_on_the_left_changes_nothing(config):
+  built, tokens_BT = _built(config), _tokens(1, 6)
+  plain = built.logits(built.params, tokens_BT, np.ones((1, 6), np.int32))
   padded_BT = jnp.concatenate([jnp.full((1, 3), 7), tokens_BT], axis=1)
   segments_BT = np.array([[0] * 3 + [1] * 6], np.int32)
-  padded = model.logits(params, padded_BT, segments_BT)
+  padded = built.logits(built.params, padded_BT, segments_BT)
   assert_close(padded[:, 3:], plain, dtype="float32", reduction=WIDTH)
 
 
@@ -359,15 +370,14 @@ def test_room_for_no_token_is_refused_where_attention_is_global(context):
     decoder.build(CONFIGS["global_attention"]).initial_state(2, context)
 
 
-def test_bfloat16_activations_stay_near_float32():
-  config = CONFIGS["griffin_with_remainder"]
-  model = decoder.build(config)
-  params, tokens_BT = _params(model), _tokens(BATCH, TIME)
-  exact = model.logits(params, tokens_BT, SEGMENTS)
+@every("griffin_with_remainder")
+def test_bfloat16_activations_stay_near_float32(config):
+  built, tokens_BT = _built(config), _tokens(BATCH, TIME)
+  exact = built.logits(built.params, tokens_BT, SEGMENTS)
   for param_dtype in ("float32", "bfloat16"):
     low = decoder.build(dataclasses.replace(config, dtype="bfloat16", param_dtype=param_dtype))
-    rounded = jax.tree.map(lambda w, s: w.astype(s.dtype), params, low.shapes)
-    logits = low.logits(rounded, tokens_BT, SEGMENTS)
+    rounded = jax.tree.map(lambda w, s: w.astype(s.dtype), built.params, low.shapes)
+    logits = jax.jit(low.logits)(rounded, tokens_BT, SEGMENTS)
     assert logits.dtype == jnp.float32
     error = np.abs(np.asarray(logits) - np.asarray(exact)).max() / np.abs(np.asarray(exact)).max()
     assert error < 0.05

@@ -1,6 +1,8 @@
 """Runs that begin with the parameters of a Hugging Face directory, and what they leave as one."""
 
 import dataclasses
+import pathlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,29 +31,37 @@ def _run(folder, **of_model):
   return dataclasses.replace(run, model=model)
 
 
-def _saved(folder):
-  """The parameters of a model of other values than a new run's, and the directory they are in."""
+class _Saved(NamedTuple):
+  """A folder of token stores, parameters of other values than a new run's, and where they are."""
+
+  folder: pathlib.Path
+  params: Any
+  directory: str
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("saved")
   run = _run(folder)
-  params = jax.device_get(decoder.build(run.model).init(jax.random.key(7)))
+  params = jax.device_get(jax.jit(decoder.build(run.model).init)(jax.random.key(7)))
   recurrentgemma_hf.save(folder / "hf", run.model, params)
-  return params, str(folder / "hf")
+  return _Saved(folder, params, str(folder / "hf"))
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_a_run_begins_with_the_parameters_of_a_directory(tmp_path, param_dtype):
-  params, directory = _saved(tmp_path)
-  run = dataclasses.replace(_run(tmp_path, param_dtype=param_dtype), init_from=directory)
+def test_a_run_begins_with_the_parameters_of_a_directory(saved, param_dtype):
+  run = dataclasses.replace(_run(saved.folder, param_dtype=param_dtype), init_from=saved.directory)
   program = programs.build(run)
   state = initial_state(program)
   assert int(state.step) == 0
   assert all(not leaf.any() for leaf in jax.tree.leaves(state.opt_state.mu))
 
-  def same(found, saved, abstract):
+  def same(found, wanted, abstract):
     assert (found.shape, found.dtype) == (abstract.shape, abstract.dtype)
     assert found.sharding.is_equivalent_to(abstract.sharding, found.ndim)
-    np.testing.assert_array_equal(found, saved.astype(found.dtype))
+    np.testing.assert_array_equal(found, wanted.astype(found.dtype))
 
-  jax.tree.map(same, state.params, params, program.abstract.params)
+  jax.tree.map(same, state.params, saved.params, program.abstract.params)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +74,8 @@ def test_a_run_begins_with_the_parameters_of_a_directory(tmp_path, param_dtype):
   ],
   ids=str,
 )
-def test_another_model_is_refused_by_what_differs(tmp_path, of_model, message):
-  _, directory = _saved(tmp_path)
-  run = dataclasses.replace(_run(tmp_path, **of_model), init_from=directory)
+def test_another_model_is_refused_by_what_differs(saved, of_model, message):
+  run = dataclasses.replace(_run(saved.folder, **of_model), init_from=saved.directory)
   with pytest.raises(ValueError, match=rf"init_from .*/hf is of another model: {message}\. Set"):
     initial_state(programs.build(run))
 

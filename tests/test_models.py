@@ -209,7 +209,7 @@ def test_a_model_with_triton_kernels_is_the_model():
   plain = dataclasses.replace(TINY["hawk"], dtype="bfloat16", remat="none")
   tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, plain.vocab_size)
   segments = 1 + jnp.cumsum(jax.random.uniform(jax.random.key(2), (2, 40)) < 0.1, axis=1)
-  params = decoder.build(plain).init(jax.random.key(0))
+  params = jax.jit(decoder.build(plain).init)(jax.random.key(0))
 
   def results(config):
     model = decoder.build(config)
@@ -234,7 +234,7 @@ def test_blocks_written_out_keep_their_matrices_as_they_are_multiplied():
   """A group's part of float32 parameters would be a copy, twice as large and cast again."""
   config = dataclasses.replace(TINY["hawk"], dtype="bfloat16", layers="unroll")
   model = decoder.build(config)
-  params, tokens = model.init(jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
+  params, tokens = jax.jit(model.init)(jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
   _, pull_back = jax.vjp(lambda params: model.apply(params, tokens, tokens)[0], params)
   matrices = {leaf.shape[1:]: leaf.dtype for leaf in jax.tree.leaves(params["groups"])}
   kept = [
@@ -284,7 +284,7 @@ def test_what_is_compiled_does_not_grow_with_depth():
 def test_blocks_can_be_taken_apart_and_joined():
   config = dataclasses.replace(TINY["griffin"], num_blocks=8)
   model = decoder.build(config)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   blocks = decoder.split_blocks(config, params)
   assert ["decay_R" in block["mixer"] for block in blocks] == [True, True, False] * 2 + [True, True]
   joined = decoder.join_blocks(config, blocks)
@@ -297,7 +297,7 @@ def test_blocks_can_be_taken_apart_and_joined():
 
 def test_initialisation_has_the_variances_of_the_table():
   model = decoder.build(dataclasses.replace(TINY["griffin"], num_blocks=6))
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   recurrent, local = params["groups"]["0"], params["groups"]["1"]
   expected = [
     (params["embedding"]["table_VD"], 1 / 128),
