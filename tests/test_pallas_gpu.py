@@ -14,18 +14,34 @@ from kernels.block_diagonal import measure as block_diagonal_measure
 from kernels.linear_scan import pallas_gpu as plain
 from kernels.rg_lru import measure
 from kernels.rg_lru import pallas_gpu as fused
+from kernels.triton_call import on_gpu_or_interpreted
+from tests.draws import Draws
 from tests.tolerances import assert_close
 
 
 @pytest.fixture(params=["long chunks", "short chunks"])
 def mode(request, monkeypatch):
-  """Rows in chunks of 16 or 4 tokens; few steps side by side, which compile sooner."""
+  """Rows in chunks of 16 or 4 tokens; few steps side by side, which compile sooner.
+
+  Not as traced before: constants are no part of what JAX knows a function by.
+  """
   steps = 16 if request.param == "long chunks" else 4
+  tiles_of, cut_into = plain.Tiles.of, set()
+
+  def watched(shape, *, steps):
+    cut_into.add(steps)
+    return tiles_of(shape, steps=steps)
+
+  monkeypatch.setattr(plain.Tiles, "of", watched)
   monkeypatch.setattr(plain, "STEPS", steps)
   monkeypatch.setattr(fused, "STEPS", steps)
   monkeypatch.setattr(fused, "_BACKWARD_STEPS", steps)
   monkeypatch.setattr(plain, "GROUP", 2)
   monkeypatch.setattr(plain, "_WINDOWS", (2, 3))
+  on_gpu_or_interpreted.clear_cache()
+  yield
+  on_gpu_or_interpreted.clear_cache()
+  assert cut_into == {steps}
 
 
 in_long_and_in_short_chunks = pytest.mark.usefixtures("mode")
@@ -35,14 +51,9 @@ SHAPES = [(1, 1, 3), (2, 37, 40), (1, 64, 32)]
 
 
 def _scan_results(scan, reverse, dtype, shape):
-  keys = jax.random.split(jax.random.key(0), 4)
-  kind_BTD = jax.random.uniform(keys[2], shape)
-  a_BTD = jax.random.uniform(keys[1], shape, minval=0.6)
-  # Exactly 0, exactly 1, and runs of both.
-  a_BTD = jnp.where(kind_BTD < 0.1, 0.0, jnp.where(kind_BTD > 0.9, 1.0, a_BTD))
-  x_BTD = jax.random.normal(keys[0], shape).astype(dtype)
-  h0_BD = jax.random.normal(keys[3], shape[::2])
-  return jax.jit(functools.partial(scan, reverse=reverse))(x_BTD, a_BTD, h0_BD)
+  draws = Draws()
+  arrays = (draws.normal(*shape, dtype=dtype), draws.decays(shape), draws.normal(*shape[::2]))
+  return jax.jit(functools.partial(scan, reverse=reverse))(*arrays)
 
 
 @in_long_and_in_short_chunks
@@ -63,20 +74,18 @@ def test_the_scan_is_the_reference_one(reverse, dtype, shape):
 def _inputs(shape, dtype, starts):
   """x, r, i, decay, is_start, h0, and what reaches y and hT from behind."""
   batch, time, width = shape
-  keys = jax.random.split(jax.random.key(1), 8)
-  x_BTR, r_BTR, i_BTR, dy_BTR = (jax.random.normal(key, shape).astype(dtype) for key in keys[:4])
-  decay_R = jax.random.uniform(keys[4], (width,), minval=-6.0, maxval=0.0)
+  draws = Draws(1)
+  x_BTR, r_BTR, i_BTR, dy_BTR = (draws.normal(*shape, dtype=dtype) for _ in range(4))
+  decay_R = draws.uniform(width, low=-6.0, high=0.0)
   is_start_BT = {
-    "some": jax.random.uniform(keys[5], (batch, time)) < 0.1,
-    "none": jnp.zeros((batch, time), bool),
-    "all": jnp.ones((batch, time), bool),
+    "some": draws.uniform(batch, time) < 0.1,
+    "none": np.zeros((batch, time), bool),
+    "all": np.ones((batch, time), bool),
     # The first and the last step of every chunk of 8, every group of 4.
-    "borders": jnp.broadcast_to(
-      jnp.isin(jnp.arange(time) % 8, jnp.array([0, 3, 7])), (batch, time)
-    ),
+    "borders": np.broadcast_to(np.isin(np.arange(time) % 8, [0, 3, 7]), (batch, time)),
   }[starts]
-  h0_BR, dhT_BR = (jax.random.normal(key, (batch, width)) for key in keys[6:8])
-  return x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR
+  h0_BR, dhT_BR = (draws.normal(batch, width) for _ in range(2))
+  return x_BTR, r_BTR, i_BTR, decay_R, jnp.asarray(is_start_BT), h0_BR, dy_BTR, dhT_BR
 
 
 @jax.jit
@@ -94,8 +103,8 @@ def _reference(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR)
 
 def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
   inputs = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
-  y_BTR, hT_BR = jax.jit(fused.forward)(*inputs)
-  gradients = jax.jit(fused.backward)(*inputs, y_BTR, dy_BTR, dhT_BR)
+  y_BTR, hT_BR = jax.jit(functools.partial(fused.forward))(*inputs)
+  gradients = jax.jit(functools.partial(fused.backward))(*inputs, y_BTR, dy_BTR, dhT_BR)
   return y_BTR, hT_BR, *gradients
 
 
