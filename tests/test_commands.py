@@ -16,7 +16,7 @@ from tests.compiler_flags import FAST_TO_COMPILE
 def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
   config = hawk(vocab_size=40, width=16, rnn_width=16, num_blocks=1, mlp_width=24, dtype="float32")
   model = decoder.build(config)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   # Unlike the table's own scale, which makes a model say its last token again and again.
   params["embedding"]["table_VD"] *= 0.1
   prompt_BT = jax.random.randint(jax.random.key(1), (2, 5), 0, 40)
@@ -33,6 +33,26 @@ def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
   drawn.append(generate(model, params, prompt_BT, segments_BT[:, :5], temperature=1.0, **settings))
   np.testing.assert_array_equal(*drawn)
   assert (drawn[0] != tokens_BT).any()
+
+
+def test_tokens_are_drawn_anew_each_time_from_logits_over_the_temperature():
+  config = hawk(vocab_size=12, width=16, rnn_width=16, num_blocks=1, mlp_width=24, dtype="float32")
+  model = decoder.build(config)
+  params = jax.jit(model.init)(jax.random.key(0))
+  prompt_BT, rows = jnp.full((4000, 1), 5), slice(0, 1)
+  ones_BT = jnp.ones_like(prompt_BT)
+  logits_V = jax.jit(model.logits)(params, prompt_BT[rows], ones_BT[rows])[0, 0]
+  # Far from equally likely, so that a temperature tells.
+  temperature = float(jnp.std(logits_V))
+  settings = {"num_tokens": 2, "key": jax.random.key(1)}
+  first_B, _ = generate(model, params, prompt_BT, ones_BT, temperature=temperature, **settings).T
+  found_V = np.bincount(first_B, minlength=12) / len(first_B)
+  expected_V = jax.nn.softmax(logits_V / temperature)
+  assert expected_V.max() > 0.2
+  np.testing.assert_allclose(found_V, expected_V, atol=0.03)
+  # All 12 equally likely, one token after the other.
+  first_B, second_B = generate(model, params, prompt_BT, ones_BT, temperature=1e9, **settings).T
+  assert 0.05 < np.mean(first_B == second_B) < 0.12
 
 
 @pytest.mark.parametrize(

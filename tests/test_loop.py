@@ -11,7 +11,10 @@ import pytest
 
 from data import pipeline
 from data.pipeline import DataConfig
+from models.flops import flops_per_token
+from sharding import topology
 from sharding.mesh import MeshShape
+from sharding.topology import chip_named
 from tests import tiny
 from tests.tolerances import assert_close
 from train import loop
@@ -93,6 +96,28 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(straight, tmp_path, monkey
   before = (tmp_path / "metrics.jsonl").read_bytes()
   assert loop.fit(run, tmp_path) == "complete"
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_rates_of_a_line_are_those_of_all_tokens_and_all_chips(tmp_path, monkeypatch):
+  chip = chip_named("v5e")
+  monkeypatch.setattr(topology, "chip_of", lambda device_kind: chip)
+  run = _run(tmp_path, total_steps=3)
+  loop.fit(run, tmp_path / "run")
+  flops = flops_per_token(run.model, run.data.row_length).train
+  lines = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "train/loss" in r]
+  assert len(lines) == 3
+  for line in lines:
+    speed = line["train/tokens_per_second"]
+    assert speed * line["train/step_seconds"] == pytest.approx(8 * 16)
+    assert line["train/mfu"] == pytest.approx(flops * speed / (8 * chip.peak_flops))
+
+
+def test_the_seed_decides_the_first_parameters(tmp_path):
+  tables = [
+    programs.initialize(programs.build(_run(tmp_path, seed=seed))).params["embedding"]["table_VD"]
+    for seed in (0, 1)
+  ]
+  assert not np.array_equal(*tables)
 
 
 def test_each_line_has_the_time_of_its_own_steps_where_steps_run_as_they_are_dispatched(

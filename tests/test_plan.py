@@ -12,13 +12,14 @@ import pytest
 from launch.overrides import load
 from launch.plan_page import page
 from launch.plan_text import layout_flags, plan_lines
+from models.flops import flops_per_token
 from models.transformer import mqa_transformer
 from sharding import machine as machines
 from sharding.mesh import MeshShape
 from sharding.topology import chip_named
 from train import plan as plans
 from train.layouts import Layout
-from train.roofline import transfer
+from train.roofline import Executed, roofline, transfer
 from train.search import SAFE_MARGIN, advice, evaluate, layouts, search
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -180,6 +181,27 @@ def test_a_ring_moves_what_it_must():
   )
   assert across.link_seconds == 0
   assert across.network_seconds == pytest.approx(1e9 / chip.dcn_bytes_per_second)
+
+
+def test_a_roofline_counts_all_that_is_executed():
+  machine = machines.of_chips("h100", 1)
+  chip, reached = machine.chip, machine.chip.reached
+  found = roofline(
+    flops=flops_per_token(_small().model, 2048),
+    executed=Executed(2e9, attention_forward=1e9, attention_backward=3e9, visited=1.5),
+    tokens_per_device=100,
+    hbm_bytes=5e9,
+    transfers=(),
+    machine=machine,
+  )
+  assert found.compute == pytest.approx(100 * 6e9 / chip.peak_flops)
+  at_peak = 2 / reached.matmul + 1.5 * (
+    1 / reached.attention_forward + 3 / reached.attention_backward
+  )
+  assert found.compute_reached == pytest.approx(100e9 * at_peak / chip.peak_flops)
+  assert found.hbm_reached == pytest.approx(5e9 / chip.hbm_bytes_per_second / reached.hbm)
+  times = (found.compute_reached, found.hbm_reached)
+  assert found.expected_seconds == pytest.approx((max(times) + sum(times)) / 2)
 
 
 @pytest.mark.parametrize(("chip", "chips", "slices"), [("v5e", 256, 1), ("v5e", 32, 2)])

@@ -8,6 +8,7 @@ import pytest
 from launch import families, row_lengths
 from launch.overrides import load
 from sharding import machine as machines
+from sharding import topology
 from sharding.mesh import MeshShape
 from tests import tiny
 from tests.test_plan import ROOT
@@ -46,7 +47,7 @@ def test_rows_that_do_not_divide_the_batch_are_refused():
     _tokens_per_second("hawk", 3000)
 
 
-def test_a_step_that_ran_here_is_recorded_with_what_it_ran_on(tmp_path):
+def test_a_step_that_ran_here_is_recorded_with_what_it_ran_on(tmp_path, monkeypatch):
   run = tiny.run(tmp_path, mesh=MeshShape(fsdp=8))
   program = programs.build(run)
   compiled = programs.compile_step(program, programs.lower_train_step(program))
@@ -57,6 +58,11 @@ def test_a_step_that_ran_here_is_recorded_with_what_it_ran_on(tmp_path):
   assert found["how"] == "measured"
   assert found["machine"] == "8 x cpu"
   assert found["mfu"] is None  # of a CPU no peak is known
+  chip = topology.chip_named("v5e")
+  monkeypatch.setattr(topology, "chip_of", lambda device_kind: chip)
+  again = row_lengths.measured(program, compiled, 1.5, steps=1)
+  reached = again["train_flops_per_token"] * again["tokens_per_second"]
+  assert again["mfu"] == pytest.approx(reached / (8 * chip.peak_flops))
   assert found["mesh"]["fsdp"] == 8
   assert found["loss"] > 0
 

@@ -89,6 +89,15 @@ def test_norms_are_those_of_each_blocks_arrays(griffin):
   assert columns["output_rms"][2] > 0
 
 
+def test_what_the_blocks_do_is_seen_on_the_first_microbatch(griffin):
+  program, state, batch, _, columns = griffin
+  rows = (batch.tokens_BT[::2], batch.segments_BT[::2])
+  seen = split_blocks(program.run.model, jax.jit(program.model.observe)(state.params, *rows))
+  for name in ("output_rms", "input_gate_low", "state_rms"):
+    expected = [block.get(name, np.nan) for block in seen]
+    np.testing.assert_allclose(np.asarray(columns[name], np.float64), expected, rtol=1e-4)
+
+
 def test_horizons_are_those_of_each_layers_decay(griffin):
   program, state, _, _, columns = griffin
   for block, params in enumerate(split_blocks(program.run.model, state.params)):

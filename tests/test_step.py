@@ -7,14 +7,17 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from data.rows import Batch
+from models import decoder
 from sharding.mesh import MeshShape, make_mesh, row_share
 from tests import tiny
 from tests.tolerances import assert_close
 from train import bad_steps
 from train import program as programs
+from train.optimizer import decay_mask
 from train.step import NO_LIMITS, Limits
 
 
@@ -76,6 +79,51 @@ def _assert_same_step(state, metrics, expected_state, expected_metrics):
     state.opt_state.mu,
     expected_state.opt_state.mu,
   )
+
+
+def test_steps_are_those_of_optax_on_the_mean_of_all_targets(tmp_path):
+  """Two clipped steps of AdamW, from plain logits and no sum divided by anything but targets."""
+  optimizer = tiny.AdamW(peak_lr=1e-2, warmup_steps=2, clip_norm=0.05, eps=1e-3)
+  run = tiny.run(tmp_path, optimizer=optimizer, z_loss=1e-2)
+  model = decoder.build(run.model)
+
+  def objective(params, batch):
+    logits_BTV = model.logits(params, batch.tokens_BT, batch.segments_BT)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
+    mean = functools.partial(jnp.average, weights=batch.weights_BT)
+    loss, square = mean(log_z_BT - target_BT), mean(log_z_BT**2)
+    return loss + 1e-2 * square, (loss, square)
+
+  rate = functools.partial(optimizer.learning_rate, total_steps=run.total_steps)
+  of_optax = optax.chain(
+    optax.clip_by_global_norm(0.05),
+    optax.adamw(
+      lambda count: rate(count + 1), b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1,
+      mask=decay_mask(model.axes),
+    ),
+  )  # fmt: skip
+
+  @jax.jit
+  def step(params, moments, batch):
+    grads, losses = jax.grad(objective, has_aux=True)(params, batch)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+    updates, moments = of_optax.update(grads, moments, params)
+    return optax.apply_updates(params, updates), moments, (*losses, norm)
+
+  start = _compiled(run, 1)[2].params
+  params, moments, _ = step(start, of_optax.init(start), _batch(run, 0))
+  params, moments, expected = step(params, moments, _batch(run, 1))
+  assert expected[-1] > 2 * 0.05
+
+  state, metrics = _after(run, num_devices=1, num_steps=2)
+  told = (metrics.loss, metrics.z_loss, metrics.grad_norm)
+  np.testing.assert_allclose(told, expected, rtol=1e-5)
+  adam = moments[1][0]
+  for ours, theirs in ((state.opt_state.mu, adam.mu), (state.opt_state.nu, adam.nu)):
+    jax.tree.map(lambda a, b: assert_close(a, b, dtype="float32", reduction=1024), ours, theirs)
+  changes = (jax.tree.map(np.subtract, tree, start) for tree in (state.params, params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *changes)
 
 
 MESHES = [
