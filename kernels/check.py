@@ -102,6 +102,10 @@ def _starts(batch: int, time: int) -> jax.Array:
   return (jax.random.uniform(jax.random.key(9), (batch, time)) < 0.02).at[:, 5:7].set(True)
 
 
+def _documents(batch: int, time: int) -> jax.Array:
+  return jnp.cumsum(_starts(batch, time), axis=1, dtype=jnp.int32)
+
+
 def _rg_lru(shape: tuple[int, int, int], dtype: str) -> Case:
   batch, time, width = shape
   is_start_BT = _starts(batch, time)
@@ -139,7 +143,7 @@ def _linear_scan(shape: tuple[int, int, int], dtype: str, reverse: bool) -> Case
 
 def _local_attention(shape: tuple[int, int, int, int], window: int | None) -> Case:
   batch, time, _, size = shape
-  documents_BT = jnp.cumsum(_starts(batch, time), axis=1, dtype=jnp.int32)
+  documents_BT = _documents(batch, time)
 
   def call(implementation, q_BTNH, k_BSH, v_BSH):
     arrays = (q_BTNH, k_BSH, v_BSH, documents_BT, documents_BT)
@@ -177,7 +181,7 @@ def _block_diagonal(shape: tuple[int, int, int]) -> Case:
 
 def _causal_conv(shape: tuple[int, int, int], dtype: str) -> Case:
   batch, time, width = shape
-  documents_BT = jnp.cumsum(_starts(batch, time), axis=1, dtype=jnp.int32)
+  documents_BT = _documents(batch, time)
 
   def call(implementation, x_BTR, b_in_R, w_KR, b_R):
     return causal_conv.convolve(
