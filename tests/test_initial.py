@@ -1,6 +1,7 @@
 """Runs that begin with the parameters of a Hugging Face directory, and what they leave as one."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from data import vocabulary
 from models import decoder, recurrentgemma_hf
 from models.layers import rg_lru
 from sharding.mesh import MeshShape
@@ -98,6 +100,10 @@ def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
   status, told = run("launch.export", first, output)
   assert status == 0, told
   assert "step 2 of" in told
+  words = vocabulary.load("byte").record
+  saved = json.loads((tmp_path / "hf" / "config.json").read_text())
+  ids = [saved[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+  assert ids == [words.bos, words.eos, words.pad]
   status, told = run("launch.export", first, output)
   assert status == 2
   assert "is not an empty directory" in told.splitlines()[-1]

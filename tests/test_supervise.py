@@ -89,6 +89,7 @@ def test_restarts_are_counted_since_the_last_progress():
   assert "2 restarts without a newer checkpoint than step 20" in history.after(1, 20, None)
   longer = History(max_restarts=9, backoff_seconds=1.0, max_backoff_seconds=3.0)
   assert [longer.after(76, -1, None) for _ in range(4)] == [1.0, 2.0, 3.0, 3.0]
+  assert longer.after(75, -1, None) == 0.0  # all saved: nothing to wait for
 
 
 def test_other_steps_or_errors_are_other_failures():

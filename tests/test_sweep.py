@@ -16,7 +16,15 @@ from tests import tiny
 from tests.commands import ROOT
 from train.jsonl import read_jsonl
 from train.lock import Lock
-from train.sweep import Point, State, compare, facts, flops_name
+from train.sweep import (
+  Point,
+  State,
+  compare,
+  facts,
+  flops_name,
+  measured_speed,
+  read_result,
+)
 
 WORKER = f"{sys.executable} tests/sweep_worker.py"
 
@@ -68,6 +76,33 @@ class Sweep:
 @pytest.fixture
 def sweep(commands, tmp_path):
   return Sweep(commands, tmp_path)
+
+
+def test_a_result_is_of_the_last_step_and_the_median_speed(tmp_path):
+  lines = [
+    {"step": step, "train/tokens_per_second": speed}
+    for step, speed in enumerate((10.0, 400.0, 300.0, 500.0, 20.0), start=1)
+  ]
+  lines += [{"step": step, "eval/loss": step / 2, "eval/bits_per_byte": 1.0} for step in (3, 5)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  expected = {"loss": 2.5, "bits_per_byte": 1.0, "tokens_per_second": 300.0}
+  assert read_result(tmp_path, 5) == expected
+  assert read_result(tmp_path, 6) is None
+
+
+def test_the_speed_of_a_run_is_that_of_the_nearest_one_of_its_family():
+  def record(family, parameters, speed, seconds=40.0):
+    result = {"tokens_per_second": speed}
+    sizes = {"parameters": parameters, "tokens": 1000, "flops": 6000.0 * parameters}
+    return {"family": family, **sizes, "result": result, "seconds": seconds}
+
+  wanted = record("hawk", 100, 0.0)
+  done = [record("hawk", 30, 50.0), record("hawk", 150, 100.0), record("griffin", 100, 7.0)]
+  # 6 x 150 FLOPs a token. Of the seconds of each, 20 and 10 were steps: the larger median is taken.
+  assert measured_speed(wanted, done) == (100.0 * 900.0, 30.0)
+  assert measured_speed(wanted, done[2:]) == (7.0 * 600.0, 0.0)
+  waiting = {**wanted, "result": None}
+  assert measured_speed(wanted, [waiting]) is None
 
 
 def test_it_runs_what_is_left_and_finished_runs_never_again(sweep):
