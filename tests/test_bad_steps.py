@@ -70,6 +70,13 @@ def test_what_the_run_told_of_a_step_is_found_among_lines_of_others(tmp_path):
   assert replay._found(tmp_path, 3).told is None
 
 
+def test_gradient_norms_of_a_replay_are_of_the_mean_over_targets_the_worst_first():
+  square_norms = {"a": {"w": np.array([36.0, 9.0])}, "b": np.array(np.inf), "c": np.array(81.0)}
+  norms = [("b", np.inf), ("c", 3.0), ("a/w[0]", 2.0), ("a/w[1]", 1.0)]
+  assert replay._by_badness(square_norms, 3.0) == norms
+  assert replay._by_badness({"c": np.array(0.0)}, 0.0) == [("c", 0.0)]  # a batch of padding
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [

@@ -162,6 +162,20 @@ def test_one_process_that_dies_takes_the_others_with_it_in_time():
   assert "[0] ZeroDivisionError: division by zero" in lines
 
 
+def test_who_has_saved_and_left_waits_for_those_who_have_not():
+  script = "import sys, time; rank = int(sys.argv[-1][-1]); time.sleep(rank); sys.exit(75)"
+  command = [sys.executable, "-m", "launch.local", "-n", "2", "--grace_seconds=0.1", "--"]
+  done = subprocess.run(
+    [*command, sys.executable, "-S", "-c", script],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert (done.returncode, done.stdout) == (75, "")
+
+
 def _local_sh(folder, *arguments):
   """What launch/local.sh gives to the interpreter, or its status and what it says."""
   python = folder / "python"
