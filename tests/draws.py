@@ -20,7 +20,7 @@ class Draws:
     return jnp.asarray(self._generator.uniform(low, high, shape).astype(np.float32))
 
   def decays(self, shape: Sequence[int], *, zero: float = 0.1, one: float = 0.1) -> np.ndarray:
-    """Between 0.6 and 1; of those shares exactly 0 and exactly 1, with runs of both."""
+    """Between 0.6 and 1; of those shares exactly 0 and exactly 1, runs of both. To write to."""
     kind = self._generator.random(shape)
     between = self._generator.uniform(0.6, 1.0, shape)
     return np.where(kind < zero, 0.0, np.where(kind > 1.0 - one, 1.0, between)).astype(np.float32)

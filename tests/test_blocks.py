@@ -311,8 +311,8 @@ SEQUENCE = (
   ("shape", "zero"), SEQUENCE, ids=lambda x: str(x) if type(x) is dict else ""
 )
 def test_rows_split_over_devices_are_whole_rows(config, shape, zero):
-  model, params = _built(config).model, _built(config).params
-  mesh = make_mesh(MeshShape(**shape))
+  built, mesh = _built(config), make_mesh(MeshShape(**shape))
+  model, params = built.model, built.params
   (loss, logits), grads = _on_one_device(config)
   layout = logical.shardings(model.axes, model.shapes, zero.parameters, mesh)
   with logical.placement(mesh, zero):

@@ -108,8 +108,9 @@ def test_no_number_of_another_document_is_touched(name):
   bad = (document_BT == 1)[..., None]
   poisoned = (jnp.where(bad, jnp.nan, x_BTR), *vectors)
   poisoned_dy = tuple(jnp.where(bad, jnp.nan, z) for z in dy)
-  clean = _run((x_BTR, *vectors), document_BT, dy, _implementation(name))
-  dirty = _run(poisoned, document_BT, poisoned_dy, _implementation(name))
+  convolve = _implementation(name)
+  clean = _run((x_BTR, *vectors), document_BT, dy, convolve)
+  dirty = _run(poisoned, document_BT, poisoned_dy, convolve)
   for got, wanted in zip(dirty[:3], clean[:3], strict=True):
     np.testing.assert_array_equal(got[:, :10], wanted[:, :10])
     np.testing.assert_array_equal(got[:, 20:], wanted[:, 20:])
@@ -153,16 +154,16 @@ def test_shards_have_the_gradients_of_one_device(mesh):
 
   expected = _run(arrays, document_BT, dy, _implementation("shifts"))
   with logical.placement(make_mesh(mesh), rules.ZERO3):
-    actual = jax.jit(functools.partial(_run, convolve=on_shards))(arrays, document_BT, dy)
+    actual = _run(arrays, document_BT, dy, on_shards)
   for what, got, wanted in zip(_NAMES, actual, expected, strict=True):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5, err_msg=what)
 
 
 def test_triton_kernels_lower_for_cuda():
   arrays, document_BT, dy = _inputs(2, 128, 160, 4, "bfloat16")
-  run = jax.jit(functools.partial(_run, convolve=_implementation("pallas_gpu")))
   with dispatch.targeting("gpu"):
-    text = run.trace(arrays, document_BT, dy).lower(lowering_platforms=("cuda",)).as_text()
+    traced = _run.trace(arrays, document_BT, dy, _implementation("pallas_gpu"))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert "causal_conv_forward" in text
   assert "causal_conv_backward" in text
 

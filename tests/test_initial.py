@@ -101,8 +101,8 @@ def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
   assert status == 0, told
   assert "step 2 of" in told
   words = vocabulary.load("byte").record
-  saved = json.loads((tmp_path / "hf" / "config.json").read_text())
-  ids = [saved[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  ids = [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
   assert ids == [words.bos, words.eos, words.pad]
   status, told = run("launch.export", first, output)
   assert status == 2

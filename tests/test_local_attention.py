@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import local_attention
 from sharding.mesh import MeshShape, make_mesh
+from tests import attention_runs
 from tests.draws import Draws
 from tests.tolerances import assert_close
 
@@ -18,13 +19,9 @@ from tests.tolerances import assert_close
 every_implementation = pytest.mark.parametrize("implementation", ["reference", "banded"])
 
 
-def _inputs(batch=2, time=50, history=0, heads=3, size=8, dtype="float32", seed=0):
-  draws = Draws(seed)
-  q_BTNH = draws.normal(batch, time, heads, size, dtype=dtype)
-  k_BSH, v_BSH = (draws.normal(batch, history + time, size, dtype=dtype) for _ in range(2))
-  documents = np.random.default_rng(seed).random((batch, history + time)) < 0.06
-  documents_BS = jnp.asarray(np.cumsum(documents, axis=1), jnp.int32)
-  return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
+def _inputs(**case):
+  usual = {"batch": 2, "time": 50, "heads": 3, "size": 8, "start_probability": 0.06}
+  return attention_runs.inputs(**{**usual, **case})
 
 
 def _attend(*arrays, window, implementation="banded"):

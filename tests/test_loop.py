@@ -14,7 +14,6 @@ from data.pipeline import DataConfig
 from models.flops import flops_per_token
 from sharding import topology
 from sharding.mesh import MeshShape
-from sharding.topology import chip_named
 from tests import tiny
 from tests.tolerances import assert_close
 from train import loop
@@ -99,7 +98,7 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(straight, tmp_path, monkey
 
 
 def test_rates_of_a_line_are_those_of_all_tokens_and_all_chips(tmp_path, monkeypatch):
-  chip = chip_named("v5e")
+  chip = topology.chip_named("v5e")
   monkeypatch.setattr(topology, "chip_of", lambda device_kind: chip)
   run = _run(tmp_path, total_steps=3)
   loop.fit(run, tmp_path / "run")

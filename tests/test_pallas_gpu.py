@@ -103,8 +103,10 @@ def _reference(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR)
 
 def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
   inputs = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
-  y_BTR, hT_BR = jax.jit(functools.partial(fused.forward))(*inputs)
-  gradients = jax.jit(functools.partial(fused.backward))(*inputs, y_BTR, dy_BTR, dhT_BR)
+  # Functions of their own, that JAX has traced under no other mode.
+  forward, backward = map(functools.partial, (fused.forward, fused.backward))
+  y_BTR, hT_BR = jax.jit(forward)(*inputs)
+  gradients = jax.jit(backward)(*inputs, y_BTR, dy_BTR, dhT_BR)
   return y_BTR, hT_BR, *gradients
 
 

@@ -58,13 +58,13 @@ def test_a_step_that_ran_here_is_recorded_with_what_it_ran_on(tmp_path, monkeypa
   assert found["how"] == "measured"
   assert found["machine"] == "8 x cpu"
   assert found["mfu"] is None  # of a CPU no peak is known
+  assert found["mesh"]["fsdp"] == 8
+  assert found["loss"] > 0
   chip = topology.chip_named("v5e")
   monkeypatch.setattr(topology, "chip_of", lambda device_kind: chip)
   again = row_lengths.measured(program, compiled, 1.5, steps=1)
   reached = again["train_flops_per_token"] * again["tokens_per_second"]
   assert again["mfu"] == pytest.approx(reached / (8 * chip.peak_flops))
-  assert found["mesh"]["fsdp"] == 8
-  assert found["loss"] > 0
 
 
 def test_what_the_readme_shows_of_an_h100_is_drawn_from_what_was_recorded():

@@ -139,21 +139,26 @@ def test_the_status_of_a_job_is_that_of_the_process_that_says_most():
   assert combined([2, 76]) == 2
 
 
-def test_one_process_that_dies_takes_the_others_with_it_in_time():
-  # The last argument is the process id: 0 dies, the others would sleep for a minute.
-  script = (
-    "import sys, time; print('here'); time.sleep(0 if sys.argv[-1][-1] == '0' else 60); 1 / 0"
-  )
-  command = [sys.executable, "-m", "launch.local", "-n", "3", "--grace_seconds=0.3", "--"]
-  start = time.monotonic()
-  done = subprocess.run(
-    [*command, sys.executable, "-S", "-c", script],
+def _local(script, count, *, grace_seconds):
+  """What `count` processes of a Python script leave; their last argument ends with their index."""
+  options = ["-n", str(count), f"--grace_seconds={grace_seconds}"]
+  return subprocess.run(
+    [sys.executable, "-m", "launch.local", *options, "--", sys.executable, "-S", "-c", script],
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=60,
     check=False,
   )
+
+
+def test_one_process_that_dies_takes_the_others_with_it_in_time():
+  # The last argument is the process id: 0 dies, the others would sleep for a minute.
+  script = (
+    "import sys, time; print('here'); time.sleep(0 if sys.argv[-1][-1] == '0' else 60); 1 / 0"
+  )
+  start = time.monotonic()
+  done = _local(script, 3, grace_seconds=0.3)
   assert time.monotonic() - start < 10
   assert done.returncode == 1
   lines = done.stdout.splitlines()
@@ -164,15 +169,7 @@ def test_one_process_that_dies_takes_the_others_with_it_in_time():
 
 def test_who_has_saved_and_left_waits_for_those_who_have_not():
   script = "import sys, time; rank = int(sys.argv[-1][-1]); time.sleep(rank); sys.exit(75)"
-  command = [sys.executable, "-m", "launch.local", "-n", "2", "--grace_seconds=0.1", "--"]
-  done = subprocess.run(
-    [*command, sys.executable, "-S", "-c", script],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=60,
-    check=False,
-  )
+  done = _local(script, 2, grace_seconds=0.1)
   assert (done.returncode, done.stdout) == (75, "")
 
 
