@@ -25,6 +25,7 @@ from flax import nnx
 from models import observe
 from models.block import BlockConfig
 from models.layers import segments as segments_lib
+from models.layers.cut import cut
 from models.layers.embedding import Embedding, cap_logits
 from models.layers.norms import RMSNorm
 from models.layers.segments import Segments, SegmentState
@@ -373,7 +374,7 @@ class _Decoder:
         kept += ("scan", "attention")
         if self.config.layers == "unroll":
           # A loop would copy them into arrays of all blocks: dearer than to form them again.
-          kept += ("gates", "conv", "rotated")
+          kept += ("gates", "conv", "rotated", "weights")
       policy = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,  # not the gates'
         policies.save_only_these_names(*kept),
@@ -387,23 +388,29 @@ class _Decoder:
     xs: Any,
     *,
     is_scanned: bool = True,
-    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda step: step,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
   ) -> tuple[jax.Array, Any]:
     """jax.lax.scan of around(body), or its steps written out.
 
-    A written step takes all of `xs` and cuts its part out within `around`: what is kept for the
-    backward pass is then `xs` as it lies, where a part would be kept gathered over ZeRO's axis.
+    With `around`, a written step takes all of `xs` and cuts its part out within it: what is kept
+    for the backward pass is then `xs` as it lies, where a part would be kept gathered over ZeRO's
+    axis. Without, all parts are cut out at once (`_parts`).
     """
     if self.config.layers == "scan" and is_scanned:
-      return jax.lax.scan(around(body), x_BTD, xs)
+      return jax.lax.scan(body if around is None else around(body), x_BTD, xs)
     outputs = []
-    for index in range(jax.tree.leaves(xs)[0].shape[0]):
+    if around is None:
+      for part in _parts(xs):
+        x_BTD, output = body(x_BTD, part)
+        outputs.append(output)
+    else:
+      for index in range(jax.tree.leaves(xs)[0].shape[0]):
 
-      def step(x_BTD: jax.Array, xs: Any, index: int = index) -> tuple[jax.Array, Any]:
-        return body(x_BTD, jax.tree.map(lambda leaf: leaf[index], xs))
+        def step(x_BTD: jax.Array, xs: Any, index: int = index) -> tuple[jax.Array, Any]:
+          return body(x_BTD, jax.tree.map(lambda leaf: leaf[index], xs))
 
-      x_BTD, output = around(step)(x_BTD, xs)
-      outputs.append(output)
+        x_BTD, output = around(step)(x_BTD, xs)
+        outputs.append(output)
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
   def _used(self, params: Params, axes: Params) -> Params:
@@ -452,6 +459,28 @@ def _check_is_of_rows(state: State, tokens_BT: jax.Array) -> None:
       f"extend: tokens of {rows} rows cannot go on from a state of {state_rows}; make it with "
       f"initial_state({rows}, ...)"
     )
+
+
+def _parts(xs: Any) -> list[Any]:
+  """What each written step gets of `xs`, leaves cut along their first axis."""
+  leaves, tree = jax.tree.flatten(xs)
+  return [tree.unflatten(parts) for parts in zip(*map(_cut, leaves), strict=True)]
+
+
+def _cut(x: jax.Array) -> list[jax.Array]:
+  """Every x[i]. Their gradients are joined, and that is done before anything reads the whole."""
+  return cut(_joined_first(x), 0) if jnp.issubdtype(x.dtype, jnp.inexact) else list(x)
+
+
+@jax.custom_vjp
+def _joined_first(x: jax.Array) -> jax.Array:
+  """x; its gradient is not formed anew where the optimizer uses it."""
+  return x
+
+
+_joined_first.defvjp(
+  lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),)
+)
 
 
 def _prefix(axes: Params, num_layer_axes: int) -> Params:

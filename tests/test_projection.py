@@ -37,7 +37,8 @@ def test_what_is_kept_of_a_branch_is_its_product():
   """With its bias it would be one array more to write, where blocks are written out."""
   x, w, b = jnp.ones((2, 3, 8)), jnp.ones((8, 2, 16)), jnp.ones((2, 16))
   jaxpr = jax.make_jaxpr(lambda x, w, b: branches(x, w, b, axis="mlp"))(x, w, b)
-  kept = [eqn.outvars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
+  named = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
+  kept = [eqn.outvars[0] for eqn in named if eqn.params["name"] == "projection"]
   added = [eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "add"]
   assert len(kept) == 2
   assert kept == added

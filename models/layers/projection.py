@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from models.layers.cut import cut
 from sharding import logical
 
 
@@ -81,7 +82,10 @@ def branch_products(x_BTD: jax.Array, w_DKF: jax.Array, *, axis: str) -> tuple[j
 
 
 def _products(x_BTD: jax.Array, w_DKF: jax.Array) -> list[jax.Array]:
-  return [project(x_BTD, w_DKF[:, k]) for k in range(w_DKF.shape[1])]
+  if logical.is_split():
+    return [project(x_BTD, w_DKF[:, k]) for k in range(w_DKF.shape[1])]
+  # By their name a remat policy keeps them, where they would be cut out again.
+  return [project(x_BTD, checkpoint_name(w_DF, "weights")) for w_DF in cut(w_DKF, 1)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

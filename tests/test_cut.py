@@ -1,0 +1,50 @@
+"""Parts of a weight and the gradient that joins theirs (models/layers/cut.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import dispatch
+from models.layers.cut import cut
+from tests.draws import Draws
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("shape", "axis"), [((3, 4, 6), 0), ((3, 4, 6), 1), ((3, 4, 6), 2), ((3, 4, 5), 0), ((3,), 0)]
+)
+def test_parts_and_gradients_are_those_of_indexing(shape, axis, dtype, device):
+  draws = Draws()
+  x = draws.normal(*shape, dtype=dtype)
+  weights = [draws.normal(*np.delete(shape, axis), dtype=dtype) for _ in range(shape[axis])]
+
+  def indexed(x, axis):
+    return [jnp.take(x, index, axis) for index in range(shape[axis])]
+
+  def loss(x, parts_of):
+    return sum(jnp.sum(part * w) for part, w in zip(parts_of(x, axis), weights, strict=True))
+
+  platform = "cpu" if device == "cpu" else "gpu"
+  with dispatch.targeting(platform, device_kind=device):
+    parts = cut(x, axis)
+    gradient = jax.grad(loss)(x, cut)
+  for part, wanted in zip(parts, indexed(x, axis), strict=True):
+    np.testing.assert_array_equal(part, wanted)
+  assert gradient.dtype == x.dtype
+  np.testing.assert_array_equal(gradient, jax.grad(loss)(x, indexed))
+
+
+def test_gradients_are_joined_as_words_for_gpus():
+  """XLA's kernel for them moves one element at a time, whatever its size."""
+
+  def operands(device):
+    with dispatch.targeting("gpu" if "H100" in device else "cpu", device_kind=device):
+      pull_back = jax.vjp(lambda x: cut(x, 0), jnp.ones((3, 4, 6), jnp.bfloat16))[1]
+      jaxpr = jax.make_jaxpr(pull_back)([jnp.ones((4, 6), jnp.bfloat16)] * 3)
+    [joined] = [each for each in jaxpr.eqns if each.primitive.name in ("stack", "concatenate")]
+    return {x.aval.dtype.name for x in joined.invars}
+
+  assert operands("NVIDIA H100 80GB HBM3") == {"uint32"}
+  assert operands("cpu") == {"bfloat16"}
