@@ -1,7 +1,8 @@
 """Measures training on the devices at hand: `python -m launch.bench --config=configs/bench_cpu.py`.
 
 Prints one JSON object. tokens_per_second: the row tokens of a step over the median time of the
-timed steps, all devices. compile_seconds: to trace, lower and compile the training step, with no
+timed steps, all devices; as in training, a step is dispatched while the one before runs.
+compile_seconds: to trace, lower and compile the training step, with no
 cache. peak_bytes: what the compiled step needs on each device (arguments, temporaries, code, and
 outputs that take no argument's place); process_peak_bytes: the largest resident set of this
 process. loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random
@@ -41,7 +42,7 @@ from train.state import TrainState
 from train.step import NO_LIMITS
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
-_WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=0)
+_WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the timed ones.", lower_bound=1)
 _STATISTICS = flags.DEFINE_bool("statistics", False, "Times the statistics of layers too.")
 _LOADER_SECONDS = flags.DEFINE_float(
   "loader_seconds", 2.0, "How long the loader is timed.", lower_bound=0.01

@@ -1,5 +1,6 @@
 """How long a compiled training step takes on the devices at hand, on rows of random tokens."""
 
+import itertools
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from train.throughput import mfu
 
 
 class Steps(NamedTuple):
-  """Seconds of each timed step, each waited for; and what is left behind the last."""
+  """Seconds of each timed step; and what is left behind the last."""
 
   seconds: list[float]
   state: TrainState
@@ -29,17 +30,30 @@ class Steps(NamedTuple):
 
 
 def run_steps(program: Program, compiled: jax.stages.Compiled, *, warmup: int, steps: int) -> Steps:
-  """`steps` timed ones after `warmup` others, all on one batch, from the initial state."""
+  """`steps` timed ones after `warmup` others, at least one, all on one batch, from the initial
+  state. As in training, a step is under way while the next one is dispatched; its seconds are
+  those from the end of the step before it to its own."""
+  if warmup < 1:
+    raise ValueError(f"run_steps: {warmup} steps before the timed ones must be at least 1")
   state = programs.initialize(program)
   share = row_share(program.mesh.devices, jax.process_index())
   batch = programs.to_devices(_random_batch(program.run, num_shares=share.count), program.mesh)
-  seconds = []
+  ends: list[float] = []
+  metrics = None
   for _ in range(warmup + steps):
-    start = time.perf_counter()
-    state, metrics = compiled(state, batch, NO_LIMITS)
-    jax.block_until_ready((state, metrics))
-    seconds.append(time.perf_counter() - start)
-  return Steps(seconds[warmup:], state, batch, metrics)
+    state, next_metrics = compiled(state, batch, NO_LIMITS)
+    if metrics is not None:
+      ends.append(_end_of(metrics))
+    metrics = next_metrics
+  assert metrics is not None
+  ends.append(_end_of(metrics))
+  seconds = [end - start for start, end in itertools.pairwise(ends[warmup - 1 :])]
+  return Steps(seconds, state, batch, metrics)
+
+
+def _end_of(metrics: StepMetrics) -> float:
+  jax.block_until_ready(metrics)
+  return time.perf_counter()
 
 
 def speed(program: Program, compiled: jax.stages.Compiled, timed: Steps) -> dict[str, Any]:

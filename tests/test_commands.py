@@ -102,7 +102,7 @@ def test_a_run_is_trained_and_continues_a_prompt(commands, tmp_path):
 
 def test_the_bench_prints_one_json_object(commands, tmp_path):
   flags = [f"--config=tests/tiny_config.py:{tmp_path}", "--config.statistics.every=10"]
-  flags += ["--steps=2", "--warmup=0", "--loader_seconds=0.1", "--statistics"]
+  flags += ["--steps=2", "--warmup=1", "--loader_seconds=0.1", "--statistics"]
   status, output = commands.run("launch.bench", flags, tmp_path / "output")
   assert status == 0, output
   told = json.loads(output.splitlines()[-1])
