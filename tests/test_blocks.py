@@ -254,22 +254,32 @@ def test_scan_and_remat_change_no_result(config, change):
   )
 
 
-@every_sharded
-@pytest.mark.parametrize(
-  "shape", [{"data": 2, "tensor": 4}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str
-)
-def test_sharded_is_as_on_one_device(config, shape):
-  built, mesh = _built(config), make_mesh(MeshShape(**shape))
-  model, loss = built.model, _loss(built.model, copies=2)
-  for zero in (rules.ZERO1, rules.ZERO3):
+def _check_sharded(config, model, shape, stages):
+  """The model's loss and gradients on a mesh are those of the config's on one device."""
+  mesh, loss = make_mesh(MeshShape(**shape)), _loss(model, copies=2)
+  for zero in stages:
     layout = logical.shardings(model.axes, model.shapes, zero.parameters, mesh)
     with logical.placement(mesh, zero):
-      actual = jax.jit(jax.value_and_grad(loss))(jax.device_put(built.params, layout))
+      actual = jax.jit(jax.value_and_grad(loss))(jax.device_put(_built(config).params, layout))
     jax.tree.map(
       lambda a, b: assert_close(a, b, dtype="float32", reduction=TIME * VOCAB, floor=1.0),
       actual,
       _loss_and_grads(config, copies=2),
     )
+
+
+@every_sharded
+@pytest.mark.parametrize(
+  "shape", [{"data": 2, "tensor": 4}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str
+)
+def test_sharded_is_as_on_one_device(config, shape):
+  _check_sharded(config, _built(config).model, shape, (rules.ZERO1, rules.ZERO3))
+
+
+@every("griffin_with_remainder")
+def test_blocks_written_out_and_sharded_are_as_on_one_device(config):
+  written = decoder.build(dataclasses.replace(config, layers="unroll"))
+  _check_sharded(config, written, {"fsdp": 2, "data": 2, "tensor": 2}, (rules.ZERO3,))
 
 
 # Shards of 4 tokens on 8 devices. Documents that begin at a border, just before and after one, span
