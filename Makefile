@@ -37,10 +37,13 @@ $(VENV)/ready-$(EXTRA): pyproject.toml requirements.lock Makefile
 	$(call install,$(EXTRA))
 
 $(VENV)/ready-test: pyproject.toml requirements.lock Makefile
-	$(call install,tpu$(comma)seqio$(comma)test)
+	$(call install,tpu$(comma)$(SEQIO)test)
 
 $(VENV)/ready-lint: pyproject.toml requirements.lock Makefile
-	$(call install,cpu$(comma)seqio$(comma)lint)
+	$(call install,cpu$(comma)$(SEQIO)lint)
+
+# TensorFlow, which seqio needs, has no packages for Python 3.14.
+SEQIO = $(if $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info < (3, 14)))'),seqio$(comma))
 
 comma := ,
 EXTRAS := cpu tpu cuda

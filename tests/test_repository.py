@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -107,3 +108,14 @@ def test_a_group_of_tests_goes_to_one_worker(request):
   """Its name in the id is how pytest-xdist keeps it together; tests share what takes minutes."""
   if "PYTEST_XDIST_WORKER" in os.environ:
     assert request.node.nodeid.endswith("@group")
+
+
+@pytest.mark.parametrize(("answer", "extras"), [("yes", "tpu,seqio,test"), ("", "tpu,test")])
+def test_where_tensorflow_has_no_packages_seqio_is_left_out(tmp_path, answer, extras):
+  """Python 3.14, when this was written: there `make test` ended with what pip could not find."""
+  python = tmp_path / "python3"
+  python.write_text(f"#!/bin/sh\necho {answer}\n")
+  python.chmod(0o755)
+  command = ["make", "--dry-run", "--always-make", ".venv/ready-test", f"PYTHON={python}"]
+  told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  assert f"installing the pinned dependencies ({extras})" in told

@@ -17,7 +17,10 @@ from data.token_store import TokenStore
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The export that all share takes half a minute: one worker of pytest-xdist makes it.
-pytestmark = pytest.mark.xdist_group("seqio")
+pytestmark = [
+  pytest.mark.xdist_group("seqio"),
+  pytest.mark.skipif(sys.version_info >= (3, 14), reason="TensorFlow has no packages for 3.14"),
+]
 
 # Tasks of bytes and of SentencePiece pieces, one without eos, and a Mixture of two.
 TASKS = """
