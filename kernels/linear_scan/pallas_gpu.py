@@ -327,9 +327,6 @@ class Chunk(NamedTuple):
     """From the state some chunks before, over those since; waits until all of them have told."""
     window = self.tiles.window
 
-    def wait(_):
-      return jnp.min(self._is_told(self._told(_STATE, self.index - 2 * window)))
-
     def look(_):
       state_K = self._told(_STATE, self.index - window)
       is_known_K = self._is_told(state_K)
@@ -342,8 +339,6 @@ class Chunk(NamedTuple):
         state_K = jnp.where(index < 0, first_K, next_K)
       return state_K, jnp.min(is_known_K)
 
-    # Looks are costly; until one is likely to succeed it is enough to wait for a single state.
-    jax.lax.while_loop(lambda is_told: is_told == 0, wait, jnp.int32(0))
     start = first_K, jnp.int32(0)
     state_K, _ = jax.lax.while_loop(lambda state: state[1] == 0, look, start)
     return state_K
