@@ -25,7 +25,7 @@ from flax import nnx
 from models import observe
 from models.block import BlockConfig
 from models.layers import segments as segments_lib
-from models.layers.cut import cut
+from models.layers.cut import cut_steps
 from models.layers.embedding import Embedding, cap_logits
 from models.layers.norms import RMSNorm
 from models.layers.segments import Segments, SegmentState
@@ -394,13 +394,13 @@ class _Decoder:
 
     With `around`, a written step takes all of `xs` and cuts its part out within it: what is kept
     for the backward pass is then `xs` as it lies, where a part would be kept gathered over ZeRO's
-    axis. Without, all parts are cut out at once (`_parts`).
+    axis. Without, all parts are cut out at once.
     """
     if self.config.layers == "scan" and is_scanned:
       return jax.lax.scan(body if around is None else around(body), x_BTD, xs)
     outputs = []
     if around is None:
-      for part in _parts(xs):
+      for part in cut_steps(xs):
         x_BTD, output = body(x_BTD, part)
         outputs.append(output)
     else:
@@ -459,28 +459,6 @@ def _check_is_of_rows(state: State, tokens_BT: jax.Array) -> None:
       f"extend: tokens of {rows} rows cannot go on from a state of {state_rows}; make it with "
       f"initial_state({rows}, ...)"
     )
-
-
-def _parts(xs: Any) -> list[Any]:
-  """What each written step gets of `xs`, leaves cut along their first axis."""
-  leaves, tree = jax.tree.flatten(xs)
-  return [tree.unflatten(parts) for parts in zip(*map(_cut, leaves), strict=True)]
-
-
-def _cut(x: jax.Array) -> list[jax.Array]:
-  """Every x[i]. Their gradients are joined, and that is done before anything reads the whole."""
-  return cut(_joined_first(x), 0) if jnp.issubdtype(x.dtype, jnp.inexact) else list(x)
-
-
-@jax.custom_vjp
-def _joined_first(x: jax.Array) -> jax.Array:
-  """x; its gradient is not formed anew where the optimizer uses it."""
-  return x
-
-
-_joined_first.defvjp(
-  lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),)
-)
 
 
 def _prefix(axes: Params, num_layer_axes: int) -> Params:

@@ -257,15 +257,18 @@ def test_gradients_of_blocks_written_out_are_joined_and_not_added_up():
   program = jax.jit(gradient).lower(model.shapes, tokens).as_text()
   stacked = {leaf.shape for leaf in jax.tree.leaves(model.shapes["groups"])}
   assert len({shape[0] for shape in stacked}) == 1
-  results = {op: _results(program, op) for op in ("pad", "concatenate")}
-  assert stacked <= results["concatenate"]
-  assert not stacked & results["pad"]
+  joined, padded = (_results(program, op) for op in ("concatenate", "pad"))
+  assert stacked <= set(joined.values())
+  assert not stacked & set(padded.values())
+  # Not once more in each pass of the optimizer that reads it.
+  waited_for = set(re.findall(r"stablehlo\.optimization_barrier (%\w+) ", program))
+  assert {name for name, shape in joined.items() if shape in stacked} <= waited_for
 
 
 def _results(program, operation):
-  """Shapes of what an operation of a StableHLO text gives."""
-  found = re.findall(rf"stablehlo\.{operation} .*-> tensor<([0-9x]+)x[a-z]", program)
-  return {tuple(map(int, shape.split("x"))) for shape in found}
+  """By name the shapes of what an operation of a StableHLO text gives."""
+  found = re.findall(rf"(%\w+) = stablehlo\.{operation} .*-> tensor<([0-9x]+)x[a-z]", program)
+  return {name: tuple(map(int, shape.split("x"))) for name, shape in found}
 
 
 def test_branches_of_blocks_written_out_are_cut_out_of_the_weights_once():

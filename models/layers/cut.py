@@ -6,7 +6,7 @@ the 1b Transformer on an H100 (docs/benchmarks.md).
 """
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,3 +46,23 @@ def _joined(parts: list[jax.Array], axis: int) -> jax.Array:
   words = [jax.lax.bitcast_convert_type(pair, jnp.uint32) for pair in pairs]
   joined = jax.lax.bitcast_convert_type(jnp.stack(words, axis), dtype)
   return joined.reshape(*shape[:axis], len(parts), *shape[axis:])
+
+
+def cut_steps(xs: Any) -> list[Any]:
+  """The tree at every index of its leaves' first axis. Their gradients are joined before anything
+  reads the whole: they would be joined again in each operation that does, element by element."""
+  leaves, tree = jax.tree.flatten(xs)
+  cut_leaves = [
+    cut(_joined_first(x), 0) if jnp.issubdtype(x.dtype, jnp.inexact) else list(x) for x in leaves
+  ]
+  return [tree.unflatten(parts) for parts in zip(*cut_leaves, strict=True)]
+
+
+@jax.custom_vjp
+def _joined_first(x: jax.Array) -> jax.Array:
+  return x
+
+
+_joined_first.defvjp(
+  lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),)
+)
