@@ -36,8 +36,8 @@ _cut.defvjp(_forward, _backward)
 
 
 def _joined(parts: list[jax.Array], axis: int) -> jax.Array:
-  """jnp.stack(parts, axis). XLA's kernel for GPUs joins element by element, so that two of 16 bits
-  in one word take half the time."""
+  """jnp.stack(parts, axis). XLA's kernel for GPUs moves one element at a time: two of 16 bits go as
+  one word."""
   shape, dtype = parts[0].shape, parts[0].dtype
   in_words = dtype.itemsize == 2 and axis < len(shape) and shape[-1] % 2 == 0
   if not in_words or dispatch.target_platform() != "gpu":
