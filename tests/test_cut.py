@@ -7,6 +7,8 @@ import pytest
 
 from kernels import dispatch
 from models.layers.cut import cut
+from sharding import logical, rules
+from sharding.mesh import MeshShape, make_mesh
 from tests.draws import Draws
 
 
@@ -36,15 +38,18 @@ def test_parts_and_gradients_are_those_of_indexing(shape, axis, dtype, device):
   np.testing.assert_array_equal(gradient, jax.grad(loss)(x, indexed))
 
 
-def test_gradients_are_joined_as_words_for_gpus():
+def test_gradients_are_joined_as_words_for_one_gpu():
   """XLA's kernel for them moves one element at a time, whatever its size."""
 
-  def operands(device):
-    with dispatch.targeting("gpu" if "H100" in device else "cpu", device_kind=device):
+  def operands(device, num_devices):
+    mesh = make_mesh(MeshShape(data=num_devices), devices=jax.devices()[:num_devices])
+    platform = "gpu" if "H100" in device else "cpu"
+    with dispatch.targeting(platform, device_kind=device), logical.placement(mesh, rules.ZERO1):
       pull_back = jax.vjp(lambda x: cut(x, 0), jnp.ones((3, 4, 6), jnp.bfloat16))[1]
       jaxpr = jax.make_jaxpr(pull_back)([jnp.ones((4, 6), jnp.bfloat16)] * 3)
     [joined] = [each for each in jaxpr.eqns if each.primitive.name in ("stack", "concatenate")]
     return {x.aval.dtype.name for x in joined.invars}
 
-  assert operands("NVIDIA H100 80GB HBM3") == {"uint32"}
-  assert operands("cpu") == {"bfloat16"}
+  assert operands("NVIDIA H100 80GB HBM3", 1) == {"uint32"}
+  assert operands("NVIDIA H100 80GB HBM3", 2) == {"bfloat16"}
+  assert operands("cpu", 1) == {"bfloat16"}
