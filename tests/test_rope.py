@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from models.layers.rope import apply_rope
 from tests.draws import Draws
@@ -26,16 +25,19 @@ def test_pairs_of_the_first_half_turn_and_the_rest_passes():
   np.testing.assert_allclose(apply_rope(x, POSITION), _rotated(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_in_bfloat16_a_result_and_a_gradient_are_rounded_once(direction):
-  """Each of the two terms of a gradient was rounded before, and their sum again."""
+def test_in_bfloat16_results_are_rounded_once_and_gradients_with_each_term():
+  """Summed in float32, a compiled step of the 1b Transformer takes 1.2 % longer on TPUs."""
   x = Draws().normal(*SHAPE, dtype="bfloat16")
   turned, pull_back = jax.vjp(lambda x: apply_rope(x, POSITION), x)
-  if direction == "forward":
-    actual, wanted = turned, _rotated(x)
-  else:
-    [actual], wanted = pull_back(x), _rotated(x, back=True)
-  assert actual.dtype == jnp.bfloat16
-  actual = np.asarray(actual, np.float64)
-  # Half a unit in the last place of 8 bits, and what the angle is rounded by.
-  assert np.all(np.abs(actual - wanted) <= 2.0**-8 * np.abs(actual) + 5e-4)
+  [gradient] = pull_back(x)
+  x = np.asarray(x, np.float64)
+  first, second, rest = np.split(x, (4, 8), axis=-1)
+  terms = np.sqrt(2.0) * np.concatenate(2 * [np.hypot(first, second)] + [0.0 * rest], axis=-1)
+  for actual, wanted, rounded in (
+    (turned, _rotated(x), 0.0),
+    (gradient, _rotated(x, back=True), terms),
+  ):
+    assert actual.dtype == jnp.bfloat16
+    # Half a unit in the last place of 8 bits each, and what the angle is rounded by.
+    allowed = 2.0**-8 * (np.abs(wanted) + rounded) + 5e-4
+    assert np.all(np.abs(np.asarray(actual, np.float64) - wanted) <= allowed)

@@ -17,11 +17,8 @@ def apply_rope(x_BTNH: jax.Array, position_BT: jax.Array) -> jax.Array:
   frequency_P = _MAX_WAVELENGTH ** (-2.0 * jnp.arange(half, dtype=jnp.float32) / rotated_size)
   angle_BT1P = position_BT[:, :, None, None].astype(jnp.float32) * frequency_P
   sin_BT1P, cos_BT1P = jnp.sin(angle_BT1P), jnp.cos(angle_BT1P)
-  # Cast once and whole, so that gradients are float32 until they are summed.
-  first_BTNP, second_BTNP, rest_BTNI = jnp.split(
-    x_BTNH.astype(jnp.float32), (half, rotated_size), axis=-1
-  )
+  first_BTNP, second_BTNP, rest_BTNI = jnp.split(x_BTNH, (half, rotated_size), axis=-1)
   turned_first_BTNP = first_BTNP * cos_BT1P - second_BTNP * sin_BT1P
   turned_second_BTNP = second_BTNP * cos_BT1P + first_BTNP * sin_BT1P
-  turned_BTNH = jnp.concatenate([turned_first_BTNP, turned_second_BTNP, rest_BTNI], axis=-1)
-  return turned_BTNH.astype(x_BTNH.dtype)
+  turned_BTNH = [turned_first_BTNP.astype(x_BTNH.dtype), turned_second_BTNP.astype(x_BTNH.dtype)]
+  return jnp.concatenate([*turned_BTNH, rest_BTNI], axis=-1)
