@@ -88,19 +88,25 @@ def two_passes(
   runs: Mapping[str, Callable[..., tuple[jax.Array, ...]]],
   arrays: tuple[jax.Array, ...],
   cotangents: tuple[jax.Array, ...],
+  *,
+  given_out: slice = slice(None),
 ) -> tuple[dict[tuple[str, str], Compiled], dict[str, dict[str, Any]]]:
   """Of every implementation the programs of (name, "forward"), which is runs[name](*arrays), and of
   (name, "forward_backward"), that with the gradients of all arrays; and by name compile seconds and
-  temporary bytes of the latter."""
+  temporary bytes of the latter. `given_out` are the results that are arrays of their own: one that
+  is the same again would be copied each time that `in_turn` runs it."""
   programs: dict[tuple[str, str], Compiled] = {}
   implementations: dict[str, dict[str, Any]] = {}
   for name, run in runs.items():
+
+    def forward(*arrays, run=run):
+      return run(*arrays)[given_out]
 
     def gradients(cotangents, *arrays, run=run):
       results, pull_back = jax.vjp(run, *arrays)
       dy = tuple(d.astype(y.dtype) for d, y in zip(cotangents, results, strict=True))
       # The results too: a backward pass that has no need of them would leave the forward pass out.
-      return results, pull_back(dy)
+      return results[given_out], pull_back(dy)
 
     start = time.perf_counter()
     both = jax.jit(gradients).lower(cotangents, *arrays).compile()
@@ -109,7 +115,7 @@ def two_passes(
       "compile_seconds": round(time.perf_counter() - start, 2),
       "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
     }
-    programs[name, "forward"] = compiled(run, arrays)
+    programs[name, "forward"] = compiled(forward, arrays)
     programs[name, "forward_backward"] = compiled(gradients, (cotangents, *arrays), both)
   return programs, implementations
 
@@ -120,11 +126,12 @@ def beside_a_copy(
   cotangents: tuple[jax.Array, ...],
   *,
   moved: Mapping[str, int],
+  given_out: slice = slice(None),
 ) -> dict[str, Any]:
   """What is recorded of implementations, arguments as of `two_passes`. Each moves at least
   moved[pass] arrays like the first: milliseconds, and what part of the bytes per second of a copy
   of it they reach; compile seconds and temporary bytes."""
-  programs, implementations = two_passes(runs, arrays, cotangents)
+  programs, implementations = two_passes(runs, arrays, cotangents, given_out=given_out)
   size = arrays[0].nbytes
   seconds = medians({**programs, "copy": _copy(arrays[0])})
   copied = 2 * size / seconds["copy"]

@@ -41,3 +41,19 @@ def test_forward_and_backward_has_the_results_too():
   np.testing.assert_allclose(y, np.sin(x), rtol=1e-6)
   np.testing.assert_allclose(dx, np.cos(x), rtol=1e-6)
   assert found["sine"]["compile_seconds"] > 0
+
+
+def test_a_result_that_is_there_twice_is_given_out_once():
+  """A loop would copy it: 0.065 of the 0.136 ms that an H100 was said to need for a convolution."""
+
+  def twice(x):
+    y = jnp.sin(x)
+    return y, y
+
+  x, ones = jnp.linspace(-1.0, 1.0, 8), jnp.ones(8)
+  programs, _ = timing.two_passes({"sine": twice}, (x,), (ones, 2.0 * ones), given_out=slice(1))
+  (y,) = programs["sine", "forward"].program()
+  np.testing.assert_allclose(y, np.sin(x), rtol=1e-6)
+  (y,), (dx,) = programs["sine", "forward_backward"].program()
+  np.testing.assert_allclose(y, np.sin(x), rtol=1e-6)
+  np.testing.assert_allclose(dx, 3.0 * np.cos(x), rtol=1e-6)
