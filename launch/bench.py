@@ -2,13 +2,13 @@
 
 Prints one JSON object. tokens_per_second: the row tokens of a step over the median time of the
 timed steps, all devices; as in training, a step is dispatched while the one before runs.
-compile_seconds: to trace, lower and compile the training step, with no
-cache. peak_bytes: what the compiled step needs on each device (arguments, temporaries, code, and
-outputs that take no argument's place); process_peak_bytes: the largest resident set of this
-process. loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random
-length; the loader reads the config's token stores if they are there, else one made of such
-documents. With --statistics also the program that runs behind every `statistics.every`-th step, in
-turn with the steps: of_a_step is its part of a step's time, share what it adds to that of all.
+compile_seconds: to trace, lower and compile the training step, with no cache. peak_bytes: what the
+compiled step needs on each device (arguments, temporaries, code, and outputs that take no
+argument's place); process_peak_bytes: the largest resident set of this process.
+loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random length; the
+loader reads the config's token stores if they are there, else one made of such documents. With
+--statistics also the program that runs behind every `statistics.every`-th step, in turn with the
+steps: of_a_step is its part of a step's time, share what it adds to that of all.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ not grow with depth.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -398,19 +399,19 @@ class _Decoder:
     """
     if self.config.layers == "scan" and is_scanned:
       return jax.lax.scan(body if around is None else around(body), x_BTD, xs)
-    outputs = []
     if around is None:
-      for part in cut_steps(xs):
-        x_BTD, output = body(x_BTD, part)
-        outputs.append(output)
+      steps = [(body, part) for part in cut_steps(xs)]
     else:
-      for index in range(jax.tree.leaves(xs)[0].shape[0]):
 
-        def step(x_BTD: jax.Array, xs: Any, index: int = index) -> tuple[jax.Array, Any]:
-          return body(x_BTD, jax.tree.map(lambda leaf: leaf[index], xs))
+      def at(x_BTD: jax.Array, xs: Any, *, index: int) -> tuple[jax.Array, Any]:
+        return body(x_BTD, jax.tree.map(lambda leaf: leaf[index], xs))
 
-        x_BTD, output = around(step)(x_BTD, xs)
-        outputs.append(output)
+      length = jax.tree.leaves(xs)[0].shape[0]
+      steps = [(around(functools.partial(at, index=index)), xs) for index in range(length)]
+    outputs = []
+    for step, part in steps:
+      x_BTD, output = step(x_BTD, part)
+      outputs.append(output)
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
   def _used(self, params: Params, axes: Params) -> Params:
