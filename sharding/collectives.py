@@ -60,7 +60,7 @@ def read(text: str, mesh: Mesh) -> list[Collective]:
   found, chains = [], set()
   for computation, instructions in computations.items():
     for instruction in instructions.values() if computation in times else ():
-      if _started(instruction) is not None and _chain(instruction) not in chains:
+      if started(instruction) is not None and _chain(instruction) not in chains:
         chains |= {_chain(instruction)} - {None}
         kind = _kind(instruction, instructions, is_fused=computation in fused)
         found.append(_collective(kind, instruction, instructions, times[computation], mesh))
@@ -91,7 +91,7 @@ def axes_of(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
   return tuple(axis for axis, differs in zip(mesh.axis_names, differ) if differs)
 
 
-def _started(instruction: Instruction) -> str | None:
+def started(instruction: Instruction) -> str | None:
   """The kind of a collective, also of one that starts here; None for all else."""
   kind = instruction.opcode.removesuffix("-start")
   return kind if kind in _KINDS else None
@@ -131,7 +131,7 @@ def _collective(
 
 def _kind(instruction: Instruction, instructions: dict[str, Instruction], *, is_fused: bool) -> str:
   """As written, but an all-reduce of which a fusion keeps a slice is a reduce-scatter (on TPU)."""
-  kind = _started(instruction)
+  kind = started(instruction)
   assert kind is not None
   last = list(instructions.values())[-1]
   if is_fused and kind == "all-reduce" and last.opcode == "dynamic-slice":

@@ -5,8 +5,9 @@ operation. FLOPs are those of matrix products (on TPU the compiler writes them a
 batches as dilated windows: only multiplications with an element are counted). Bytes are what an
 operation reads and writes in the device's large memory: arrays that its layout puts elsewhere
 (VMEM, S(1)) are not counted, tiles are filled up, and of an array that a fusion cuts a slice out of
-or writes one into, only the slice. Cycles are the compiler's own estimate, which a TPU program
-carries for everything but custom calls.
+or writes one into, only the slice. A collective that goes on beside other operations (on TPU it
+passes through their fusions) is counted where it starts. Cycles are the compiler's own estimate,
+which a TPU program carries for everything but custom calls.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import re
 
 import numpy as np
 
-from sharding import program_text
+from sharding import collectives, program_text
 from sharding.program_text import Computations, Instruction
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
@@ -42,7 +43,8 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:
   """One operation; all numbers are of one run of it, and it runs `times` in one call of the
-  program. `kernel` is the name of a custom kernel, whose FLOPs are not known here."""
+  program. `kernel` is the name of a custom kernel, whose FLOPs are not known here. `sends`: it is a
+  collective, and computes nothing but its sums."""
 
   name: str
   op_name: str  # the path of JAX's names
@@ -51,6 +53,7 @@ class Operation:
   bytes: float
   cycles: int | None
   kernel: str | None
+  sends: bool
 
 
 def operations(text: str) -> list[Operation]:
@@ -78,6 +81,7 @@ def operations(text: str) -> list[Operation]:
           bytes=_bytes(one, instructions, computations),
           cycles=int(cycles[1]) if cycles else None,
           kernel=_kernel(one),
+          sends=_sends(one, computations),
         )
       )
   return found
@@ -90,6 +94,15 @@ def _kernel(one: Instruction) -> str | None:
   if 'custom_call_target="__gpu$xla.gpu.triton"' in one.rest:
     return one.op_name.split("/")[-2]
   return None
+
+
+def _sends(one: Instruction, computations: Computations) -> bool:
+  if one.opcode not in program_text.FUSIONS:
+    return collectives.started(one) is not None
+  # The start of one that goes on beside others, or a reduce-scatter, which TPUs have as a fusion.
+  inner = list(computations[_called(one)].values())
+  starts = 'custom_call_target="AsyncCollectiveStart"' in inner[-1].rest
+  return starts or _called(one).startswith("all-reduce-scatter")
 
 
 def _is_note(one: Instruction) -> bool:
@@ -179,6 +192,10 @@ def _read(
         read += _filled(user.shape)
       case "dynamic-update-slice" if place == 0:
         pass
+      case "tuple":
+        pass  # handed on as it is
+      case _ if _is_under_way(user):
+        pass
       case "fusion":
         called = computations[_called(user)]
         read += _read(_parameters(called)[place], called, computations)
@@ -202,6 +219,8 @@ def _users(one: Instruction, inner: dict[str, Instruction]) -> list[tuple[Instru
 
 def _written(root: Instruction, inner: dict[str, Instruction]) -> float:
   """Bytes that a fusion writes: of what it updates in place, the update."""
+  if root.opcode == "parameter" or _is_under_way(root):
+    return 0.0
   if root.opcode == "tuple":
     return sum(_written(inner[name], inner) for name in root.operands)
   if root.opcode == "bitcast":
@@ -214,6 +233,12 @@ def _written(root: Instruction, inner: dict[str, Instruction]) -> float:
   if root.opcode == "dynamic-update-slice":
     return float(_filled(inner[root.operands[1]].shape)) if memory_bytes(root.shape) else 0.0
   return memory_bytes(root.shape)
+
+
+def _is_under_way(one: Instruction) -> bool:
+  """Whether it is a collective in one of the fusions that it passes through, or its end there. The
+  first fusion has a custom call behind it that gives out all it takes and makes."""
+  return 'chain_id="' in one.rest or 'custom_call_target="AsyncCollectiveDone"' in one.rest
 
 
 def memory_bytes(shape: str) -> float:

@@ -115,6 +115,80 @@ def test_a_batch_that_is_a_dilated_window_is_multiplied_once():
   assert program_cost._meetings(causal, 0, 10, 10) == 4 * 10 - (3 + 2 + 1)
 
 
+# A gather that goes on beside a product, as TPUs have it: its start, a fusion that it passes
+# through, its end. All but the start hand on what they are given.
+_GATHER = """HloModule step, is_scheduled=true
+
+%start (p.0: bf16[16,256]) -> (bf16[16,256], bf16[64,256], u32[]) {
+  %p.0 = bf16[16,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[64,256]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=1, \
+dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %started = (bf16[16,256]{1,0:T(8,128)(2,1)}, bf16[64,256]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q.0: bf16[16,256], q.1: bf16[64,256], q.2: bf16[512,128], q.3: bf16[128,128]) -> \
+(bf16[512,128], bf16[16,256], bf16[64,256], bf16[64,256]) {
+  %q.0 = bf16[16,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %q.1 = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %q.2 = bf16[512,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %q.3 = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(3)
+  %product = bf16[512,128]{1,0:T(8,128)(2,1)} convolution(%q.2, %q.3), dim_labels=bf_io->bf
+  %all-gather.2 = bf16[64,256]{1,0:T(8,128)(2,1)} all-gather(%q.0), channel_id=1, \
+dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %both = (bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[16,256]{1,0:T(8,128)(2,1)}, \
+bf16[64,256]{1,0:T(8,128)(2,1)}, bf16[64,256]{1,0:T(8,128)(2,1)}) tuple(%product, %q.0, %q.1, \
+%all-gather.2)
+}
+
+%end (r.0: bf16[16,256], r.1: bf16[64,256]) -> bf16[64,256] {
+  %r.0 = bf16[16,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %r.1 = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %all-gather.3 = bf16[64,256]{1,0:T(8,128)(2,1)} all-gather(%r.0), channel_id=1, \
+dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %ended = bf16[64,256]{1,0:T(8,128)(2,1)} custom-call(%r.0, %r.1, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (w: bf16[16,256], x: bf16[512,128], v: bf16[128,128]) -> bf16[64,256] {
+  %w = bf16[16,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[512,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %v = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %a = (bf16[16,256]{1,0:T(8,128)(2,1)}, bf16[64,256]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+fusion(%w), kind=kCustom, calls=%start
+  %a.0 = bf16[16,256]{1,0:T(8,128)(2,1)} get-tuple-element(%a), index=0
+  %a.1 = bf16[64,256]{1,0:T(8,128)(2,1)} get-tuple-element(%a), index=1
+  %b = (bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[16,256]{1,0:T(8,128)(2,1)}, \
+bf16[64,256]{1,0:T(8,128)(2,1)}, bf16[64,256]{1,0:T(8,128)(2,1)}) fusion(%a.0, %a.1, %x, %v), \
+kind=kOutput, calls=%beside
+  %b.1 = bf16[16,256]{1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
+  %b.2 = bf16[64,256]{1,0:T(8,128)(2,1)} get-tuple-element(%b), index=2
+  ROOT %c = bf16[64,256]{1,0:T(8,128)(2,1)} fusion(%b.1, %b.2), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_beside_others_is_counted_where_it_starts():
+  start, product, end = operations(_GATHER)
+  assert (start.bytes, start.sends) == (2 * (16 + 64) * 256, True)
+  assert (product.bytes, product.sends) == (2 * (512 + 128 + 512) * 128, False)
+  assert (end.bytes, end.sends) == (0, False)
+
+
+def test_a_collective_on_its_own_is_one():
+  text = (
+    _GATHER.partition("%start")[0]
+    + """
+ENTRY %main (w: f32[16,128]) -> f32[64,128] {
+  %w = f32[16,128]{1,0:T(8,128)} parameter(0)
+  ROOT %g = f32[64,128]{1,0:T(8,128)} all-gather(%w), channel_id=1, dimensions={0}
+}
+"""
+  )
+  (gather,) = operations(text)
+  assert (gather.bytes, gather.sends) == (4 * (16 + 64) * 128, True)
+
+
 @pytest.mark.parametrize(
   ("shape", "size"),
   [

@@ -9,7 +9,8 @@ come of it, both of operations one after another, as a TPU runs them:
              that kernels reach (sharding/topology.py)
   estimated  the compiler's cycles; kernels, which have none, as in `seconds`
 
-Collectives are in neither; the whole adds half of what they take, as train/roofline.py does.
+Collectives are in neither but for the bytes that they read and write; the whole adds half of what
+they take, as train/roofline.py does.
 """
 
 import dataclasses
@@ -134,6 +135,8 @@ def _attention(one: Operation) -> str | None:
 
 
 def _cost(one: Operation, chip: Chip) -> PartCost:
+  if one.sends:
+    return PartCost(bytes=one.times * one.bytes)
   reached = chip.reached
   seconds = max(
     one.flops / (reached.matmul * chip.peak_flops),
