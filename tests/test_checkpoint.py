@@ -354,6 +354,24 @@ def test_a_failed_save_fails_the_run_at_the_next_step(directory, monkeypatch):
   assert not list(directory.glob("*tmp*"))
 
 
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a*", "what?", "back\\slash"])
+def test_a_path_that_is_a_pattern_is_refused_before_anything_is_written(tmp_path, name):
+  """Orbax does not find its own files there: the checkpoint was called complete, and had none."""
+  with pytest.raises(ValueError, match=r"no checkpoint can be written to .* workdir without it"):
+    Checkpoints(tmp_path / name / "checkpoints", CheckpointConfig())
+  assert not list(tmp_path.iterdir())
+
+
+def test_arrays_that_were_not_joined_are_no_checkpoint(directory, monkeypatch):
+  monkeypatch.setattr(checkpoint_folder, "_PATTERN", frozenset())
+  patterned = directory / "lr[1e-3]"
+  with Checkpoints(patterned, CheckpointConfig()) as checkpoints:
+    checkpoints.save(1, _state(1), {}, kind="permanent")
+    with pytest.raises(SaveFailedError, match=r"no manifest\.ocdbt"):
+      checkpoints.wait()
+  assert checkpoint_folder.steps(patterned) == []
+
+
 def test_a_failed_save_that_ends_a_run_is_told_once(directory, monkeypatch, caplog):
   errors = [RuntimeError("broken"), RuntimeError("broken")]
 

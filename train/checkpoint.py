@@ -119,6 +119,7 @@ class Checkpoints:
     self._is_first = jax.process_index() == 0
     _quieten_orbax()
     if isinstance(self.directory, pathlib.Path):
+      files.check_path(self.directory)
       self.directory.mkdir(parents=True, exist_ok=True)
       steps(self.directory)  # before anything is touched: the folder may be another program's
     self._lock = _lock(self.directory) if self._is_first else None
@@ -323,6 +324,8 @@ class Checkpoints:
     assert isinstance(self.directory, pathlib.Path)
     self._before_complete()
     for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+      if self._is_first:
+        files.check_joined(folder)
       for path, _, names in os.walk(folder):
         for name in names:
           files.flush_to_disk(pathlib.Path(path, name))

@@ -16,6 +16,8 @@ from data import bucket
 from train.checkpoint_bucket import BucketFolder
 
 FORMAT = "checkpoint 1"
+# Orbax looks for its own files with glob, and does not escape the path above them.
+_PATTERN = frozenset("*?[\\")
 
 
 class DamagedCheckpointError(ValueError):
@@ -35,6 +37,23 @@ def place(directory: str | os.PathLike[str] | BucketFolder) -> Place:
     return directory
   name = os.fspath(directory)
   return BucketFolder(name) if bucket.is_url(name) else pathlib.Path(os.path.abspath(name))
+
+
+def check_path(directory: pathlib.Path) -> None:
+  """ValueError for a path below which no checkpoint could be read again."""
+  if wrong := sorted(_PATTERN & set(str(directory))):
+    raise ValueError(
+      f"no checkpoint can be written to {directory}: Orbax takes {' and '.join(wrong)} in a path "
+      "for a pattern and would not find what it wrote. Use a workdir without it, also in the names "
+      "of the folders above"
+    )
+
+
+def check_joined(folder: pathlib.Path) -> None:
+  """RuntimeError if what the processes wrote was not joined to arrays that can be read."""
+  for arrays in folder.glob("state*"):
+    if not (arrays / "manifest.ocdbt").exists():
+      raise RuntimeError(f"{arrays} has no manifest.ocdbt: Orbax did not join what was written")
 
 
 def steps(directory: str | os.PathLike[str] | BucketFolder) -> list[int]:
