@@ -39,6 +39,10 @@ DType = Literal["float32", "bfloat16"]
 EmbeddingScale = Literal["none", "sqrt_width"]
 
 
+# Fields of mixers that name a kernel, and change no parameter.
+KERNELS = ("scan", "gates", "conv", "implementation")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
   """A decoder: `pattern` repeats and is cut off after `num_blocks` blocks.
@@ -70,6 +74,14 @@ class DecoderConfig:
         raise ValueError(f"DecoderConfig: {name} {getattr(self, name)} must be at least 1")
     if not self.pattern:
       raise ValueError("DecoderConfig: pattern is empty; give at least one BlockConfig")
+    for index, (block, after) in enumerate(itertools.pairwise(self.pattern)):
+      named = _kernels(block), _kernels(after)
+      if named[0] != named[1] and _without(block, named[0]) == _without(after, named[1]):
+        raise ValueError(
+          f"DecoderConfig: pattern[{index}] and pattern[{index + 1}] are the same block, whose "
+          f"parameters are stacked, but name other kernels: {named[0]} and {named[1]}; name the "
+          "same in both"
+        )
     if self.logit_cap is not None and not 0 < self.logit_cap < float("inf"):
       raise ValueError(
         f"DecoderConfig: logit_cap {self.logit_cap} must be above 0 and finite, or None"
@@ -91,6 +103,17 @@ class DecoderConfig:
     is held at once. Nothing is then shared between the forward pass and what is computed again.
     """
     return self.remat == "block" and len(self.pattern) > 1
+
+
+def _kernels(block: BlockConfig) -> dict[str, str]:
+  """The kernels that its mixer names, by field."""
+  names = {field.name for field in dataclasses.fields(block.mixer)}  # pyright: ignore
+  return {name: getattr(block.mixer, name) for name in KERNELS if name in names}
+
+
+def _without(block: BlockConfig, kernels: dict[str, str]) -> BlockConfig:
+  mixer = dataclasses.replace(block.mixer, **dict.fromkeys(kernels, "auto"))  # pyright: ignore
+  return dataclasses.replace(block, mixer=mixer)
 
 
 _CHOICES = {

@@ -82,6 +82,21 @@ def test_another_model_is_refused_by_what_differs(saved, of_model, message):
     initial_state(programs.build(run))
 
 
+def test_kernels_are_no_property_of_a_model(saved):
+  run = _run(saved.folder)
+  named = {"scan": "reference", "gates": "einsum", "conv": "shifts"}
+  pattern = tuple(
+    dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, **named))
+    if hasattr(block.mixer, "scan")
+    else block
+    for block in run.model.pattern
+  )
+  model = dataclasses.replace(run.model, pattern=pattern)
+  run = dataclasses.replace(run, model=model, init_from=saved.directory)
+  state = initial_state(programs.build(run))
+  jax.tree.map(np.testing.assert_array_equal, state.params, saved.params)
+
+
 def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
   model = [f"--config.model.{name}={value}" for name, value in _SETTINGS.items()]
   model += [f"--config.model.pattern[{index}].mixer.num_gate_blocks=2" for index in (0, 1)]

@@ -89,6 +89,21 @@ def test_griffin_is_two_recurrent_blocks_to_one_of_attention(size):
   assert windows == {1024}
 
 
+def test_equal_blocks_that_name_other_kernels_are_refused():
+  """They are one stack of parameters, which would fall into two, drawn otherwise."""
+  config = _run("griffin", "100m").model
+  first, second, attention = config.pattern
+
+  def naming(block, **kernels):
+    return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, **kernels))
+
+  other = naming(first, scan="chunked")
+  with pytest.raises(ValueError, match=r"pattern\[0\] and pattern\[1\].*name the same in both"):
+    dataclasses.replace(config, pattern=(other, second, attention))
+  model = decoder.build(dataclasses.replace(config, pattern=(other, other, attention)))
+  assert jax.tree.structure(model.shapes) == jax.tree.structure(decoder.build(config).shapes)
+
+
 def test_an_unknown_size_lists_the_known_ones():
   with pytest.raises(ValueError, match=r"size '2b' is none of .*100m, 200m, 400m, 1b, 3b, 7b, 14b"):
     _run("griffin", "2b")

@@ -129,6 +129,11 @@ CHANGES = {
     run, dtype="float32"
   ),
   "batch_size is 4 in the checkpoint, 8 now": lambda run: dataclasses.replace(run, batch_size=8),
+  "optimizer.moment_dtype is 'float32' in the checkpoint, 'bfloat16' now": lambda run: (
+    dataclasses.replace(
+      run, optimizer=dataclasses.replace(run.optimizer, moment_dtype="bfloat16", b2=0.95)
+    )
+  ),
   "seed is 0 in the checkpoint, 1 now": lambda run: dataclasses.replace(run, seed=1),
   "data.seed is 0 in the checkpoint, 1 now": lambda run: _with_data(run, seed=1),
   "data.row_length is 8 in the checkpoint, 4 now": lambda run: _with_data(run, row_length=4),

@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from models import recurrentgemma_hf
-from models.decoder import DecoderConfig
+from models.decoder import KERNELS, DecoderConfig
 from train import program as programs
 from train.config import flatten
 from train.program import Program
@@ -20,10 +20,8 @@ _FREE = (
   "param_dtype",
   "remat",
   "layers",
-  "*.scan",
-  "*.gates",
-  "*.implementation",
   "*.decay_init",
+  *(f"*.{kernel}" for kernel in KERNELS),
 )
 
 
