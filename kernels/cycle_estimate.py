@@ -6,10 +6,14 @@ this before anything loads libtpu: what it writes for whom is decided then. For 
 whose profile it can write: v5e, v5p, v6e.
 """
 
+import datetime
+import json
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +45,15 @@ CHIPS = {
 }
 
 
+Shape = tuple[int, int, int]
+# What is compiled of shapes [batch, time, width]: with the same tiles (two of a row alone, one of
+# several).
+_PARTS: dict[Shape, Shape] = {
+  (8, 2048, 2560): (2, 2048, 2560),
+  (1, 65536, 2560): (1, 2048, 2560),
+}
+
+
 def sharding_on(chip: str) -> SingleDeviceSharding:
   """Of arguments to compile for one chip of that kind."""
   topology = topologies.get_topology_desc(topology_name=CHIPS[chip].topology, platform="tpu")
@@ -62,3 +75,42 @@ def estimated_cycles(run: Callable[..., Any], arguments: tuple[Any, ...]) -> dic
       name = re.sub(r"[.\d]+$", "", name)
       found[name] = found.get(name, 0) + int(cycles)
   return found
+
+
+def print_estimates(
+  chips: list[str],
+  calls: Callable[[Shape, SingleDeviceSharding], Mapping[str, tuple[Callable[..., Any], tuple]]],
+  *,
+  state_bytes: Mapping[str, int],
+  command: str,
+) -> None:
+  """A JSON line for each chip (all of CHIPS if none), shape and kernel: estimated cycles and
+  microseconds, beside those that its bytes take at the chip's bandwidth.
+
+  `calls` gives each kernel as a function and its arguments, in bfloat16. A part of the rows or of
+  the time is compiled and the result scaled; what starts and ends a call is counted several times.
+  """
+  for chip in chips or list(CHIPS):
+    where = sharding_on(chip)
+    _, clock, bandwidth, _ = CHIPS[chip]
+    for (batch, time, width), part in _PARTS.items():
+      for kernel, (run, arguments) in calls(part, where).items():
+        (cycles,) = [n for name, n in estimated_cycles(run, arguments).items() if kernel in name]
+        cycles *= batch * time // (part[0] * part[1])
+        record = {
+          "chip": chip,
+          "kernel": kernel,
+          "shape": [batch, time, width],
+          "compiled_shape": part,
+          "dtype": "bfloat16",
+          "estimated_cycles": cycles,
+          "estimated_us": round(1e6 * cycles / clock, 1),
+          "memory_us": round(1e6 * batch * time * width * state_bytes[kernel] / bandwidth, 1),
+          "bytes_per_state": state_bytes[kernel],
+          "jax": jax.__version__,
+          "libtpu": metadata.version("libtpu"),
+          "date": datetime.date.today().isoformat(),
+          "command": f"python -m {command} {chip}",
+        }
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels import causal_conv, dispatch
-from kernels.causal_conv import measure, pallas_gpu
+from kernels.causal_conv import measure, pallas_tpu
 from models.layers import rg_lru
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
@@ -136,20 +136,21 @@ def test_a_row_goes_on_from_what_was_before_it(cut):
   np.testing.assert_array_equal(rest, whole[:, cut:])
 
 
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
 @pytest.mark.parametrize(
   "mesh", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(fsdp=2, sequence=4)], ids=str
 )
-def test_shards_have_the_gradients_of_one_device(mesh):
+def test_shards_have_the_gradients_of_one_device(mesh, name):
   """Those of taps and biases are sums over all devices with other rows; as the layer runs it."""
   arrays, document_BT, dy = _inputs(4, 12, 32, 4)
   row, channels = ("batch", "time", "rnn"), ("rnn",)
 
   def on_shards(*arrays):
     convolve = logical.on_shards(
-      functools.partial(rg_lru._convolve, implementation="pallas_gpu"),
+      functools.partial(rg_lru._convolve, implementation=name),
       in_axes=(row, channels, (None, "rnn"), channels, ("batch", "time")),
       out_axes=(row, row),
-      check_vma=causal_conv.tracks_varying("pallas_gpu"),
+      check_vma=causal_conv.tracks_varying(name),
     )
     return convolve(*arrays)
 
@@ -169,12 +170,13 @@ def test_triton_kernels_lower_for_cuda():
   assert "causal_conv_backward" in text
 
 
-def test_a_remat_policy_keeps_what_the_kernel_gives_out():
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+def test_a_remat_policy_keeps_what_the_kernel_gives_out(name):
   (x_BTR, *vectors), document_BT, _ = _inputs(1, 8, 16, 4)
 
   def passes(policy):
     def loss(x_BTR):
-      y, again = causal_conv.convolve(x_BTR, *vectors, document_BT, implementation="pallas_gpu")
+      y, again = causal_conv.convolve(x_BTR, *vectors, document_BT, implementation=name)
       return jnp.sum(jnp.sin(y) * again)
 
     jaxpr = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(x_BTR)
@@ -209,11 +211,30 @@ def test_shapes_that_do_not_fit_are_named(change, message):
     causal_conv.convolve(*arrays.values(), implementation="shifts")
 
 
-def test_more_taps_than_a_word_has_bits_are_refused():
+@pytest.mark.parametrize(("name", "most"), [("pallas_gpu", 31), ("pallas_tpu", 17)])
+def test_more_taps_than_a_kernel_takes_are_refused(name, most):
   (x_BTR, b_in_R, _, b_R), document_BT, _ = _inputs(1, 4, 8, 1)
-  w_KR = jnp.zeros((pallas_gpu._MOST_TAPS + 1, 8))
-  with pytest.raises(ValueError, match="32 taps are more than the 31 of pallas_gpu"):
-    causal_conv.convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, implementation="pallas_gpu")
+  w_KR = jnp.zeros((most + 1, 8))
+  with pytest.raises(ValueError, match=f"{most + 1} taps are more than the {most} of {name}"):
+    causal_conv.convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, implementation=name)
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 300, 4), (1, 40, 130, 17)], ids=str)
+def test_tiles_of_time_and_channels_join(shape):
+  """Rows of several tiles, both of them with tails; as many taps as a step has tokens before it."""
+  inputs = _inputs(*shape)
+  (x_BTR, b_in_R, w_KR, b_R), document_BT, (dy_BTR, more_dy_BTR) = inputs
+  same = causal_conv._all_same(document_BT, w_KR)
+  tile = (128, 128)
+  y_BTR = pallas_tpu.forward(x_BTR, b_in_R, w_KR, b_R, same, tile=tile)
+  found = pallas_tpu.backward(x_BTR, b_in_R, w_KR, same, dy_BTR, more_dy_BTR, tile=tile)
+  expected = _run(*inputs, _by_definition)
+  batch, time, _, taps = shape
+  terms = (taps, taps, taps, batch * time, batch * time, batch * time)
+  for what, got, wanted, reduction in zip(
+    _NAMES, (y_BTR, y_BTR, *found), expected, terms, strict=True
+  ):
+    assert_close(got, wanted, dtype="float32", reduction=reduction), what
 
 
 def test_measuring_works_anywhere():

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kernels import block_diagonal, rg_lru
+from kernels import block_diagonal, causal_conv, rg_lru
 from kernels.linear_scan import pallas_tpu as linear_pallas
 from kernels.rg_lru import pallas_tpu
 from models.layers import rg_lru as layer
@@ -102,12 +102,42 @@ def test_the_gates_products_compile(topology, shape, blocks):
     assert sum(f"%{kernel}" in line and "tpu_custom_call" in line for line in calls) == 1
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_convolution_compiles(topology):
+  layout = SingleDeviceSharding(_devices(topology)[0])
+
+  def both_ways(x_BTR, b_in_R, w_KR, b_R, document_BT, dy):
+    def convolve(*arrays):
+      return causal_conv.convolve(*arrays, document_BT, implementation="pallas_tpu")
+
+    y, vjp = jax.vjp(convolve, x_BTR, b_in_R, w_KR, b_R)
+    return y, vjp(dy)
+
+  for batch, time, width in SHAPES:
+    x_BTR, b_R, w_KR, document_BT = (
+      jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+      for shape, dtype in (
+        ((batch, time, width), jnp.bfloat16),
+        ((width,), jnp.float32),
+        ((4, width), jnp.float32),
+        ((batch, time), jnp.int32),
+      )
+    )
+    arguments = (x_BTR, b_R, w_KR, b_R, document_BT, (x_BTR, x_BTR))
+    program = jax.jit(both_ways).lower(*arguments).compile()
+    calls = [line for line in _entry(program.as_text()) if "custom-call(" in line]
+    for kernel in ("causal_conv_forward", "causal_conv_backward"):
+      assert sum(f"%{kernel}" in line and "tpu_custom_call" in line for line in calls) == 1
+
+
 _BATCH, _TIME, _RNN_WIDTH = 2, 1024, 640
 
 
 @functools.cache
 def _layer_program(topology, gates="pallas_tpu"):
-  config = layer.Config(rnn_width=_RNN_WIDTH, num_gate_blocks=4, scan="pallas_tpu", gates=gates)
+  config = layer.Config(
+    rnn_width=_RNN_WIDTH, num_gate_blocks=4, scan="pallas_tpu", gates=gates, conv="pallas_tpu"
+  )
   program = rg_lru_program.compiled(
     config, _devices(topology)[0], width=256, batch=_BATCH, time=_TIME, backward=True
   )
@@ -152,9 +182,8 @@ def test_nothing_is_copied_between_gates_and_recurrence(topology):
   assert sum(name.startswith(forward) for name in _made_by(text, "rg_lru_backward")) == 2
   assert sum(name.startswith(backward) for name in _made_by(text, "block_diagonal_backward")) == 2
   # Both read the x that the convolution wrote.
-  (x,) = {name for name in _made_by(text, "block_diagonal_forward") if "fusion" in name} & {
-    name for name in _made_by(text, "rg_lru_forward") if "fusion" in name
-  }
+  (x,) = set(_made_by(text, "block_diagonal_forward")) & set(_made_by(text, "rg_lru_forward"))
+  assert x.startswith("causal_conv_forward")
   assert x in _made_by(text, "block_diagonal_backward")
   size = 2 * _BATCH * _TIME * _RNN_WIDTH
   moves = rg_lru_program.moves(text, size)

@@ -170,7 +170,7 @@ def _recurrent(
   elementwise = a * (2 * r + 3 * r) + rg
   kept = 1
   if is_unrolled:
-    kept += 2 * (kernels.block_diagonal == "pallas_gpu") + (kernels.causal_conv == "pallas_gpu")
+    kept += 2 * (kernels.block_diagonal == "pallas_gpu") + (kernels.causal_conv != "shifts")
   return _Part(
     products=a * (2 * r + width),
     batched=a * kept * r,

@@ -13,14 +13,17 @@ y comes twice, since two kernels read it: autodiff then leaves it to the backwar
 what comes back from both, which costs no pass over memory.
 
   shifts      plain JAX. XLA for GPUs forms the K + 2 sums over tokens of the backward pass two at a
-              time, each time reading what they are of
+              time, each time reading what they are of; on TPUs the moved tokens cost it several
+              times what the bytes do
   pallas_gpu  Triton kernels that read and write every activation once: 4 bytes a channel and token
               forward and 8 backward where XLA's passes move 4 and 16, for activations of 2 bytes
+  pallas_tpu  the same for TPUs, at most 17 taps; asked for by name (docs/benchmarks.md says why)
 
 Rows that something is before are left to shifts: prompts and single tokens, and the shards of rows
 that are split over devices.
 """
 
+import functools
 from typing import cast
 
 import jax
@@ -28,9 +31,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dispatch, shapes
-from kernels.causal_conv import pallas_gpu
+from kernels.causal_conv import pallas_gpu, pallas_tpu
+from kernels.varying import varying_alike
 
-IMPLEMENTATIONS = ("shifts", "pallas_gpu")
+_FUSED = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+IMPLEMENTATIONS = ("shifts", *_FUSED)
 _DEFAULTS = {"cpu": "shifts", "tpu": "shifts", "gpu": "pallas_gpu"}
 
 
@@ -75,7 +80,10 @@ def convolve(
   if implementation == "shifts" or before_BHR is not None:
     y_BTR = _shifts(x_BTR, b_in_R, w_KR, b_R, document_BT, before_BHR, before_document_BH)
     return y_BTR, y_BTR
-  results = _fused(x_BTR, b_in_R, w_KR, b_R, document_BT)
+  arrays = (x_BTR, b_in_R, w_KR, b_R, document_BT)
+  if tracks_varying(implementation):
+    arrays = varying_alike(*arrays)
+  results = _fused(implementation, *arrays)
   return cast(tuple[jax.Array, jax.Array], results)
 
 
@@ -105,23 +113,25 @@ def _same(document_BT, distance, before_document_BH=None):
   return document_BS[:, first : first + time] == document_BT
 
 
-@jax.custom_vjp
-def _fused(x_BTR, b_in_R, w_KR, b_R, document_BT):
-  y_BTR = pallas_gpu.forward(x_BTR, b_in_R, w_KR, b_R, _all_same(document_BT, w_KR))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
+  forward = _FUSED[implementation].forward
+  y_BTR = forward(x_BTR, b_in_R, w_KR, b_R, _all_same(document_BT, w_KR))
   return y_BTR, y_BTR
 
 
-def _fused_forward(x_BTR, b_in_R, w_KR, b_R, document_BT):
-  y_BTR, _ = _fused(x_BTR, b_in_R, w_KR, b_R, document_BT)
+def _fused_forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
+  forward = _FUSED[implementation].forward
+  y_BTR = forward(x_BTR, b_in_R, w_KR, b_R, _all_same(document_BT, w_KR))
   # Written for kernels: a remat policy can keep what is named rather than form it again.
   y_BTR = checkpoint_name(y_BTR, "conv")
   return (y_BTR, y_BTR), (x_BTR, b_in_R, w_KR, document_BT)
 
 
-def _fused_backward(kept, cotangents):
+def _fused_backward(implementation, kept, cotangents):
   x_BTR, b_in_R, w_KR, document_BT = kept
   same = _all_same(document_BT, w_KR)
-  return *pallas_gpu.backward(x_BTR, b_in_R, w_KR, same, *cotangents), None
+  return *_FUSED[implementation].backward(x_BTR, b_in_R, w_KR, same, *cotangents), None
 
 
 def _all_same(document_BT, w_KR):

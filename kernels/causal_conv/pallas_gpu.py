@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.causal_conv.links import link_words
 from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
@@ -39,7 +40,9 @@ def forward(
   """y in the dtype of x. `same[d - 1]` is whether the token d before each is of its document."""
   shape, taps = x_BTR.shape, w_KR.shape[0]
   call = _Call(_forward, (shape_of(x_BTR),), shape, taps, "causal_conv_forward")
-  (y_BTR,) = on_gpu_or_interpreted(call, x_BTR, b_in_R, w_KR, b_R, _links(same, shape))
+  (y_BTR,) = on_gpu_or_interpreted(
+    call, x_BTR, b_in_R, w_KR, b_R, link_words(same, shape, "pallas_gpu", _MOST_TAPS)
+  )
   return y_BTR
 
 
@@ -56,21 +59,17 @@ def backward(
   batch, time, width = shape
   sums = jax.ShapeDtypeStruct((batch, pl.cdiv(time, _STEPS), taps + 2, width), jnp.float32)
   call = _Call(_backward, (shape_of(x_BTR), sums), shape, taps, "causal_conv_backward")
-  arrays = (x_BTR, dy_BTR, more_dy_BTR, b_in_R, w_KR, _links(same, shape))
+  arrays = (
+    x_BTR,
+    dy_BTR,
+    more_dy_BTR,
+    b_in_R,
+    w_KR,
+    link_words(same, shape, "pallas_gpu", _MOST_TAPS),
+  )
   dx_BTR, sums_BNSR = on_gpu_or_interpreted(call, *arrays)
   sums_SR = jnp.sum(sums_BNSR, axis=(0, 1))
   return dx_BTR, sums_SR[taps + 1], sums_SR[:taps], sums_SR[taps]
-
-
-def _links(same: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-  """Bit d of a token's word: the token d before it is of its document."""
-  if len(same) >= _MOST_TAPS:
-    raise ValueError(
-      f"causal_conv: {len(same) + 1} taps are more than the {_MOST_TAPS} of pallas_gpu; use fewer, "
-      "or implementation shifts"
-    )
-  bits = [jnp.where(same_BT, 1 << distance, 0) for distance, same_BT in enumerate(same, start=1)]
-  return sum(bits, jnp.zeros(shape[:2], jnp.int32))
 
 
 class _Call(NamedTuple):

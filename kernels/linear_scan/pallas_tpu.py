@@ -202,11 +202,16 @@ class Tiles:
   def unless(self, past_RL, value_RL, otherwise: float):
     return value_RL if past_RL is None else jnp.where(past_RL, otherwise, value_RL)
 
-  def for_rows(self, first_token, rows_of, carry_ref) -> None:
-    """carry = rows_of(row, carry) for every ROWS tokens of the tile, in the recurrence's order."""
+  def rows_of_tile(self, first_token):
+    """How often ROWS tokens the tile from `first_token` on has."""
     count = self.tile_time // ROWS
     if self.time % self.tile_time:
       count = jnp.minimum(count, jax.lax.div(self.time - first_token + (ROWS - 1), ROWS))
+    return count
+
+  def for_rows(self, first_token, rows_of, carry_ref) -> None:
+    """carry = rows_of(row, carry) for every ROWS tokens of the tile, in the recurrence's order."""
+    count = self.rows_of_tile(first_token)
 
     def body(step, states):
       index = count - 1 - step if self.reverse else step
