@@ -21,6 +21,7 @@ from train import plan as plans
 from train.layouts import Layout
 from train.roofline import Executed, roofline, transfer
 from train.search import SAFE_MARGIN, advice, evaluate, layouts, search
+from train.traffic import hbm_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -191,6 +192,7 @@ def test_a_roofline_counts_all_that_is_executed():
     executed=Executed(2e9, attention_forward=1e9, attention_backward=3e9, visited=1.5),
     tokens_per_device=100,
     hbm_bytes=5e9,
+    relayout_bytes=0.0,
     transfers=(),
     machine=machine,
   )
@@ -200,8 +202,36 @@ def test_a_roofline_counts_all_that_is_executed():
   )
   assert found.compute_reached == pytest.approx(100e9 * at_peak / chip.peak_flops)
   assert found.hbm_reached == pytest.approx(5e9 / chip.hbm_bytes_per_second / reached.hbm)
+  assert found.relayout_reached == 0
   times = (found.compute_reached, found.hbm_reached)
   assert found.expected_seconds == pytest.approx((max(times) + sum(times)) / 2)
+
+
+def test_weights_that_fill_no_tiles_are_copied():
+  """20 of 5120 rows on each of 256 chips, where a tile has 8; the compiled step of griffin-14b on
+  v5e:16x16 has such copies, by the compiler a quarter of its time."""
+  run, machine = _preset("griffin", "14b"), machines.of_topology("v5e:16x16")
+
+  def of(**settings):
+    found = evaluate(run, Layout(num_microbatches=2, **settings), machine)
+    assert found is not None
+    planned = found.layout.of(run)
+    return hbm_bytes(planned, found.layout.mesh, chip=machine.chip), found.roofline
+
+  whole, faster = of(mesh=MeshShape(data=2, fsdp=128))
+  broken, slower = of(mesh=MeshShape(fsdp=256))
+  assert whole.relayouts == 0
+  # Of each microbatch, forward and backward: 14 billion weights of 2 bytes, read and written.
+  assert broken.relayouts == pytest.approx(2 * 2 * 2 * 2 * 14e9, rel=0.05)
+  assert broken.total - broken.relayouts == pytest.approx(whole.total, rel=0.05)
+  assert faster.relayout_reached == 0
+  assert slower.hbm_reached == pytest.approx(faster.hbm_reached, rel=0.01)
+  assert slower.expected_seconds > 1.15 * faster.expected_seconds
+  best = search(run, machine)[0].layout.mesh
+  assert run.model.width % (8 * best.fsdp) == 0
+  # Arrays on GPUs have no tiles, and at ZeRO stage 2 nothing is gathered for a microbatch.
+  assert hbm_bytes(run, MeshShape(fsdp=256), chip=chip_named("h100")).relayouts == 0
+  assert of(mesh=MeshShape(fsdp=256), zero_stage=2)[0].relayouts == 0
 
 
 @pytest.mark.parametrize(("chip", "chips", "slices"), [("v5e", 256, 1), ("v5e", 32, 2)])

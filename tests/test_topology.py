@@ -32,6 +32,8 @@ def test_chips_are_found_by_the_kind_of_their_devices(device_kind, name, peak_tf
   assert chip.source
   reached = dataclasses.asdict(chip.reached)
   assert reached.pop("source")
+  relayout = reached.pop("relayout")
+  assert relayout is None or 0.1 < relayout < reached["hbm"]
   assert all(0.1 < share < 1.0 for share in reached.values())
   # A number in the wrong unit would lie far outside of these.
   assert 15e9 < chip.hbm_bytes < 1e12

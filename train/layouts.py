@@ -48,10 +48,17 @@ def layout_of(run: Run, num_devices: int) -> Layout:
 
 
 def _layout(
-  fsdp: int, tensor: int, zero_stage: Stage, remat: Remat, parts: int, *, sequence: int = 1
+  fsdp: int,
+  tensor: int,
+  zero_stage: Stage,
+  remat: Remat,
+  parts: int,
+  *,
+  data: int = 1,
+  sequence: int = 1,
 ) -> Layout:
   return Layout(
-    mesh=MeshShape(fsdp=fsdp, sequence=sequence, tensor=tensor),
+    mesh=MeshShape(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor),
     zero_stage=zero_stage,
     remat=remat,
     num_microbatches=parts,
@@ -65,12 +72,12 @@ RECOMMENDED: dict[str, dict[str, Layout]] = {
   "v5e-256": {
     "100m": _layout(128, 2, 3, "none", 1),
     "200m": _layout(128, 2, 3, "none", 1),
-    "400m": _layout(256, 1, 3, "none", 1),
+    "400m": _layout(64, 1, 3, "none", 1, data=4),
     "1b": _layout(256, 1, 3, "none", 1),
-    "3b": _layout(256, 1, 3, "matmuls", 1),
+    "3b": _layout(128, 1, 3, "none", 1, data=2),
     "7b": _layout(256, 1, 3, "block", 1),
-    "14b": _layout(256, 1, 3, "block", 2),
-    "2b": _layout(128, 2, 3, "matmuls", 1),
+    "14b": _layout(128, 1, 3, "block", 2, data=2),
+    "2b": _layout(16, 2, 3, "none", 1, data=8),
     "9b": _layout(128, 2, 3, "block", 2),
     "long-row-1b": _layout(4, 1, 3, "block", 1, sequence=64),
   },

@@ -247,7 +247,7 @@ def _plan(
   platform = machine.chip.platform
   flops = flops_per_token(run.model, run.data.row_length)
   executed = executed_flops(run, flops, platform=platform)
-  moved = hbm_bytes(run, mesh, platform=platform)
+  moved = hbm_bytes(run, mesh, chip=machine.chip)
   return Plan(
     run=run,
     machine=machine,
@@ -265,6 +265,7 @@ def _plan(
       executed=executed,
       tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
       hbm_bytes=moved.total,
+      relayout_bytes=moved.relayouts,
       transfers=sent,
       machine=machine,
     ),

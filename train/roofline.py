@@ -113,6 +113,7 @@ class Roofline:
   dcn: float
   compute_reached: float  # as `compute`, at the shares of the peak that kernels reach
   hbm_reached: float
+  relayout_reached: float  # of copies into whole tiles, which `hbm_reached` leaves out
   model_flops: float  # of one step and device, nothing recomputed
   peak_flops: float
 
@@ -139,9 +140,9 @@ class Roofline:
   def expected_seconds(self) -> float:
     """What a step is expected to take, and what layouts are compared by: with kernels as fast as
     they are known to be, half way between all hidden and nothing hidden. Of what is sent, gathers
-    of weights hide well and all-reduces of activations badly."""
+    of weights hide well and all-reduces of activations badly; copies hide behind nothing."""
     times = (self.compute_reached, self.hbm_reached, self.ici, self.dcn)
-    return (max(times) + sum(times)) / 2
+    return (max(times) + sum(times)) / 2 + self.relayout_reached
 
   @property
   def expected_mfu(self) -> float:
@@ -158,23 +159,29 @@ def roofline(
   executed: Executed,
   tokens_per_device: float,
   hbm_bytes: float,
+  relayout_bytes: float,
   transfers: Iterable[Transfer],
   machine: Machine,
 ) -> Roofline:
-  """`tokens_per_device` are those of a step divided by all devices, whatever they share."""
+  """`tokens_per_device` are those of a step divided by all devices, whatever they share.
+  `relayout_bytes` are those of `hbm_bytes` that copies into whole tiles move."""
   chip = machine.chip
   reached = chip.reached
   transfers = list(transfers)
-  hbm = hbm_bytes / chip.hbm_bytes_per_second
+  relayout = 0.0
+  if relayout_bytes:
+    assert reached.relayout is not None
+    relayout = relayout_bytes / (reached.relayout * chip.hbm_bytes_per_second)
   at_peak = executed.matmul / reached.matmul + executed.visited * (
     executed.attention_forward / reached.attention_forward
     + executed.attention_backward / reached.attention_backward
   )
   return Roofline(
     compute=executed.total * tokens_per_device / chip.peak_flops,
-    hbm=hbm,
+    hbm=hbm_bytes / chip.hbm_bytes_per_second,
     compute_reached=at_peak * tokens_per_device / chip.peak_flops,
-    hbm_reached=hbm / reached.hbm,
+    hbm_reached=(hbm_bytes - relayout_bytes) / (reached.hbm * chip.hbm_bytes_per_second),
+    relayout_reached=relayout,
     ici=sum(one.link_seconds for one in transfers),
     dcn=sum(one.network_seconds for one in transfers),
     model_flops=flops.train * tokens_per_device,

@@ -76,11 +76,13 @@ def evaluate(run: Run, layout: Layout, machine: Machine) -> Candidate | None:
   except ValueError:
     return None
   flops = flops_per_token(run.model, run.data.row_length)
+  moved = hbm_bytes(planned, layout.mesh, chip=machine.chip)
   times = roofline(
     flops=flops,
     executed=executed_flops(planned, flops, platform=platform),
     tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
-    hbm_bytes=hbm_bytes(planned, layout.mesh, platform=platform).total,
+    hbm_bytes=moved.total,
+    relayout_bytes=moved.relayouts,
     transfers=collectives(planned, layout.mesh, machine),
     machine=machine,
   )

@@ -15,6 +15,7 @@ from models.flops import Flops, visible_keys
 from models.layers import attention, rg_lru
 from sharding.machine import Machine, positions
 from sharding.mesh import MeshShape
+from sharding.topology import Chip
 from train.activations import UNFUSED_SCANS
 from train.config import Run
 from train.footprint import (
@@ -31,6 +32,7 @@ _FLOAT32 = _INT32 = 4
 # Logits are made twice, forward and again in the backward pass, a chunk of the vocabulary at a
 # time; a chunk's float32 logits are written, and read for the sum and for the product.
 _LOGIT_PASSES = 6
+_TILE_ROWS = 8
 
 
 class HbmBytes(NamedTuple):
@@ -41,14 +43,16 @@ class HbmBytes(NamedTuple):
   gradients: float
   activations: float
   logits: float
+  relayouts: float  # gathered weights, copied into whole tiles
 
   @property
   def total(self) -> float:
     return sum(self)
 
 
-def hbm_bytes(run: Run, mesh: MeshShape, *, platform: str) -> HbmBytes:
+def hbm_bytes(run: Run, mesh: MeshShape, *, chip: Chip) -> HbmBytes:
   """The bytes by what they are for."""
+  platform = chip.platform
   state = state_bytes(run, mesh, platform=platform)
   numbers = compute_numbers(run.model, mesh, platform)
   size = _BYTES[run.model.dtype]
@@ -69,7 +73,18 @@ def hbm_bytes(run: Run, mesh: MeshShape, *, platform: str) -> HbmBytes:
     gradients=parts * (2 * used * size + (2 * state.gradients if parts > 1 else state.gradients)),
     activations=tokens * (sum(one.moved for one in blocks) + ends),
     logits=tokens * logits,
+    relayouts=_relayouts(run, mesh, used, chip),
   )
+
+
+def _relayouts(run: Run, mesh: MeshShape, used: float, chip: Chip) -> float:
+  """On a TPU the rows of an array come in tiles of 8. Where a shard of the width is no multiple of
+  that, gathered weights lie in no order that a product can read, and the compiler for a v5e copies
+  them: read and written, forward and again backward."""
+  fills_tiles = run.model.width % (_TILE_ROWS * mesh.fsdp) == 0
+  if chip.reached.relayout is None or mesh.fsdp == 1 or run.zero_stage < 3 or fills_tiles:
+    return 0.0
+  return run.num_microbatches * 2 * 2 * used * _BYTES[run.model.dtype]
 
 
 def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
