@@ -24,6 +24,7 @@ def serving() -> Iterator["Server"]:
     patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
     yield server
     server.shutdown()
+    server.server_close()
 
 
 class Server(http.server.ThreadingHTTPServer):
