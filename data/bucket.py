@@ -47,10 +47,10 @@ def replace(url: str, content: bytes, *, of: bytes) -> bytes | None:
   return folder.write(name, content, if_equal=of).result().generation or None
 
 
-def delete(url: str) -> None:
-  """Deletes an object, if it is there."""
+def delete(url: str, *, of: bytes | None = None) -> None:
+  """Deletes an object, if it is there, and if its generation is still `of`, unless that is None."""
   folder, name = _split(url)
-  folder.write(name, None).result()
+  folder.write(name, None, if_equal=of).result()
 
 
 def names(url: str, *, seconds: float | None = None) -> list[str]:

@@ -28,7 +28,8 @@ def serving() -> Iterator["Server"]:
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """`objects`: (bucket, name) -> (content, generation). `refuse`: it makes names read-only."""
+  """`objects`: (bucket, name) -> (content, generation). `refuse`: it makes names read-only.
+  `lose`: the next write of such a name is done, and its answer is lost."""
 
   daemon_threads = True
   request_queue_size = 128
@@ -38,6 +39,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.objects: dict[tuple[str, str], tuple[bytes, int]] = {}
     self.lock = threading.Lock()
     self.refuse: str | None = None
+    self.lose: str | None = None
     self.url = f"http://127.0.0.1:{self.server_address[1]}"
     threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -86,6 +88,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return
       generation = time.time_ns()
       self.server.objects[bucket, name] = (content, generation)
+      is_lost = self.server.lose is not None and self.server.lose in name
+      if is_lost:
+        self.server.lose = None
+    if is_lost:
+      self._answer(503)  # as what stands between says it
+      return
     body = {"name": name, "bucket": bucket, "generation": str(generation), "size": len(content)}
     self._answer(200, json.dumps(body).encode(), generation)
 

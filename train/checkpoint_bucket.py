@@ -193,20 +193,29 @@ class BucketLock:
   """As train/lock.py: Lock; if the process dies, held until it was not renewed for a while."""
 
   def __init__(self, directory: BucketFolder):
-    self._url = f"{directory}/lock"
-    self._holder = f"process {os.getpid()} on {socket.gethostname()}"
+    self._place, self._url = str(directory), f"{directory}/lock"
+    self._holder = f"process {os.getpid()} on {socket.gethostname()}, lock {random_number():08x}"
     self._generation = self._take()
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._renew, name="renew_lock", daemon=True)
     self._thread.start()
 
   def check(self) -> None:
-    """Nothing: who finds at a renewal that another run has the lock ends at once."""
+    """Raises InUseError if another run has taken the lock, and perhaps given it back."""
+    holder, generation = self._read()
+    if generation is None:
+      raise InUseError(
+        f"{self._place} was taken by another run ({holder}) while this one ({self._holder}) was "
+        "writing there: this one stops. Stop the other before you start it again, or give it "
+        "another workdir"
+      )
 
   def close(self) -> None:
     self._closed.set()
     self._thread.join()
-    bucket.delete(self._url)
+    _, generation = self._read()
+    if generation is not None:
+      bucket.delete(self._url, of=generation)
 
   def _take(self) -> bytes:
     seen = bucket.generation(self._url)
@@ -214,19 +223,34 @@ class BucketLock:
     if holder is not None and not _is_dead(holder.decode()):
       logging.info("%s was held by %s: waiting whether it is renewed", self._url, holder.decode())
       time.sleep(2 * HEARTBEAT_SECONDS)
-    taken = bucket.replace(self._url, self._holder.encode(), of=seen)
+    taken = self._write(of=seen)
     if taken is None:
-      now = (bucket.read(self._url) or b"one that has just ended").decode()
+      holder, _ = self._read()
       raise InUseError(
-        f"{self._url.removesuffix('/lock')} is in use by a run ({now}): wait for it, stop it, or "
-        "use another workdir"
+        f"{self._place} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
       )
     return taken
+
+  def _write(self, *, of: bytes) -> bytes | None:
+    """The generation of the lock with this one's name in it; None if it is not this one's."""
+    written = bucket.replace(self._url, self._holder.encode(), of=of)
+    if written is None:
+      # A write whose answer was lost is done, and refused when it is tried again.
+      _, written = self._read()
+    return written
+
+  def _read(self) -> tuple[str, bytes | None]:
+    """Who has the lock, and its generation if that is this one."""
+    found = bucket.read_newer(self._url, than=b"")
+    if found is None:
+      return "one that has just ended", None
+    content, generation = found
+    return content.decode(), generation if content == self._holder.encode() else None
 
   def _renew(self) -> None:
     while not self._closed.wait(HEARTBEAT_SECONDS):
       try:
-        renewed = bucket.replace(self._url, self._holder.encode(), of=self._generation)
+        renewed = self._write(of=self._generation)
       except ValueError as error:
         logging.warning("%s: not renewed (%s)", self._url, error)
         continue
@@ -238,7 +262,7 @@ class BucketLock:
 
 def _is_dead(holder: str) -> bool:
   """Whether it is known at once: a process of this host that is not there any more."""
-  match = re.fullmatch(r"process (\d+) on (.*)", holder)
+  match = re.fullmatch(r"process (\d+) on ([^,]*).*", holder)
   if match is None or match[2] != socket.gethostname():
     return False
   try:
