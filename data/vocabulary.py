@@ -27,6 +27,7 @@ _NAMES = {
   "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]"),
   "pad": ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]"),
 }
+_DOES = {"bos": "start", "eos": "end"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ class Vocabulary:
   decode_ids: Callable[[list[int]], str]
 
   def encode(self, text: str) -> np.ndarray:
-    """The ids of one document: bos if there is one, the text, eos."""
+    """The ids of one document: bos if there is one, the text, eos; ValueError where the text has
+    bos or eos in it, which would be read as the start or the end of a document."""
     ids = np.asarray(self.encode_text(text), dtype=np.int64)
     before = [] if self.record.bos is None else [self.record.bos]
     ids = np.concatenate([before, ids, [self.record.eos]]).astype(np.int64)
@@ -73,7 +75,19 @@ class Vocabulary:
       raise ValueError(
         f"vocabulary: token id {ids.max()} is not below the vocabulary size {self.record.size}"
       )
-    return ids.astype(self.record.dtype)
+    encoded = ids.astype(self.record.dtype)
+    if self.record.kind != "byte":  # whose bos and eos no UTF-8 has in it
+      self._check_text(encoded[len(before) : -1])
+    return encoded
+
+  def _check_text(self, ids: np.ndarray) -> None:
+    for part, token in (("bos", self.record.bos), ("eos", self.record.eos)):
+      if token is not None and np.count_nonzero(ids == token):
+        raise ValueError(
+          f"vocabulary: the text has {self.decode_ids([token])!r} in it, which this vocabulary "
+          f"reads as its {part} (token {token}): a document would {_DOES[part]} there. Choose a "
+          f"token that no text has in it with --{part}_token, or write it another way in the text"
+        )
 
   def encode_beginning(self, text: str) -> np.ndarray:
     """The ids of a document that goes on after `text`: bos if there is one, the text; ValueError

@@ -217,3 +217,40 @@ def test_files_that_are_no_vocabulary_are_refused(tmp_path):
     vocabulary.load(str(tmp_path / "absent.json"))
   with pytest.raises(ValueError, match="byte has its own"):
     vocabulary.load("byte", eos_token="</s>")
+
+
+def _spelt(kind: str, folder) -> str:
+  """A vocabulary that reads <|end|> in a text as that token, as ordinary ones are read."""
+  if kind == "sentencepiece":
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+      sentence_iterator=iter(TEXTS * 20),
+      model_writer=model,
+      vocab_size=320,
+      model_type="bpe",
+      byte_fallback=True,
+      user_defined_symbols=["<|end|>"],
+      minloglevel=2,
+    )
+    (folder / "user.model").write_bytes(model.getvalue())
+    return str(folder / "user.model")
+  words = {"a": 0, "</s>": 1, "<|end|>": 2}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="a"))
+  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  tokenizer.save(str(folder / "words.json"))
+  return str(folder / "words.json")
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
+@pytest.mark.parametrize("part", ["bos", "eos"])
+def test_a_text_that_would_start_or_end_a_document_in_its_midst_is_refused(kind, part, tmp_path):
+  path = _spelt(kind, tmp_path)
+  names = {"bos_token": "none", "eos_token": "</s>", f"{part}_token": "<|end|>"}
+  loaded = vocabulary.load(path, **names)
+  assert loaded.encode("a a")[-1] == loaded.record.eos
+  refused = rf"the text has '<\|end\|>' in it, .* as its {part} .* --{part}_token"
+  with pytest.raises(ValueError, match=refused):
+    loaded.encode("a <|end|> a")
+  # The way out: where it plays no part, it is a token like others.
+  other = vocabulary.load(path, bos_token="none", eos_token="</s>")
+  assert np.count_nonzero(other.encode("a <|end|> a") == other.record.eos) == 1
