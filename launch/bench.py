@@ -14,7 +14,6 @@ steps: of_a_step is its part of a step's time, share what it adds to that of all
 import dataclasses
 import datetime
 import json
-import pathlib
 import platform
 import resource
 import shlex
@@ -113,7 +112,7 @@ def _statistics(
 
 def _loader_tokens_per_second(run: Run) -> float:
   """Tokens of batches read in a few seconds, by one process of this run."""
-  if all(pathlib.Path(path).exists() for path, _ in run.data.sources):
+  if all(token_store.is_complete(path) for path, _ in run.data.sources):
     return _read(run.data, run.batch_size)
   with tempfile.TemporaryDirectory() as folder:
     path = f"{folder}/store"

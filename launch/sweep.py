@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
+from data import token_store
 from launch.console import log_for_people, parse_flags, refuse
 from launch.overrides import ask
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
@@ -141,7 +142,7 @@ def _check_data(points: Sequence[Point]) -> None:
   if _LAUNCH.value is not None:
     return
   paths = {path for point in points for path, _ in point.run.data.sources}
-  missing = sorted(path for path in paths if not pathlib.Path(path).exists())
+  missing = sorted(path for path in paths if not token_store.is_complete(path))
   if missing:
     raise ValueError(
       f"there is no token store {missing[0]} (seen from the current folder): prepare it with "

@@ -1,19 +1,23 @@
 """Sweeps: planned, run, killed, changed, handed to a cluster; and the grids that are shipped."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
+from launch import sweep as sweep_module
 from launch.overrides import ask, load
 from models.flops import count_params, flops_per_token
 from sharding.topology import chip_named
 from tests import tiny
 from tests.commands import ROOT
+from tests.fake_gcs import serving
 from train.jsonl import read_jsonl
 from train.lock import Lock
 from train.sweep import (
@@ -317,6 +321,19 @@ def test_without_its_data_nothing_is_started(sweep):
 _MOVED = """return dataclasses.replace(
     run,
     data=dataclasses.replace(run.data, sources=(("runs/nowhere", 1.0),)),"""
+
+
+def test_data_in_a_bucket_is_there_when_its_store_is_complete(sweep, monkeypatch):
+  sweep.grid(["griffin", 4, 1e-2])
+  (point,) = ask(f"tests/sweep_config.py:{sweep.folder}", "get_sweep")
+  data = dataclasses.replace(point.run.data, sources=(("gs://bucket/train", 1.0),))
+  point = dataclasses.replace(point, run=dataclasses.replace(point.run, data=data))
+  monkeypatch.setattr(sweep_module, "_LAUNCH", types.SimpleNamespace(value=None))
+  with serving():
+    with pytest.raises(ValueError, match="there is no token store gs://bucket/train"):
+      sweep_module._check_data([point])
+    tiny.store("gs://bucket/train")
+    sweep_module._check_data([point])
 
 
 def test_a_run_that_was_started_by_hand_is_taken_over(sweep):

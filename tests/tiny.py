@@ -14,7 +14,7 @@ from train.optimizer import AdamW
 from train.statistics import StatisticsConfig
 
 
-def store(path: pathlib.Path, *, seed: int = 0, documents: int = 40) -> str:
+def store(path: pathlib.Path | str, *, seed: int = 0, documents: int = 40) -> str:
   """A token store of random text."""
   rng = np.random.default_rng(seed)
   words = vocabulary.load("byte")

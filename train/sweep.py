@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from data import token_store
+from data.bucket import is_url
 from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run
@@ -75,7 +76,7 @@ class Facts(NamedTuple):
   steps: int
   flops: float
   memory_bytes: float  # of one device, by train/footprint.py
-  epochs: float | None  # passes over the data; None while it is not prepared
+  epochs: float | None  # passes over the data; None while it is not prepared, or in a bucket
 
 
 def facts(run: Run) -> Facts:
@@ -86,7 +87,8 @@ def facts(run: Run) -> Facts:
   stores = [path for path, _ in run.data.sources]
   available = (
     sum(token_store.read_manifest(path).num_tokens for path in stores)
-    if all(pathlib.Path(path).exists() for path in stores)
+    # A plan is made also where no way leads to the bucket.
+    if all(not is_url(path) and token_store.is_complete(path) for path in stores)
     else None
   )
   return Facts(
