@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from absl import logging
@@ -70,16 +70,28 @@ def held(path: pathlib.Path) -> Iterator[None]:
 
   Raises ValueError where another process holds it. A file system without locks is said so.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a") as lock:
+  with _locked(path):
+    yield
+    path.unlink()
+
+
+def _locked(path: pathlib.Path) -> TextIO:
+  while True:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+      file.close()
       raise ValueError(f"{path.parent}: another prepare is at work here; wait for it") from error
     except OSError as error:
       logging.warning("%s: no locks here (%s): run one prepare at a time", path.parent, error)
-    yield
-    path.unlink()
+      return file
+    # One that its holder removed after it was opened here would hold nobody back.
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        return file
+    file.close()
 
 
 class PartWriter:
