@@ -1,12 +1,16 @@
 """Checkpoints in a bucket, with a Cloud Storage on this machine."""
 
+import re
+import time
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from data import bucket
 from tests import checkpoint_process
-from tests.fake_gcs import serving
+from tests.fake_gcs import _Handler, serving
 from tests.test_checkpoint_processes import two_processes
 from train import checkpoint_bucket
 from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, restore
@@ -101,6 +105,18 @@ def test_an_interrupted_removal_is_finished_by_the_next_start(server):
   assert not [name for name in server.names() if "/00000001" in name]
 
 
+def test_killed_between_its_record_and_its_mark_it_is_a_checkpoint_with_all_its_arrays(server):
+  _write(1)
+  (arrays,) = {name.split("/")[2] for name in server.names("run/checkpoints_arrays/")}
+  bucket.write(f"{PLACE}/{arrays}.tmp", b"")  # which the next start finds beside the record
+  _write(2)
+  assert steps(PLACE) == [1, 2]
+  mesh = _mesh(2, 1)
+  restored = restore(PLACE, 1, _abstract(mesh))
+  np.testing.assert_array_equal(restored.state["w_DF"], _state(1, mesh)["w_DF"])
+  assert not [name for name in server.names() if name.endswith(".tmp")]
+
+
 def test_damage_is_found_and_set_aside(server):
   _write(1, 2)
   name = next(name for name in server.names("run/checkpoints_arrays/00000002") if "w_DF/c/" in name)
@@ -127,9 +143,11 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_waited_for_long(server):
   assert "run/checkpoints/lock" not in server.names()
 
 
-def test_two_processes_save_as_one_and_one_process_restores_them():
+def test_two_processes_save_as_one_and_one_process_restores_them(server, monkeypatch):
+  num_blocks = _of_each_record(server, monkeypatch)
   told = two_processes(PLACE)
   assert told[0] == told[1] == "start 0\ntemporary 16\npermanent 20\ntemporary 32\npermanent 40"
+  assert num_blocks == [4, 4, 4, 4]
   assert steps(PLACE) == [20, 40]
   restored = restore(PLACE, 40, checkpoint_process.abstract(checkpoint_process.make_mesh()))
   expected = checkpoint_process.init()
@@ -137,3 +155,19 @@ def test_two_processes_save_as_one_and_one_process_restores_them():
     expected = jax.jit(checkpoint_process.update)(expected)
   assert int(restored.state["step"]) == 40
   np.testing.assert_array_equal(restored.state["w_DF"], expected["w_DF"])
+
+
+def _of_each_record(server, monkeypatch) -> list[int]:
+  """How many blocks of w_DF are there when each record is written; those of process 1 are late."""
+  num_blocks, write = [], _Handler.do_POST
+
+  def slow_write(handler):
+    if "w_DF%2Fc%2F1%2F" in handler.path:
+      time.sleep(0.2)
+    if record := re.search(r"checkpoints%2F(\d+)\.json", handler.path):
+      arrays = server.names(f"run/checkpoints_arrays/{record[1]}-")
+      num_blocks.append(sum("w_DF/c/" in name for name in arrays))
+    write(handler)
+
+  monkeypatch.setattr(_Handler, "do_POST", slow_write)
+  return num_blocks

@@ -103,6 +103,21 @@ def test_small_files_follow_and_come_back(server, tmp_path):
     assert (there / "passed_over.json").read_text() == "[4]"
 
 
+def test_a_file_that_cannot_be_copied_now_holds_up_no_other_and_is_copied_later(server, tmp_path):
+  for name in ("a.json", "b.json", "c.json.tmp"):
+    (tmp_path / name).write_text("old")
+  with mirror.Mirror(tmp_path, URL) as copies:
+    server.refuse = "a.json"
+    copies.copy()
+    assert server.names() == ["run/files/b.json"]
+    server.refuse = None
+    copies.copy()
+    assert server.names() == ["run/files/a.json", "run/files/b.json"]
+    (tmp_path / "a.json").write_text("new")  # as long as before
+    copies.copy()
+    assert server.objects["bucket", "run/files/a.json"][0] == b"new"
+
+
 def test_a_run_in_a_bucket_ends_like_one_in_a_folder(server, commands, tmp_path):
   """Its tokens there too; killed, and gone on with by a machine that has none of its files."""
   tiny.run(tmp_path)
