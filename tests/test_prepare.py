@@ -354,12 +354,22 @@ def test_a_finished_store_of_other_settings_is_refused_with_the_reason():
     prepare(_job("a.jsonl", settings=Settings(vocabulary="byte", errors="replace")))
   with pytest.raises(ValueError, match="holdout_every was 0, it is 2"):
     prepare(_job("a.jsonl", holdout_every=2, holdout_output="held"))
+  with pytest.raises(ValueError, match=r"vocabulary was .*'byte'.* it is .*'huggingface'"):
+    prepare(_job("a.jsonl", settings=_tokenizer(MODELS["BPE"])))
   for output, origin in (("other", {}), ("third", {"by": "another program"})):
     writer = token_store.Writer(output, BYTE.record, origin=origin)
     writer.append(np.array([254, 255]), np.array([2]), text_bytes=0)
     writer.close()
     with pytest.raises(ValueError, match="it does not say what"):
       prepare(_job("a.jsonl", output=output))
+
+
+def test_a_finished_store_of_its_inputs_in_another_order_is_refused():
+  for name in ("a", "b"):
+    pathlib.Path(f"{name}.txt").write_text(name)
+  prepare(_job("a.txt", "b.txt"))
+  with pytest.raises(ValueError, match="the inputs are in another order"):
+    prepare(_job("b.txt", "a.txt"))
 
 
 def test_a_damaged_finished_store_is_not_called_complete():

@@ -1,5 +1,6 @@
 """Token stores: what was written is read; a store that is cut off or edited is found."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import pytest
 
 from data import token_store, vocabulary
 from data.token_store import TokenStore, Writer, read_manifest
+from tests.fake_gcs import serving
 
 BYTE = vocabulary.load("byte").record
 
@@ -145,6 +147,25 @@ def test_a_flipped_bit_of_a_large_store_is_found_when_the_block_is_read(store):
     opened.verify()
 
 
+def test_a_flipped_bit_among_ids_of_several_bytes_is_found_when_the_block_is_read(tmp_path):
+  wide = dataclasses.replace(BYTE, size=70_000)
+  token_store.write(str(tmp_path), [np.arange(20_000) + 40_000], wide, text_bytes=1)
+  opened = TokenStore(str(tmp_path), in_memory_bytes=0)
+  np.testing.assert_array_equal(opened.read(np.array([19_998]), 2), [[59_998, 59_999]])
+  _flip(tmp_path / "tokens/c/0", 0.01)
+  with pytest.raises(ValueError, match="truncated or edited"):
+    TokenStore(str(tmp_path), in_memory_bytes=0).read(np.array([0]), 2000)
+
+
+def test_a_lost_object_of_a_large_store_is_not_read_as_zeros():
+  with serving() as server:
+    token_store.write("gs://bucket/train", _documents(), BYTE, text_bytes=1)
+    store = TokenStore("gs://bucket/train", in_memory_bytes=0)
+    del server.objects["bucket", "train/tokens/c/0"]
+    with pytest.raises(ValueError, match="truncated or edited"):
+      store.read(np.array([0]), 10)
+
+
 def test_tokens_edited_through_tensorstore_are_found(store):
   # Every CRC is right, only the fingerprint can tell.
   url = token_store._url(str(store), "tokens")
@@ -161,6 +182,7 @@ def test_tokens_edited_through_tensorstore_are_found(store):
   ("edit", "message"),
   [
     (lambda values: values.update(num_tokens=5), "manifest.json was edited"),
+    (lambda values: values.update(text_bytes=124), "manifest.json was edited"),
     (lambda values: values["vocabulary"].update(eos=3), "manifest.json was edited"),
     (lambda values: values.update(format="token_store 0"), "format 'token_store 0'"),
     (lambda values: values.pop("files"), "truncated or edited"),

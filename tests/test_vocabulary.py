@@ -189,6 +189,31 @@ def test_a_vocabulary_without_bos_only_ends_documents(huggingface):
   assert without.encode("a").tolist()[0] != vocabulary.load(str(huggingface)).record.bos
 
 
+def test_the_special_tokens_are_those_of_the_file_unless_named(huggingface, sentencepiece_model):
+  def specials(path, **names):
+    loaded = vocabulary.load(str(path), **names)
+    return loaded.record.bos, loaded.record.eos, loaded.record.pad
+
+  # In the order in which the files were made.
+  assert specials(huggingface) == (0, 1, 2)
+  assert specials(huggingface, pad_token="none") == (0, 1, 0)
+  assert specials(sentencepiece_model) == (1, 2, 3)
+  named = {"bos_token": "none", "eos_token": "<s>", "pad_token": "</s>"}
+  assert specials(sentencepiece_model, **named) == (None, 1, 2)
+
+
+def test_the_unknown_token_of_a_sentencepiece_model_is_known(sentencepiece_model):
+  assert vocabulary.load(str(sentencepiece_model)).unknown == 0
+
+
+def test_ids_with_gaps_are_all_below_the_size(tmp_path):
+  tokenizer = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 9}, unk_token="<unk>"))
+  tokenizer.save(str(tmp_path / "gaps.json"))
+  loaded = vocabulary.load(str(tmp_path / "gaps.json"))
+  assert loaded.record.size == 10
+  assert loaded.encode("a").tolist() == [9, 0]
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
