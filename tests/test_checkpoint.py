@@ -1,10 +1,12 @@
 """Checkpoints: equal on any mesh, complete or absent, damage found and named, what is kept."""
 
 import contextlib
+import fcntl
 import gc
 import json
 import pathlib
 import shutil
+import socket
 import threading
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from train import checkpoint, checkpoint_folder
 from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
 from train.checkpoint_folder import DamagedCheckpointError, steps
 from train.checksums import checksums, named_leaves
-from train.lock import Lock
+from train.lock import InUseError, Lock
 
 P = PartitionSpec
 
@@ -455,6 +457,26 @@ def test_a_lock_that_was_removed_is_taken_again_and_refuses_others_still(directo
       (directory / "lock").write_text("process 7 on elsewhere since then\n")
       with pytest.raises(ValueError, match="was taken by another run"):
         checkpoints.save(2, _state(2), {}, kind="permanent")
+
+
+def test_without_locks_the_newer_run_has_the_folder_and_the_older_one_stops(
+  directory, monkeypatch, caplog
+):
+  def refuse(file, how):
+    raise OSError("locks are not supported")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  # In one process only the names in the lock tell two runs apart.
+  names = iter(["one", "another"])
+  monkeypatch.setattr(socket, "gethostname", lambda: next(names))
+  directory.mkdir(exist_ok=True)
+  with caplog.at_level("WARNING", logger="absl"), Lock(directory) as older:
+    assert "this file system has no locks (locks are not supported)" in caplog.text
+    older.check()
+    with Lock(directory) as newer:
+      newer.check()
+      with pytest.raises(InUseError, match=r"taken by another run \(process \d+ on another"):
+        older.check()
 
 
 def test_what_an_interrupted_run_left_is_removed(directory):
