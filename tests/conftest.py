@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from tests.cluster_checkout import make_checkout
 from tests.commands import Commands
 from tests.compiler_flags import FAST_TO_COMPILE
+from tests.pretended_cloud import Cloud
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -32,3 +34,14 @@ def commands():
   commands = Commands()
   yield commands
   commands.close()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+  """A repository with our launch scripts, committed."""
+  return make_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+  return Cloud(tmp_path, checkout)

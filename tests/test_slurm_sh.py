@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.cluster_checkout import environment, git, golden_flags, make_checkout
+from tests.cluster_checkout import environment, git, golden_flags
 
 # Each records its words. A job in the queue is the file `queue`, with its state; a scancel takes it
 # out, unless there is a file `preempts`.
@@ -43,11 +43,6 @@ SAVES = """
   echo "started $SLURM_PROCID $JAX_LOCAL_DEVICE_IDS"
   while true; do sleep 1 & wait $!; done
 """
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-  return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 class Slurm:

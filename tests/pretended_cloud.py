@@ -1,0 +1,81 @@
+"""A cloud in a folder, with tpu.sh run against it: tests/recording_gcloud.py is its gcloud."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+from tests.cluster_checkout import ROOT, environment
+
+ENV_FILE = """
+# a comment
+NAME=try
+PROJECT=my-project
+ZONE="us-east5-b"
+ACCELERATOR_TYPE=v5litepod-16
+RUNTIME_VERSION=v2-alpha-tpuv5-lite
+BUCKET=my-bucket
+RETRY_SECONDS=0
+POLL_SECONDS=0.02
+"""
+SUCCEEDS = 'echo "$HOST $*" >>"$CLOUD/jobs"; echo "step  7/10 | loss 1"; echo "step 10/10 | loss 1"'
+RUNS_ON = """
+  trap 'echo saved; exit 75' TERM
+  echo "$HOST $*" >>"$CLOUD/jobs"; echo "step 3/10"
+  while true; do sleep 1 & wait $!; done
+"""
+JOB = ("--", "--config=configs/griffin.py:1b", "--config.name=a b")
+
+
+class Cloud:
+  """A pretended cloud in a folder, and tpu.sh run against it."""
+
+  def __init__(self, folder: pathlib.Path, checkout: pathlib.Path):
+    self.folder, self.checkout = folder, checkout
+    recorder = shlex.join([sys.executable, "-S", "-E", str(ROOT / "tests/recording_gcloud.py")])
+    self.environment = {
+      **environment(folder, {"gcloud": f'exec {recorder} "$@"'}),
+      "POLL_SECONDS": "0.02",
+    }
+    (folder / "cluster.env").write_text(ENV_FILE)
+    self.set(SUCCEEDS)
+
+  def set(self, job: str, **scenario) -> None:
+    (self.folder / "job.sh").write_text(job)
+    (self.folder / "scenario.json").write_text(json.dumps(scenario))
+
+  def command(self, *words: str) -> list[str]:
+    env_file = f"--env_file={self.folder / 'cluster.env'}"
+    return ["bash", str(self.checkout / "launch/tpu.sh"), words[0], env_file, *words[1:]]
+
+  def run(self, *words: str, status: int = 0) -> str:
+    """What it printed, stdout and then stderr, after checking its exit status."""
+    done = subprocess.run(
+      self.command(*words), env=self.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+  def calls(self, *kinds: str) -> list[str]:
+    """The recorded commands, without `gcloud compute tpus`; only those that start like `kinds`."""
+    path = self.folder / "calls.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    calls = [" ".join(json.loads(line)[2:]) for line in lines]
+    return [call for call in calls if not kinds or call.startswith(kinds)]
+
+  def resources(self) -> dict[str, dict]:
+    path = self.folder / "resources.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+  def lines(self, name: str) -> list[str]:
+    path = self.folder / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_until(condition) -> None:
+  deadline = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
