@@ -113,8 +113,8 @@ create() {
         die "gcloud does not answer (${state#unknown:}); nothing was deleted"
         ;;
     esac
-    # No capacity, or taken away while we waited.
-    ((try < setting[capacity_attempts])) || _give_up "no capacity after $try requests (${state#*:})"
+    # No capacity, no answer, or taken away while we waited.
+    ((try < setting[capacity_attempts])) || _give_up "no TPUs after $try requests (${state#*:})"
     say "$state; asking again (try $try of ${setting[capacity_attempts]})"
     delete
     pause "$try"
@@ -124,7 +124,7 @@ create() {
 }
 
 _request() {
-  local error=$1 words=("--accelerator-type=${setting[accelerator_type]}")
+  local error=$1 kind state words=("--accelerator-type=${setting[accelerator_type]}")
   if [[ ${setting[mode]} == vm ]]; then
     words=(tpu-vm create "${setting[name]}" "${words[@]}" "--version=${setting[runtime_version]}")
   else
@@ -141,13 +141,26 @@ _request() {
   dry_state=READY
   if tpus "${words[@]}" 2>"$error" >&2; then
     is_ours=true
-  elif [[ $(classify "$(reason "$error")") == capacity:* ]]; then
-    is_ours=true # a TPU VM that failed late may be there, in a state of no use
+    return
+  fi
+  kind=$(classify "$(reason "$error")")
+  case $kind in
+    # A TPU VM that failed late may be there, in a state of no use.
+    capacity:*) is_ours=true && return ;;
+    lost:*) is_ours=true ;;
+  esac
+  if grep -qiE 'ALREADY_EXISTS|already exists' "$error"; then return; fi
+  # Before the request nothing had this name: if something has it now, only the answer failed.
+  state=$(resource_state)
+  if [[ $state != absent ]]; then
+    is_ours=true
+    say "${setting[name]} is $state and asked for no more, in spite of $(reason "$error")"
+    : >"$error"
   fi
 }
 
-# wait_for_hosts ERROR: ready, or why not (quota:, capacity:, refused:, gone:, unknown:, late), where
-# the file ERROR holds what the request answered.
+# wait_for_hosts ERROR: ready, or why not (quota:, capacity:, lost:, refused:, gone:, unknown:, late),
+# where the file ERROR holds what the request answered.
 wait_for_hosts() {
   local state shown='' unknown=0 end=$((SECONDS + 60 * setting[wait_minutes]))
   if [[ -s $1 ]] && grep -q ERROR "$1"; then
@@ -171,7 +184,8 @@ wait_for_hosts() {
 }
 
 # classify REASON: quota and capacity are both RESOURCE_EXHAUSTED; waiting helps only the second. A
-# quota of requests per minute is soon over, and who gives no reason had no capacity in time.
+# quota of requests per minute is soon over, and who gives no reason had no capacity in time. Where the
+# answer was lost, the request may have been heard.
 classify() {
   local text=${1,,}
   case $text in
@@ -181,6 +195,7 @@ classify() {
       *"try again"* | *internal*)
       echo "capacity:$1"
       ;;
+    *deadline* | *timeout* | *"timed out"* | *connection* | *"error 50"[0-9]*) echo "lost:$1" ;;
     *) echo "refused:$1" ;;
   esac
 }
@@ -188,7 +203,7 @@ classify() {
 # reason FILE: what gcloud said, on one line.
 reason() { { grep -A 3 ERROR "$1" || tail -n 3 "$1"; } | tr -s '\n ' '  ' | cut -c 1-400; }
 
-# Also where the request itself was refused: then what has this name, if anything, is not of ours.
+# Also where the request itself was refused: then what has this name, if anything, is not ours.
 _give_up() {
   if [[ $is_ours == false ]]; then die "$1; nothing was made"; fi
   delete

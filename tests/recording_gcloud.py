@@ -26,7 +26,8 @@ EXISTS = "ALREADY_EXISTS: Requested entity already exists"
 
 class Cloud:
   """scenario: hosts of a node; create: outcomes of the coming requests (ok, waits, capacity, quota,
-  exists; then always ok); ssh: outcomes of the coming connections (ok, refused); preempt_at: the
+  exists, lost: the request is carried out, unsent: it is not, and both end with what stands after
+  the colon; then always ok); ssh: outcomes of the coming connections (ok, refused); preempt_at: the
   status queries at which the TPUs are taken away; sticky: deletions that do nothing at first."""
 
   def __init__(self):
@@ -43,21 +44,30 @@ class Cloud:
     return coming.pop(0) if coming else default
 
   def create(self, kind: str, name: str, flags: dict[str, str]) -> None:
-    outcome = self.next("create")
+    outcome, _, error = self.next("create").partition(": ")
+    if outcome == "unsent":
+      fail(f"gcloud.compute.tpus.{kind}.create", error)
     if outcome == "exists" or f"{kind}/{name}" in self.resources:
       fail(f"gcloud.compute.tpus.{kind}.create", EXISTS)
     if outcome == "quota" or (outcome == "capacity" and kind == "tpu-vm"):
       fail(f"gcloud.compute.tpus.{kind}.create", QUOTA if outcome == "quota" else CAPACITY)
     if kind == "queued-resources":
-      state = {"ok": "ACTIVE", "waits": "WAITING_FOR_RESOURCES", "capacity": "FAILED"}[outcome]
+      state = {
+        "ok": "ACTIVE",
+        "lost": "ACTIVE",
+        "waits": "WAITING_FOR_RESOURCES",
+        "capacity": "FAILED",
+      }[outcome]
       count = int(flags.get("--node-count", 1))
       nodes = [flags.get("--node-id") or f"{flags['--node-prefix']}-{i}" for i in range(count)]
       message = CAPACITY if outcome == "capacity" else ""
       self.resources[f"{kind}/{name}"] = {"state": state, "message": message, "nodes": nodes}
     else:
       nodes = [name]
-    if outcome == "ok":
+    if outcome in ("ok", "lost"):
       self._start(nodes)
+    if outcome == "lost":
+      fail(f"gcloud.compute.tpus.{kind}.create", error)
 
   def _start(self, nodes: list[str]) -> None:
     for node in nodes:

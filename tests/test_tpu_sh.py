@@ -179,7 +179,7 @@ def test_no_capacity_is_asked_for_again(cloud, mode):
 def test_asking_for_capacity_ends_and_leaves_no_request(cloud, mode):
   cloud.set(SUCCEEDS, create=["capacity"] * 9)
   output = cloud.run("up", f"--mode={mode}", "--capacity_attempts=2", *JOB, status=1)
-  assert "no capacity after 2 requests" in output
+  assert "no TPUs after 2 requests" in output
   assert not cloud.resources()
 
 
