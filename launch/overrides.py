@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -66,6 +67,19 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
     main(run, difference(preset, run))
 
   app.run(with_run, argv=argv, flags_parser=parse)
+
+
+def said(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
+  """What the --config flag of `argv` says, and its flags --config.some.field=value: path -> flag as
+  one word, where the last counts."""
+  (spec,), rest = _specs(argv)
+  overrides: dict[str, str] = {}
+  for word, following in itertools.pairwise([*rest, "--"]):
+    if found := re.match(r"--?(?:no)?config\.([^=]+)(=?)", word):
+      # Unlike a value, a switch is not followed by one.
+      is_whole = found[2] or following.startswith("--")
+      overrides[found[1]] = word if is_whole else f"{word}={following}"
+  return spec, overrides
 
 
 def load(spec: str) -> Run:
@@ -233,6 +247,16 @@ def _optional_type(hint: Any) -> type | None:
 
 def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
   """The run of the one --config flag, and the arguments without it."""
+  specs, rest = _specs(argv)
+  if {"--help", "--helpfull", "--helpshort", "-h"} & set(rest) and not specs:
+    specs.append("configs/smoke.py")
+  if len(specs) != 1:
+    raise ValueError(f"{_FLAG}=FILE.py[:ARG] must be given once, it is given {len(specs)} times")
+  return load(specs[0]), rest
+
+
+def _specs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """What each --config flag says, and the arguments without them."""
   specs, rest = [], []
   arguments = iter(argv)
   for argument in arguments:
@@ -242,8 +266,4 @@ def _preset(argv: Sequence[str]) -> tuple[Run, list[str]]:
       specs.append(argument.removeprefix(f"{_FLAG}="))
     else:
       rest.append(argument)
-  if {"--help", "--helpfull", "--helpshort", "-h"} & set(rest) and not specs:
-    specs.append("configs/smoke.py")
-  if len(specs) != 1:
-    raise ValueError(f"{_FLAG}=FILE.py[:ARG] must be given once, it is given {len(specs)} times")
-  return load(specs[0]), rest
+  return specs, rest

@@ -19,7 +19,6 @@ import dataclasses
 import datetime
 import json
 import pathlib
-import shlex
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -36,7 +35,7 @@ from sharding.machine import Machine
 from sharding.mesh import parse_mesh
 from train import plan as plans
 from train.config import Run
-from train.layouts import Layout, layout_of, recommended
+from train.layouts import layout_of, recommended
 from train.plan import Plan
 from train.search import Candidate, advice, search
 
@@ -93,8 +92,8 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
       mfu=_MFU.value,
       price=_PRICE.value,
       notes=notes,
-      train=_train_command(run, layout_of(plan.run, machine.num_devices)),
-      command=_command(),
+      train=plan_text.train_command(run, layout_of(plan.run, machine.num_devices), sys.argv),
+      command=plan_text.plan_command(sys.argv),
     )
     pathlib.Path(_HTML.value).write_text(whole)
   sys.exit(0 if plan.fits else 1)
@@ -150,7 +149,7 @@ def _best(found: list[Plan]) -> Iterable[str]:
   for plan in found:
     layout = layout_of(plan.run, plan.machine.num_devices)
     yield f"  {plan_text.short(plan)}"
-    yield f"    {_train_command(plan.run, layout)}"
+    yield f"    {plan_text.train_command(plan.run, layout, sys.argv)}"
 
 
 def _advice(plan: Plan, run: Run, machine: Machine) -> Iterable[str]:
@@ -177,7 +176,7 @@ def _needed(run: Run, machine: Machine) -> Iterable[str]:
   if candidates and candidates[0].margin >= 0:
     best = candidates[0]
     yield f"this layout fits by the model, in {plan_text.gigabytes(best.bytes)} GB:"
-    yield f"  {_train_command(run, best.layout)}"
+    yield f"  {plan_text.train_command(run, best.layout, sys.argv)}"
     return
   least = min((one.bytes for one in candidates), default=float("inf"))
   yield (
@@ -196,27 +195,13 @@ def _table(run: Run, machine: Machine) -> Iterable[str]:
   layout = recommended(run, chip=machine.chip.key, num_chips=machine.num_chips)
   if layout is not None:
     yield f"recommended for {run.name} on {machine.num_chips} {machine.chip.name}:"
-    yield f"  {_train_command(run, layout)}"
-
-
-def _train_command(run: Run, layout: Layout) -> str:
-  config = next(
-    (flag.partition("=")[2] for flag in sys.argv if flag.startswith("--config=")), "FILE.py"
-  )
-  flags_ = plan_text.layout_flags(layout)
-  return f"python -m launch.train --config={config} --workdir=runs/{run.name} {flags_}"
-
-
-def _command() -> str:
-  """This command, but for where its results go."""
-  said = [flag for flag in sys.argv[1:] if not flag.startswith(("--json", "--html"))]
-  return shlex.join(["python", "-m", "launch.plan", *said])
+    yield f"  {plan_text.train_command(run, layout, sys.argv)}"
 
 
 def _write_json(path: pathlib.Path, plan: Plan) -> None:
   record = plan.as_json(mfu=_MFU.value, price_per_chip_hour=_PRICE.value)
   record["date"] = datetime.date.today().isoformat()
-  record["command"] = _command()
+  record["command"] = plan_text.plan_command(sys.argv)
   if path.suffix == ".jsonl":
     with path.open("a") as lines:
       lines.write(json.dumps(record) + "\n")

@@ -1,8 +1,11 @@
 """A plan as lines of text."""
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 
+from launch.overrides import said
 from sharding.mesh import AXES
+from train.config import Run
 from train.layouts import Layout
 from train.plan import Plan
 
@@ -97,6 +100,26 @@ def layout_flags(layout: Layout) -> str:
   )
 
 
+def train_command(run: Run, layout: Layout, argv: Sequence[str]) -> str:
+  """What trains `run` in `layout`, for a shell: with all that the command `argv` changes of its
+  config but layouts."""
+  spec, overrides = said(argv)
+  words = ["python", "-m", "launch.train", f"--config={spec}", f"--workdir=runs/{run.name}"]
+  words += [flag for path, flag in overrides.items() if not _is_layout(path)]
+  return f"{shlex.join(words)} {layout_flags(layout)}"
+
+
+def plan_command(argv: Sequence[str]) -> str:
+  """The command `argv`, but for where its results go."""
+  words, rest = [], iter(argv[1:])
+  for word in rest:
+    if word in ("--json", "--html"):
+      next(rest)
+    elif not word.startswith(("--json=", "--html=")):
+      words.append(word)
+  return shlex.join(["python", "-m", "launch.plan", *words])
+
+
 def short(plan: Plan) -> str:
   """Layout, memory and time on a line."""
   run, times = plan.run, plan.roofline
@@ -132,6 +155,11 @@ def header(plan: Plan) -> Iterable[str]:
   flags = ", ".join(f"{name}={value}" for name, value in plan.xla_flags.items()) or "none"
   yield f"  XLA flags: {flags}"
   yield f"  {source(plan)}"
+
+
+def _is_layout(path: str) -> bool:
+  """Whether layout_flags sets this field of a run."""
+  return path.startswith("mesh.") or path in ("zero_stage", "model.remat", "num_microbatches")
 
 
 def _memory(plan: Plan) -> Iterable[str]:
