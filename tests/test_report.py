@@ -1,6 +1,5 @@
 """The report: what a run left is on the page, whatever state it was left in."""
 
-import html.parser
 import itertools
 import json
 import re
@@ -10,104 +9,16 @@ import time
 
 import pytest
 
-from launch import report_page, svg, time_charts
+from launch import svg, time_charts
 from launch.line_chart import Axis, Line, Mark, chart, ticks, without_first_steps
 from launch.report_text import summary_lines
+from tests.reported_runs import killed_run, page_words
 from train import history
 from train.goodput import KINDS
 
-GATES = ("recurrence", "input")
-QUANTILES = [1.0, 2.0, 4.0, 8.0, 16.0]
-
-
-def _write(path, lines):
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _run(folder, *, name="one", steps=40, outcome="complete", statistics=True):
-  """A run that was killed in step 25 and went on from step 20."""
-  folder.mkdir(parents=True)
-  began = time.time() - 1000
-  about = {"name": name, "total_steps": 40, "tokens_per_step": 1000, "row_length": 256}
-  about |= {"flops_per_token": 6e6, "devices": "8 x TPU v5e"}
-  events = [
-    {"time": began, "kind": "start", **about},
-    {"time": began, "kind": "resume", "step": 0},
-    {"time": began + 10, "kind": "compile"},
-    {"time": began + 110, "kind": "step", "steps": [1, 20], "data_wait": 10.0},
-    {"time": began + 120, "kind": "checkpoint"},
-    {"time": began + 145, "kind": "step", "steps": [21, 25]},
-    {"time": began + 200, "kind": "start", **about},
-    {"time": began + 210, "kind": "init"},
-    {"time": began + 210, "kind": "resume", "step": 20},
-    {"time": began + 210 + 5 * (steps - 20), "kind": "step", "steps": [21, steps]},
-  ]
-  if outcome:
-    events.append({"time": began + 210 + 5 * (steps - 20), "kind": "end", "outcome": outcome})
-  _write(folder / "events.jsonl", events)
-  metrics = []
-  for step in range(1, steps + 1):
-    values = {"train/loss": 6 / step**0.3, "train/grad_norm": 1 + 5 / step}
-    values["train/tokens_per_second"] = 5000.0
-    metrics.append({"step": step, "time": began + 10 + 5 * step, **values})
-    if step % 10 == 0:
-      metrics.append({"step": step, "time": began + 10 + 5 * step, "eval/loss": 6.1 / step**0.3})
-  _write(folder / "metrics.jsonl", metrics)
-  if statistics:
-    layers = [
-      {
-        "step": step,
-        "mixers": ["rg_lru", "attention"],
-        **{name: [1.0, 2.0] for name in ("param_norm", "grad_norm", "update_norm", "output_rms")},
-        "horizon": [[step * x for x in QUANTILES], None],
-        "horizon_open": [QUANTILES, None],
-        "state_rms": [0.5, None],
-        **{
-          f"{gate}_gate_{end}": [0.1, None]
-          for gate in ("recurrence", "input")
-          for end in ("low", "high")
-        },
-      }
-      for step in range(10, steps + 1, 10)
-    ]
-    _write(folder / "statistics.jsonl", layers)
-  return folder
-
-
-class _Checker(html.parser.HTMLParser):
-  """Fails on tags that are not closed, and keeps what is written in the pictures."""
-
-  def __init__(self):
-    super().__init__()
-    self.open, self.words = [], []
-
-  def handle_starttag(self, tag, attrs):
-    if tag not in ("meta", "br"):
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    for name, value in attrs:
-      assert "nan" not in str(value), f"<{tag} {name}={value}>"
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    self.words.append(data)
-
-
-def _page(*folders) -> str:
-  page = report_page.page([history.read(folder) for folder in folders], command="a < b")
-  checker = _Checker()
-  checker.feed(page)
-  assert not checker.open
-  # Nothing is fetched and nothing is run.
-  assert not re.search(r"<script|<link|<img|src=|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
-  return "\n".join(checker.words)
-
 
 def test_a_page_has_every_picture_of_a_whole_run(tmp_path):
-  words = _page(_run(tmp_path / "run"))
+  words = page_words(killed_run(tmp_path / "run"))
   for expected in (
     "over tokens",
     "over compute",
@@ -130,29 +41,29 @@ def test_a_page_has_every_picture_of_a_whole_run(tmp_path):
 
 
 def test_two_runs_are_told_apart_by_their_names(tmp_path):
-  folders = [_run(tmp_path / name, name="same") for name in ("left", "right")]
-  words = _page(*folders)
+  folders = [killed_run(tmp_path / name, name="same") for name in ("left", "right")]
+  words = page_words(*folders)
   assert "left 2.017" in words
   assert "right 2.017" in words
   assert "What the recurrence of right does" in words
 
 
 def test_a_run_that_was_killed_and_cut_anywhere_is_shown(tmp_path):
-  folder = _run(tmp_path / "run", outcome=None)
+  folder = killed_run(tmp_path / "run", outcome=None)
   for name in ("metrics.jsonl", "events.jsonl", "statistics.jsonl"):
     whole = (folder / name).read_bytes()
     for cut in (len(whole) - 5, len(whole) // 2, len(whole) // 7, 0):
       (folder / name).write_bytes(whole[:cut])
-      _page(folder)
+      page_words(folder)
     (folder / name).write_bytes(whole)
 
 
 def test_what_is_missing_is_said(tmp_path):
-  folder = _run(tmp_path / "run", statistics=False)
+  folder = killed_run(tmp_path / "run", statistics=False)
   (folder / "events.jsonl").unlink()
   run = history.read(folder)
   assert run.tokens_per_step is None
-  words = _page(folder)
+  words = page_words(folder)
   assert "no events.jsonl" in words
   assert "no statistics.jsonl yet" in words
   assert "steps instead of tokens" in words
@@ -165,10 +76,12 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_the_state_of_a_run_in_words(tmp_path):
-  assert history.read(_run(tmp_path / "a")).state == "complete"
-  assert "signal" in history.read(_run(tmp_path / "b", outcome="stopped")).state
-  assert "NonFiniteError" in history.read(_run(tmp_path / "c", outcome="NonFiniteError")).state
-  folder = _run(tmp_path / "d", outcome=None)
+  assert history.read(killed_run(tmp_path / "a")).state == "complete"
+  assert "signal" in history.read(killed_run(tmp_path / "b", outcome="stopped")).state
+  assert (
+    "NonFiniteError" in history.read(killed_run(tmp_path / "c", outcome="NonFiniteError")).state
+  )
+  folder = killed_run(tmp_path / "d", outcome=None)
   beat = {"time": time.time(), "kind": "step"}
   (folder / "heartbeat.json").write_text(json.dumps(beat))
   assert history.read(folder).state == "running"
@@ -177,7 +90,7 @@ def test_the_state_of_a_run_in_words(tmp_path):
 
 
 def test_the_summary_adds_up(tmp_path):
-  run = history.read(_run(tmp_path / "run"))
+  run = history.read(killed_run(tmp_path / "run"))
   lines = summary_lines(run, "one")
   assert lines[0].endswith("complete, step 40 of 40, 1 restart")
   shares = [float(share) for share in re.findall(r" ([\d.]+)%", lines[2].partition(": ")[2])]
@@ -187,7 +100,7 @@ def test_the_summary_adds_up(tmp_path):
 
 
 def test_the_command_needs_no_jax_and_refuses_in_one_line(tmp_path):
-  folder = _run(tmp_path / "run")
+  folder = killed_run(tmp_path / "run")
   code = "import sys, launch.report; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
   command = [sys.executable, "-m", "launch.report", str(folder)]
