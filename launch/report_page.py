@@ -2,6 +2,7 @@
 
 import datetime
 import html
+import math
 from collections.abc import Callable, Sequence
 
 from launch import layer_charts, svg, time_charts
@@ -92,20 +93,21 @@ def _notes(runs: Sequence[History]) -> list[str]:
   notes = []
   for run, label in zip(runs, labels(runs)):
     if run.devices:
-      notes.append(f"{label}: {run.devices}, <code>{html.escape(str(run.workdir))}</code>")
-    notes += [f"{label}: {html.escape(line)}" for line in run.missing]
+      about = html.escape(f"{label}: {run.devices}")
+      notes.append(f"{about}, <code>{html.escape(str(run.workdir))}</code>")
+    notes += [html.escape(f"{label}: {line}") for line in run.missing]
   return [f'<p class="faint">{note}</p>' for note in notes]
 
 
 def _losses(runs: Sequence[History]) -> list[str]:
   unit = "nats per token" + ("" if len(runs) == 1 else "; lines: training, dots: held out")
-  tokens = _loss_chart(runs, _tokens, _tokens_axis(runs), WIDE, 330, _step_marks(runs, _tokens))
-  flops = [run for run in runs if run.flops_per_token]
-  by_flops = _loss_chart(flops, _flops, Axis("training FLOPs", low=0.0), HALF, 240, ())
+  progress, x_of = _progress(runs)
+  by_progress = _loss_chart(runs, x_of, progress, WIDE, 330, _step_marks(runs, x_of))
+  by_flops = _loss_chart(runs, _flops, Axis("training FLOPs", low=0.0), HALF, 240, ())
   clock, scale = _clock_axis(runs)
   by_time = _loss_chart(runs, _clock(scale), clock, HALF, 240, _clock_marks(runs, scale))
   return [
-    _titled("over tokens", unit, tokens),
+    _titled(f"over {progress.label}", unit, by_progress),
     *_pair(_titled("over compute", "", by_flops), _titled("over wall-clock time", "", by_time)),
   ]
 
@@ -141,29 +143,31 @@ def _loss_chart(
 
 
 def _throughput(runs: Sequence[History]) -> str:
+  x, x_of = _progress(runs)
   lines = []
   for run, label, color in zip(runs, labels(runs), _run_colors(runs)):
     median = run.median("train/tokens_per_second")
     if median is not None:
-      points = _points(run, run.metrics["train/tokens_per_second"], _tokens)
+      points = _points(run, run.metrics["train/tokens_per_second"], x_of)
       name = "median" if len(runs) == 1 else label
       lines.append(Line(points, color, style="faint"))
       lines.append(Line(smoothed(points), color, f"{name} {svg.short(median)}"))
   picture = chart(
     lines,
-    x=_tokens_axis(runs),
+    x=x,
     y=Axis(low=0.0),
     width=HALF,
     height=240,
-    marks=_step_marks(runs, _tokens),
+    marks=_step_marks(runs, x_of),
   )
   return _titled("Throughput", "tokens per second, all devices", picture)
 
 
 def _grad_norm(runs: Sequence[History]) -> str:
+  x, x_of = _progress(runs)
   lines = []
   for run, label, color in zip(runs, labels(runs), _run_colors(runs)):
-    points = _points(run, run.metrics.get("train/grad_norm", {}), _tokens)
+    points = _points(run, run.metrics.get("train/grad_norm", {}), x_of)
     if points:
       mean = smoothed(points)
       name = "" if len(runs) == 1 else f"{label} "
@@ -171,11 +175,11 @@ def _grad_norm(runs: Sequence[History]) -> str:
       lines.append(Line(mean, color, f"{name}{mean[-1][1]:.3g}"))
   picture = chart(
     lines,
-    x=_tokens_axis(runs),
+    x=x,
     y=Axis(scale="log"),
     width=HALF,
     height=240,
-    marks=_step_marks(runs, _tokens),
+    marks=_step_marks(runs, x_of),
   )
   return _titled("Gradient norm", "before clipping", picture)
 
@@ -197,10 +201,11 @@ def _layers(run: History, label: str, runs: Sequence[History]) -> list[str]:
   if not run.layers:
     return []
   of = "" if len(runs) == 1 else f" of {html.escape(label)}"
-  x, marks = _tokens_axis([run]), _step_marks([run], _tokens)
+  x, x_of_run = _progress([run])
+  marks = _step_marks([run], x_of_run)
 
   def x_of(step: int) -> float:
-    return _tokens(run, step)
+    return x_of_run(run, step)
 
   parts = []
   if any(run.layer("horizon")):
@@ -226,12 +231,21 @@ def _pair(*parts: str) -> list[str]:
   return ['<div class="pair">', *(part for part in parts if part), "</div>"]
 
 
+def _progress(runs: Sequence[History]) -> tuple[Axis, XOf]:
+  """The axis of a picture of `runs` and their places on it: tokens, or for all of them steps where
+  one does not know its tokens."""
+  if all(run.tokens_per_step for run in runs):
+    return Axis("tokens", low=0.0), _tokens
+  return Axis("steps", low=0.0), lambda run, step: float(step)
+
+
 def _tokens(run: History, step: int) -> float:
-  return float(step * (run.tokens_per_step or 1))
+  """NaN where that is not known, which no picture shows."""
+  return float(step * (run.tokens_per_step or math.nan))
 
 
 def _flops(run: History, step: int) -> float:
-  return _tokens(run, step) * (run.flops_per_token or 0.0)
+  return _tokens(run, step) * (run.flops_per_token or math.nan)
 
 
 def _clock(scale: float) -> XOf:
@@ -243,10 +257,6 @@ def _clock(scale: float) -> XOf:
 
 def _points(run: History, values: dict[int, float], x_of: XOf) -> list[tuple[float, float]]:
   return [(x_of(run, step), value) for step, value in values.items()]
-
-
-def _tokens_axis(runs: Sequence[History]) -> Axis:
-  return Axis("tokens" if all(run.tokens_per_step for run in runs) else "steps", low=0.0)
 
 
 def _clock_axis(runs: Sequence[History]) -> tuple[Axis, float]:
