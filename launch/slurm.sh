@@ -150,7 +150,7 @@ logs() {
 }
 
 stop() {
-  local ids id end=$((SECONDS + setting[stop_seconds]))
+  local ids id state end=$((SECONDS + setting[stop_seconds]))
   if is_on dry_run; then
     call touch "${setting[folder]}/stop"
     call squeue --noheader --me "--name=${setting[name]}" --format=%i
@@ -160,15 +160,21 @@ stop() {
   touch "${setting[folder]}/stop"
   ids=$(job_ids)
   for id in $ids; do
-    if [[ $(squeue --noheader --jobs="$id" --format=%T) == RUNNING ]]; then
+    # Taken for one that waits, a running job would be ended without saving.
+    state=$(squeue --noheader --jobs="$id" --format=%T) ||
+      die "squeue does not say whether job $id runs; nothing was sent to it, stop again"
+    if [[ $state == RUNNING ]]; then
       scancel --signal=TERM "$id.0"
     else
       scancel "$id"
     fi
   done
-  while [[ $(job_ids) ]]; do
+  while true; do
+    # Where nobody answers it is there as before.
+    if state=$(job_ids); then ids=$state; else say "squeue does not answer"; fi
+    [[ $ids ]] || break
     ((SECONDS < end)) ||
-      die "job $(job_ids) still runs ${setting[stop_seconds]} s after SIGTERM; scancel ends it"
+      die "job $ids still runs ${setting[stop_seconds]} s after SIGTERM; scancel ends it"
     sleep "${setting[poll_seconds]}"
   done
   say "${setting[name]} is not in the queue"

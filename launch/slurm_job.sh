@@ -37,11 +37,27 @@ while true; do
   kill -0 "$running" 2>/dev/null || break
 done
 echo "the job ended with status $status"
+
+# patiently COMMAND...: until it succeeds, for about a minute: a busy Slurm answers some time.
+patiently() {
+  local try
+  for ((try = 1; ; try++)); do
+    "$@" && return
+    ((try < 12)) || return 1
+    echo "$1 failed; asking again (try $try of 12)" >&2
+    sleep "${RETRY_SECONDS:-5}"
+  done
+}
+
 if [[ $status == 75 && ! -e $folder/stop ]] && ((restarts < ${MAX_REQUEUES:-100})); then
   # Where it was cancelled, or Slurm has queued it again already, it is not RUNNING any more.
-  if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+  state=$(patiently squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=unknown
+  if [[ $state == RUNNING ]]; then
     echo "queued again"
-    scontrol requeue "$SLURM_JOB_ID"
+    patiently scontrol requeue "$SLURM_JOB_ID" || echo "NOT queued again: scontrol failed"
+  elif [[ $state == unknown ]]; then
+    # A job that was cancelled would come back.
+    echo "NOT queued again, for squeue did not say whether it was cancelled; submit it again"
   fi
 fi
 exit "$status"

@@ -10,18 +10,25 @@ import pytest
 
 from tests.cluster_checkout import environment, git, golden_flags
 
-# Each records its words. A job in the queue is the file `queue`, with its state; a scancel takes it
-# out, unless there is a file `preempts`.
+# Each records its words; two fail at those of their calls whose numbers are in a file. A job in the
+# queue is the file `queue`, with its state; a scancel takes it out, unless there is a file
+# `preempts`.
 RECORD = 'printf "%s\\n" "$(basename "$0") $*" >>"$CLOUD/calls"'
+FAILS = """
+  asked=$(grep -c "^$(basename "$0") " "$CLOUD/calls")
+  if grep -qsx "$asked" "$CLOUD/$(basename "$0")_fails"; then
+    echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2; exit 1
+  fi
+"""
 PROGRAMS = {
   "sbatch": f'{RECORD}; echo RUNNING >"$CLOUD/queue"; echo 17',
-  "squeue": f'{RECORD}; [ -e "$CLOUD/queue" ] || exit 0\n'
+  "squeue": f'{RECORD}\n{FAILS}[ -e "$CLOUD/queue" ] || exit 0\n'
   'case $* in *%T*) cat "$CLOUD/queue" ;; *) echo 17 ;; esac',
   "scancel": f"""{RECORD}
     [ -e "$CLOUD/pids" ] && kill -TERM $(cat "$CLOUD/pids")
     [ -e "$CLOUD/preempts" ] || rm -f "$CLOUD/queue"
   """,
-  "scontrol": RECORD,
+  "scontrol": f"{RECORD}\n{FAILS}",
   # Two hosts, whose tasks end one after the other, and its status is the highest of theirs.
   "srun": f"""{RECORD}
     while [[ $1 == -* ]]; do shift; done
@@ -70,6 +77,10 @@ class Slurm:
     lines = self.lines("calls")
     return [line for line in lines if line.split()[0] == program]
 
+  def fail(self, program: str, *calls: int) -> None:
+    """Lets these calls of the program fail, counted from 1."""
+    (self.folder / f"{program}_fails").write_text("".join(f"{call}\n" for call in calls))
+
   def lines(self, name: str) -> list[str]:
     path = self.folder / name
     return path.read_text().splitlines() if path.exists() else []
@@ -79,7 +90,12 @@ class Slurm:
     (self.folder / "job.sh").write_text(job)
     (self.folder / "queue").write_text("RUNNING\n")
     self.shared.mkdir(exist_ok=True)
-    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    slurm = {
+      "RETRY_SECONDS": "0",
+      "SLURM_JOB_ID": "17",
+      "SLURM_JOB_NUM_NODES": "2",
+      "SLURM_JOB_NODELIST": "n[1-2]",
+    }
     script = self.checkout / "launch/slurm_job.sh"
     words = [str(self.shared), str(self.checkout), "bash", str(self.folder / "job.sh"), "a b"]
     return subprocess.Popen(
@@ -240,6 +256,27 @@ def test_a_job_that_was_cancelled_or_stopped_or_requeued_too_often_is_not_queued
   assert not slurm.calls("scontrol")
 
 
+def test_a_saved_job_is_queued_again_though_slurm_is_too_busy_to_answer_at_once(slurm):
+  (slurm.folder / "preempts").touch()
+  slurm.fail("squeue", 1, 2)
+  slurm.fail("scontrol", 1)
+  output, status = signalled(slurm)
+  assert "squeue failed; asking again (try 2 of 12)" in output
+  assert "scontrol failed; asking again (try 1 of 12)" in output
+  assert slurm.calls("scontrol") == ["scontrol requeue 17"] * 2
+  assert status == 75
+
+
+def test_a_saved_job_that_nobody_knows_of_is_not_queued_again_and_that_is_said(slurm):
+  (slurm.folder / "preempts").touch()
+  slurm.fail("squeue", *range(1, 99))
+  output, status = signalled(slurm)
+  assert "NOT queued again" in output
+  assert status == 75
+  assert len(slurm.calls("squeue")) == 12
+  assert not slurm.calls("scontrol")
+
+
 def test_a_failure_ends_the_job_with_its_status(slurm):
   process = slurm.batch("[ $SLURM_PROCID = 1 ] && exit 3; exit 0")
   process.communicate(timeout=30)
@@ -257,6 +294,24 @@ def test_stop_lets_it_save_and_takes_what_waits_out_of_the_queue(slurm):
   (slurm.folder / "bin/scancel").write_text("#!/bin/bash\n")
   (slurm.folder / "queue").write_text("RUNNING\n")
   assert "still runs" in slurm.run("stop", "--stop_seconds=0", status=1)
+
+
+def test_stop_takes_no_silence_for_an_end(slurm):
+  slurm.run("submit", *JOB)
+  (slurm.folder / "preempts").touch()
+  # Of stop's calls the first two find the job; then it is waited for.
+  first = len(slurm.calls("squeue")) + 1
+  slurm.fail("squeue", *range(first + 2, 99))
+  output = slurm.run("stop", "--stop_seconds=0", status=1)
+  assert "squeue does not answer" in output
+  assert "job 17 still runs" in output
+  # Where its state is not known it is not cancelled: without a signal first it would not save.
+  slurm.fail("squeue", len(slurm.calls("squeue")) + 2)
+  assert "does not say whether job 17 runs" in slurm.run("stop", status=1)
+  assert slurm.calls("scancel") == ["scancel --signal=TERM 17.0"]
+  (slurm.folder / "preempts").unlink()
+  slurm.fail("squeue", *range(len(slurm.calls("squeue")) + 3, len(slurm.calls("squeue")) + 5))
+  assert "is not in the queue" in slurm.run("stop")
 
 
 def test_status_and_logs_name_the_host(slurm):
