@@ -80,7 +80,7 @@ status() {
   elif [[ -e $code/.venv/complete ]]; then
     state=ready
   else
-    state=bare
+    state='bare (not set up: tpu.sh setup first)'
   fi
   echo "$host $state $(last_step)"
 }

@@ -107,8 +107,17 @@ _on_node() {
   done
 }
 
-# on_host WORD...: on_host.sh's command as one line for a host's shell.
-on_host() { quoted bash "${setting[name]}/code/launch/on_host.sh" "$1" "${setting[name]}" "${@:2}"; }
+# on_host WORD...: on_host.sh's command as one line for a host's shell, which answers for a host that
+# does not have it yet.
+on_host() {
+  local script=${setting[name]}/code/launch/on_host.sh absent
+  # shellcheck disable=SC2016
+  case $1 in
+    status) absent='echo "$(hostname) bare (not set up: tpu.sh setup first)"; exit' ;;
+    *) absent='echo "$(hostname): not set up: tpu.sh setup first" >&2; exit 3' ;;
+  esac
+  echo "[ -e $script ] || { $absent; }; $(quoted bash "$script" "$1" "${setting[name]}" "${@:2}")"
+}
 
 # --- the commands
 

@@ -109,6 +109,16 @@ def test_a_running_job_is_not_started_twice_and_stop_lets_it_save(cloud):
   assert "absent" in cloud.run("status")
 
 
+def test_a_host_that_is_not_set_up_says_so_and_what_to_do(cloud):
+  cloud.run("create")
+  for _ in range(2):
+    assert "try-w0 bare (not set up: tpu.sh setup first)" in cloud.run("status")
+    assert "try-w0: not set up: tpu.sh setup first" in cloud.run("run", *JOB, status=3)
+    # Code without its environment, as an interrupted set-up leaves it, is no more than none.
+    cloud.run("setup")
+    (cloud.folder / "hosts/try-w0/try/code/.venv/complete").unlink()
+
+
 def test_stop_says_when_the_job_does_not_end(cloud):
   cloud.set("trap '' TERM; while true; do sleep 0.02; done")
   for command in ("create", "setup"):
