@@ -69,6 +69,9 @@ class Cloud:
     path = self.folder / "resources.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
+  def set_resources(self, resources: dict[str, dict]) -> None:
+    (self.folder / "resources.json").write_text(json.dumps(resources))
+
   def lines(self, name: str) -> list[str]:
     path = self.folder / name
     return path.read_text().splitlines() if path.exists() else []

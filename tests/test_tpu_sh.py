@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 
 import pytest
 
-from tests.cluster_checkout import git
+from tests.cluster_checkout import ROOT, git
 from tests.pretended_cloud import JOB, RUNS_ON, SUCCEEDS, wait_until
 
 TRAIN = (
@@ -225,8 +226,7 @@ def test_status_fails_where_gcloud_does(cloud):
 def test_a_suspended_resource_is_deleted_before_another_is_asked_for(cloud):
   cloud.set(SUCCEEDS)
   cloud.run("create")
-  resources = {"queued-resources/try": {"state": "SUSPENDED", "nodes": []}}
-  (cloud.folder / "resources.json").write_text(json.dumps(resources))
+  cloud.set_resources({"queued-resources/try": {"state": "SUSPENDED", "nodes": []}})
   cloud.run("up", *JOB)
   verbs = [call.split()[1] for call in cloud.calls("queued-resources")]
   assert [verb for verb in verbs if verb != "describe"] == [
@@ -264,10 +264,47 @@ def test_a_job_that_fails_is_shown_and_not_paid_for_any_longer(cloud):
   assert not cloud.resources()
 
 
-def test_keep_leaves_the_tpus(cloud):
-  output = cloud.run("up", "--keep", *JOB)
+@pytest.mark.parametrize(("job", "status"), [(SUCCEEDS, 0), ("exit 1", 1)], ids=["well", "badly"])
+def test_keep_leaves_the_tpus_however_the_job_ends(cloud, job, status):
+  cloud.set(job)
+  output = cloud.run("up", "--keep", *JOB, status=status)
   assert "costs money" in output
   assert "queued-resources/try" in cloud.resources()
+
+
+@pytest.mark.parametrize(
+  ("states", "judgement"),
+  [
+    ("running running", "running"),
+    ("running exited:0", "running"),  # one is done before the other
+    ("running lost", "again"),
+    ("running bare", "again"),
+    ("exited:0 exited:75", "again"),
+    ("exited:0 lost", "again"),
+    ("running exited:1", "failed"),
+    ("exited:0 exited:0", "complete"),
+    ("", "again"),
+  ],
+)
+def test_a_job_is_complete_on_all_hosts_failed_on_one_and_else_goes_on(states, judgement):
+  text = (ROOT / "launch/tpu.sh").read_text()
+  judge = re.search(r"^judge\(\) \{.*?^\}", text, re.M | re.S)[0]
+  lines = "".join(f"host-{index} {state}\n" for index, state in enumerate(states.split()))
+  said = subprocess.run(
+    ["bash", "-c", f"{judge}\njudge"], input=lines, capture_output=True, text=True, check=True
+  )
+  assert said.stdout == f"{judgement}\n"
+
+
+def test_a_job_that_never_completes_is_given_up(cloud):
+  cloud.set("exit 75")
+  assert "started 2 times and never complete" in cloud.run("up", "--max_restarts=1", *JOB, status=1)
+  assert not cloud.resources()
+
+
+def test_one_look_without_an_answer_is_no_end(cloud):
+  cloud.set(SUCCEEDS, ssh=["ok", "ok", "ok", "refused"])
+  assert "complete" in cloud.run("up", "--ssh_attempts=1", *JOB)
 
 
 def test_a_stopped_or_lost_job_is_started_again(cloud):
