@@ -60,15 +60,14 @@ class Slurm:
     self.environment = {**environment(folder, PROGRAMS), "HOST": "login"}
     (folder / "slurm.env").write_text(f"{ENV_FILE}FOLDER={self.shared}\n")
 
+  def command(self, *words: str) -> list[str]:
+    env_file = f"--env_file={self.folder / 'slurm.env'}"
+    return ["bash", str(self.checkout / "launch/slurm.sh"), words[0], env_file, *words[1:]]
+
   def run(self, *words: str, status: int = 0) -> str:
     """What it printed, stdout and then stderr, after checking its exit status."""
-    env_file = f"--env_file={self.folder / 'slurm.env'}"
     done = subprocess.run(
-      ["bash", str(self.checkout / "launch/slurm.sh"), words[0], env_file, *words[1:]],
-      env=self.environment,
-      capture_output=True,
-      text=True,
-      timeout=60,
+      self.command(*words), env=self.environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -136,6 +135,29 @@ def test_submit_queues_exactly_the_commit_once(slurm):
 
 def made_with(slurm: Slurm) -> str:
   return f"{slurm.folder / 'bin/python3.11'} .venv/ready-cuda"
+
+
+def test_nobody_is_asked_of_jobs_that_are_not_ones_own(slurm):
+  (slurm.folder / "preempts").touch()
+  signalled(slurm)
+  assert slurm.calls("squeue") == ["squeue --noheader --jobs=17 --format=%T"]
+  (slurm.folder / "preempts").unlink()
+  for words in (("submit", *JOB), ("status",), ("stop",)):
+    slurm.run(*words)
+  assert len(slurm.calls("squeue")) >= 5
+  for call in slurm.calls("squeue"):
+    assert "--jobs=17 " in call or " --me --name=try " in call
+
+
+def test_code_whose_environment_was_not_finished_is_put_there_again(slurm):
+  slurm.run("submit", *JOB)
+  (slurm.folder / "queue").unlink()
+  (code,) = slurm.shared.glob("code-*")
+  (code / ".venv/complete").unlink()
+  (code / "pyproject.toml").unlink()
+  slurm.run("submit", *JOB)
+  assert (code / "pyproject.toml").exists()
+  assert (code / ".venv/complete").exists()
 
 
 def test_a_second_submit_of_a_commit_uses_what_is_there(slurm):
@@ -240,6 +262,9 @@ def test_before_the_time_limit_all_hosts_save_and_the_job_is_queued_again(slurm)
   assert "queued again" in output
   assert slurm.calls("scancel") == ["scancel --signal=TERM 17.0"]
   assert sorted(slurm.lines("output"))[:2] == ["saved 0", "saved 1"]
+  # The first host that has saved does not end the second.
+  (srun,) = slurm.calls("srun")
+  assert "--kill-on-bad-exit=0 --wait=900" in srun
   assert slurm.calls("scontrol") == ["scontrol requeue 17"]
 
 
@@ -323,6 +348,21 @@ def test_status_and_logs_name_the_host(slurm):
     "n1 | step 10/20 | loss 1",
     "n2 | waiting",
   ]
+
+
+def test_logs_that_are_followed_go_on(slurm):
+  log = slurm.shared / "logs/n1.log"
+  log.parent.mkdir(parents=True)
+  log.write_text("step 1/20\n")
+  command = slurm.command("logs", "--follow")
+  with subprocess.Popen(command, env=slurm.environment, stdout=-1, text=True) as process:
+    try:
+      assert process.stdout.readline() == "n1 | step 1/20\n"
+      with log.open("a") as file:
+        file.write("step 2/20\n")
+      assert process.stdout.readline() == "n1 | step 2/20\n"
+    finally:
+      process.terminate()
 
 
 @pytest.mark.parametrize(
