@@ -265,6 +265,27 @@ def test_the_picture_is_a_png(tmp_path, num_records):
   assert struct.unpack(">II", data[16:24]) == (1200, 675)
 
 
+def test_the_picture_says_both_losses_at_the_end_and_appears_whole_or_not_at_all(
+  tmp_path, monkeypatch
+):
+  records = [{"step": step, "train/loss": 10.0 - step / 10} for step in range(1, 41)]
+  held_out = [{"step": 20, "eval/loss": 9.0}, {"step": 40, "eval/loss": 7.0}]
+  _write(tmp_path / "metrics.jsonl", *records, *held_out)
+  said = []
+
+  def torn(figure, path, **_):
+    said.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+    pathlib.Path(path).write_bytes(b"half")
+    raise OSError("no space")
+
+  monkeypatch.setattr("matplotlib.figure.Figure.savefig", torn)
+  (tmp_path / "loss.png").write_bytes(b"an earlier one")
+  with pytest.raises(OSError, match="no space"):
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+  assert said == ["training: 6.050 at the end", "held out: 7.000 at the end"]
+  assert (tmp_path / "loss.png").read_bytes() == b"an earlier one"
+
+
 def test_no_picture_of_no_losses(tmp_path):
   assert not plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
   assert not (tmp_path / "loss.png").exists()
