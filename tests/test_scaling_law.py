@@ -1,5 +1,6 @@
 """Scaling laws fitted to data whose constants are known."""
 
+import html
 import json
 import re
 
@@ -232,6 +233,77 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path):
   scaling_report.report(tmp_path / "out" / "points.json", tmp_path / "again" / "page.html")
   for name in ("page.html", "loss.svg", "isoflop.svg", "optimal.svg", "points.json"):
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def _changed(path, edit):
+  """The points of a file after `edit` of each run."""
+  content = json.loads(path.read_text())
+  for run in content["runs"]:
+    edit(run)
+  path.write_text(json.dumps(content))
+  return scaling_report.read(path)
+
+
+def test_the_headline_is_of_the_largest_budget(tmp_path):
+  def better_where_small(run):
+    if run["family"] == "transformer" and run["budget"] < 0.9 * BUDGETS[2]:
+      run["loss"] /= 1.1 * 1.1
+
+  laws = scaling_report.fit(_changed(_points(tmp_path), better_where_small))
+  assert scaling_report.headline(laws).startswith(f"At {BUDGETS[2]:.0e} FLOPs: hawk ")
+
+
+def test_the_headline_is_as_sure_as_the_intervals(tmp_path):
+  def as_good(run):
+    if run["family"] == "transformer":
+      run["loss"] /= 1.1 * 0.99999
+
+  laws = scaling_report.fit(_changed(_points(tmp_path), as_good))
+  assert "Hawk is best, within the intervals of the next" in scaling_report.headline(laws)
+
+
+def _column(page, head):
+  """name -> what is in the column `head` of the tables of a page that have it."""
+  found = {}
+  for table in re.findall(r"<table>(.*?)</table>", page):
+    heads, *rows = (
+      [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)]
+      for row in re.findall(r"<tr>(.*?)</tr>", table)
+    )
+    if head in heads:
+      found |= {row[0]: row[heads.index(head)] for row in reversed(rows)}
+  return found
+
+
+def test_every_column_is_what_its_head_says(tmp_path):
+  def half(run):
+    run["bits_per_byte"] = run["loss"] / 2
+
+  points = _changed(_points(tmp_path, config="a<i>.py:b"), half)
+  laws = scaling_report.fit(points)
+  scaling_report.write(points, laws, tmp_path / "page.html")
+  page = (tmp_path / "page.html").read_text()
+  assert "<h1>Scaling laws: a&lt;i&gt;.py:b</h1>" in page
+  first = points.runs[0]
+  assert _column(page, "loss, nats/token")[first["name"]] == f"{first['loss']:.4f}"
+  assert _column(page, "bits/byte")[first["name"]] == f"{first['loss'] / 2:.4f}"
+  best = laws.isoflop["hawk"].minima[0]
+  assert _column(page, "D / N")["hawk"] == f"{best.tokens / best.parameters.value:.0f}"
+  law = laws.surface["hawk"]
+  for head, value in (("α", law.alpha.value), ("β", law.beta.value)):
+    assert float(_column(page, head)["hawk"].split()[0]) == pytest.approx(value, abs=1e-3)
+  drawn = [re.sub(r"\s+", " ", picture) for picture in re.findall(r"<svg.*?</svg>", page, re.S)]
+  for name, picture in zip(("loss", "isoflop", "optimal"), drawn):
+    beside = re.sub(r"\s+", " ", (tmp_path / f"{name}.svg").read_text())
+    assert picture in beside
+
+
+def test_a_budget_that_is_left_out_is_named(tmp_path):
+  runs = json.loads(_points(tmp_path).read_text())["runs"]
+  assert (runs[3]["family"], runs[6]["budget"]) == ("hawk", BUDGETS[0])
+  points = scaling_report.read(_points(tmp_path, runs=runs[:3] + runs[7:]))
+  lines = scaling_report.summary(points, scaling_report.fit(points))
+  assert "hawk: left out, for the best size was not among the trained: 1e+18" in lines
 
 
 def test_a_page_of_nothing_is_refused_and_one_of_little_says_so(tmp_path):
