@@ -130,9 +130,10 @@ def _as_value_errors(spec: str, path: str) -> Iterator[None]:
     yield
   except ValueError:
     raise
-  # A config is a program, and it may raise anything.
-  except Exception as error:
-    what, where = error, path
+  # A config is a program, and it may raise anything; its sys.exit(0) would say that a run is
+  # complete.
+  except (Exception, SystemExit) as error:
+    what, where = error.code if isinstance(error, SystemExit) else error, path
     if isinstance(error, SyntaxError):
       what, where = error.msg, f"{error.filename or path}, line {error.lineno}"
     else:

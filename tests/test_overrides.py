@@ -120,6 +120,8 @@ def test_an_argument_that_the_config_does_not_take_is_named():
     ("def get_config():\n  return {}['x']\n", r"KeyError: 'x' \(.*config\.py, line 2\)"),
     ("def get_config():\n  raise ValueError('width 3 is odd')\n", r"^width 3 is odd"),
     ("get_config = 3\n", r"get_config is a int, not a function"),
+    ("import sys\nsys.exit(0)\n", r"SystemExit: 0 \(.*config\.py, line 2\)"),
+    ("def get_config():\n  raise SystemExit\n", r"SystemExit: None \(.*config\.py, line 2\)"),
   ],
 )
 @pytest.mark.parametrize("name", ["get_config", "get_sweep"])
