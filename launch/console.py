@@ -1,11 +1,12 @@
 """How a command talks to people: time and message on each line, one line for what it refuses."""
 
+import contextlib
 import logging as python_logging
 import os
 import pathlib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags, logging
 
@@ -43,6 +44,22 @@ def check_output(name: str) -> None:
     )
   if not os.access(path if path.exists() else path.parent, os.W_OK):
     raise ValueError(f"--{name}={place}: this user may not write there: name another file")
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Refuses what the storage refuses within it, with its path or else this one, and the reason; a
+  file that was not there before is removed."""
+  is_new = not path.exists()
+  try:
+    yield
+  except OSError as error:
+    if is_new:
+      # A folder stays.
+      with contextlib.suppress(OSError):
+        path.unlink()
+    reason = error.strerror or error
+    refuse(ValueError(f"{error.filename or path}: {reason}: mend that, or name another place"))
 
 
 def refuse(error: Exception) -> typing.NoReturn:

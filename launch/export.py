@@ -5,13 +5,14 @@ Writes the parameters of the run's newest checkpoint as a Hugging Face Recurrent
 with which it pads are those of the run's token store. Exit status: 0 written, 2 refused.
 """
 
+import pathlib
 from typing import Any
 
 import jax
 from absl import flags, logging
 
 from data import pipeline
-from launch.console import log_for_people, refuse
+from launch.console import log_for_people, refuse, writing
 from launch.overrides import run_app
 from launch.trained import newest
 from models import recurrentgemma_hf
@@ -27,14 +28,15 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   try:
     words = pipeline.vocabulary(run.data)
     _, step, params = newest(run, _WORKDIR.value)
-    recurrentgemma_hf.save(
-      _OUTPUT.value,
-      run.model,
-      jax.device_get(params),
-      bos_token_id=words.bos,
-      eos_token_id=words.eos,
-      pad_token_id=words.pad,
-    )
+    with writing(pathlib.Path(_OUTPUT.value)):
+      recurrentgemma_hf.save(
+        _OUTPUT.value,
+        run.model,
+        jax.device_get(params),
+        bos_token_id=words.bos,
+        eos_token_id=words.eos,
+        pad_token_id=words.pad,
+      )
   except ValueError as error:
     refuse(error)
   logging.info("step %d of %s: written to %s", step, _WORKDIR.value, _OUTPUT.value)

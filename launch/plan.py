@@ -27,7 +27,7 @@ import jax
 from absl import flags
 
 from launch import plan_text
-from launch.console import check_output, refuse
+from launch.console import check_output, refuse, writing
 from launch.overrides import run_app
 from launch.plan_page import page
 from sharding import machine as machines
@@ -95,7 +95,9 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
       train=plan_text.train_command(run, layout_of(plan.run, machine.num_devices), sys.argv),
       command=plan_text.plan_command(sys.argv),
     )
-    pathlib.Path(_HTML.value).write_text(whole)
+    path = pathlib.Path(_HTML.value)
+    with writing(path):
+      path.write_text(whole)
   sys.exit(0 if plan.fits else 1)
 
 
@@ -202,11 +204,12 @@ def _write_json(path: pathlib.Path, plan: Plan) -> None:
   record = plan.as_json(mfu=_MFU.value, price_per_chip_hour=_PRICE.value)
   record["date"] = datetime.date.today().isoformat()
   record["command"] = plan_text.plan_command(sys.argv)
-  if path.suffix == ".jsonl":
-    with path.open("a") as lines:
-      lines.write(json.dumps(record) + "\n")
-  else:
-    path.write_text(json.dumps(record, indent=1) + "\n")
+  with writing(path):
+    if path.suffix == ".jsonl":
+      with path.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    else:
+      path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

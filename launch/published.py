@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from launch.console import check_output, parse_flags, refuse
+from launch.console import check_output, parse_flags, refuse, writing
 from launch.families import best_layout, with_rows
 from launch.overrides import load
 from sharding import machine as machines
@@ -148,7 +148,9 @@ def main(argv: list[str]) -> None:
     command = "python -m launch.published " + " ".join(map(shlex.quote, sys.argv[1:]))
     date = datetime.date.today().isoformat()
     lines = [json.dumps({**row, "date": date, "command": command}) + "\n" for row in rows]
-    pathlib.Path(_RECORD.value).write_text("".join(lines), encoding="utf-8")
+    path = pathlib.Path(_RECORD.value)
+    with writing(path):
+      path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

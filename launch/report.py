@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from launch import report_page
-from launch.console import check_output, parse_flags, refuse
+from launch.console import check_output, parse_flags, refuse, writing
 from launch.report_text import summary_lines
 from train import history
 
@@ -46,7 +46,9 @@ def _runs(folders: Sequence[str]) -> list[str]:
   runs = [history.read(folder) for folder in folders]
   command = shlex.join(["python", "-m", "launch.report", *sys.argv[1:]])
   path = _output() or pathlib.Path("report.html")
-  path.write_text(report_page.page(runs, command=command), encoding="utf-8")
+  page = report_page.page(runs, command=command)
+  with writing(path):
+    path.write_text(page, encoding="utf-8")
   labels = report_page.labels(runs)
   lines = [line for run, label in zip(runs, labels) for line in summary_lines(run, label)]
   return [*lines, f"page: {path}"]
@@ -57,7 +59,9 @@ def _sweep(path: pathlib.Path) -> list[str]:
   # Imported where it is asked for: it loads jax, and the page of a run needs none.
   from train import scaling_report
 
-  return scaling_report.report(path, _output())
+  output = _output()
+  with writing(output or path):
+    return scaling_report.report(path, output)
 
 
 def _output() -> pathlib.Path | None:

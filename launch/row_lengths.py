@@ -33,7 +33,7 @@ import jax
 from absl import app, flags
 
 from launch import line_chart, step_times, svg
-from launch.console import check_output, parse_flags, refuse
+from launch.console import check_output, parse_flags, refuse, writing
 from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load
 from models.flops import count_params
@@ -265,7 +265,9 @@ def _draw(machine: str, results: list[dict[str, Any]]) -> None:
       if one["machine"] == machine and one["config"].endswith(f"-{_SIZE.value}")
     ]
     drawn = picture(wanted, f"{_SIZE.value} on {machine}")
-    pathlib.Path(_SVG.value).write_text(drawn + "\n", encoding="utf-8")
+    path = pathlib.Path(_SVG.value)
+    with writing(path):
+      path.write_text(drawn + "\n", encoding="utf-8")
 
 
 def _record(results: list[dict[str, Any]]) -> None:
@@ -274,7 +276,8 @@ def _record(results: list[dict[str, Any]]) -> None:
     return
   command = "python -m launch.row_lengths " + " ".join(map(shlex.quote, sys.argv[1:]))
   versions = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "command": command}
-  with pathlib.Path(_JSON.value).open("a", encoding="utf-8") as file:
+  path = pathlib.Path(_JSON.value)
+  with writing(path), path.open("a", encoding="utf-8") as file:
     file.writelines(json.dumps(one | versions) + "\n" for one in results)
 
 

@@ -29,7 +29,7 @@ import jax
 from absl import app, flags, logging
 
 from data import token_store
-from launch.console import log_for_people, parse_flags, refuse
+from launch.console import log_for_people, parse_flags, refuse, writing
 from launch.overrides import ask
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
@@ -97,9 +97,10 @@ def main(argv: Sequence[str]) -> None:
       state, lines = _updated(_state(folder, arguments), points)
       print("\n".join([*lines, *_plan(state, points)]))
     else:
-      folder.mkdir(parents=True, exist_ok=True)
-      with Lock(folder):
-        sys.exit(_sweep(folder, arguments))
+      with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with Lock(folder):
+          sys.exit(_sweep(folder, arguments))
   except ValueError as error:
     refuse(error)
 

@@ -292,8 +292,12 @@ def _write_shards(
     }
     (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
   for file, names in zip(files, shards):
-    safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(views[name]) for name in names},
-      directory / file,
-      metadata={"format": "pt"},  # transformers reads no other
-    )
+    try:
+      safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(views[name]) for name in names},
+        directory / file,
+        metadata={"format": "pt"},  # transformers reads no other
+      )
+    except safetensors.SafetensorError as error:
+      # Its own error for a full disk.
+      raise OSError(f"{directory / file}: {error}") from error

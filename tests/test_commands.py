@@ -1,16 +1,21 @@
 """The commands around a run: text from it (launch.generate) and its speed (launch.bench)."""
 
+import errno
 import json
+import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch import console
 from models import decoder
 from models.generate import generate
 from models.hawk import hawk
 from tests.compiler_flags import FAST_TO_COMPILE
+from tests.test_report import _run as write_run
 
 
 def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
@@ -138,3 +143,55 @@ def test_a_wrong_flag_is_one_line_and_status_2(commands, tmp_path, module, argum
   (line,) = output.splitlines()
   assert line.startswith("error: ")
   assert words in line
+
+
+@pytest.mark.parametrize(
+  ("module", "arguments", "words"),
+  [
+    ("launch.report", ["{run}", "--output=/dev/full"], "/dev/full: No space left"),
+    (
+      "launch.plan",
+      [
+        "--config=configs/hawk.py:100m",
+        "--chip=v5e",
+        "--chips=8",
+        "--compile=0",
+        "--json=/dev/full",
+      ],
+      "/dev/full: No space left",
+    ),
+    (
+      "launch.sweep",
+      ["--config=configs/scaling.py:mini", "--workdir=README.md/mini"],
+      "README.md/mini: Not a directory",
+    ),
+  ],
+)
+def test_what_the_storage_refuses_is_one_line_and_status_2(
+  commands, tmp_path, module, arguments, words
+):
+  write_run(tmp_path / "run")
+  arguments = [one.format(run=tmp_path / "run") for one in arguments]
+  status, output = commands.run(module, arguments, tmp_path / "output")
+  assert status == 2, output
+  line = output.splitlines()[-1]
+  assert line.startswith("error: ")
+  assert words in line
+  assert "Traceback" not in output
+
+
+def test_a_full_disk_leaves_no_part_of_a_new_file(tmp_path, capsys):
+  path = tmp_path / "page.html"
+
+  def write():
+    with console.writing(path):
+      path.write_text("part of it")
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  for is_new in (True, False):
+    with pytest.raises(SystemExit) as left:
+      write()
+    assert left.value.code == 2
+    assert re.fullmatch(f"error: {path}: No space left on device: .*\n", capsys.readouterr().err)
+    assert path.exists() is not is_new
+    path.touch()

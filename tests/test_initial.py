@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import resource
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,17 @@ def test_kernels_are_no_property_of_a_model(saved):
   jax.tree.map(np.testing.assert_array_equal, state.params, saved.params)
 
 
+def test_a_full_disk_is_the_disks_error_and_leaves_nothing(saved, tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+  try:
+    with pytest.raises(OSError, match=r"model\.safetensors: .*File too large"):
+      recurrentgemma_hf.save(tmp_path / "hf", _run(saved.folder).model, saved.params)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
   model = [f"--config.model.{name}={value}" for name, value in _SETTINGS.items()]
   model += [f"--config.model.pattern[{index}].mixer.num_gate_blocks=2" for index in (0, 1)]
@@ -122,6 +134,9 @@ def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
   status, told = run("launch.export", first, output)
   assert status == 2
   assert "is not an empty directory" in told.splitlines()[-1]
+  status, told = run("launch.export", first, f"--output={tmp_path / 'output'}/hf")
+  assert status == 2
+  assert "output: File exists: mend that" in told.splitlines()[-1]
   status, told = run("launch.export", first, output + "2", "--config.model.logit_cap=None")
   assert status == 2
   assert "model.logit_cap is 30.0 in the checkpoint, None now" in told.splitlines()[-1]
