@@ -37,7 +37,7 @@ from train import plan as plans
 from train.config import Run
 from train.layouts import layout_of, recommended
 from train.plan import Plan
-from train.search import Candidate, advice, search
+from train.search import Candidate, advice, check_row_shards, search
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:8x8x8, h100:8, ...")
 _CHIP = flags.DEFINE_string("chip", None, "v3, v4, v5e, v5p, v6e, h100, h200, a100-80gb, b200, ...")
@@ -81,7 +81,8 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   except ValueError as error:
     refuse(error)
   plan = next((one for one in found if one.fits), found[0])
-  notes = [*(_best(found) if searches else _advice(found[0], run, machine)), *_table(run, machine)]
+  notes = _best(found, run, machine) if searches else _advice(found[0], run, machine)
+  notes = [*notes, *_table(run, machine)]
   lines = plan_text.plan_lines(plan, mfu=_MFU.value, price=_PRICE.value)
   print("\n".join([*lines, "", *notes]))
   if _JSON.value is not None:
@@ -129,6 +130,7 @@ def _planned(run: Run, machine: Machine, compiles: bool) -> Plan:
 
 def _searched(run: Run, machine: Machine) -> list[Plan]:
   """Plans of the three best layouts, which differ in mesh or remat; the best few compiled."""
+  check_row_shards(run, machine)
   candidates = search(run, machine)
   if not candidates:
     raise ValueError(
@@ -145,20 +147,23 @@ def _searched(run: Run, machine: Machine) -> list[Plan]:
   ]
 
 
-def _best(found: list[Plan]) -> Iterable[str]:
-  """What a search found, best first, with commands."""
-  yield "the best layouts:"
+def _best(found: list[Plan], run: Run, machine: Machine) -> Iterable[str]:
+  """What a search found, best first, with commands; where nothing fits, what it takes."""
+  fits = any(plan.fits for plan in found)
+  yield "the best layouts:" if fits else "none of these fits:"
   for plan in found:
     layout = layout_of(plan.run, plan.machine.num_devices)
     yield f"  {plan_text.short(plan)}"
     yield f"    {plan_text.train_command(plan.run, layout, sys.argv)}"
+  if not fits:
+    yield from _needed(run, machine, found)
 
 
 def _advice(plan: Plan, run: Run, machine: Machine) -> Iterable[str]:
   """Single changes that help, by the model; where none makes it fit, what would."""
   found = advice(run, machine)
   if not found and not plan.fits:
-    yield from _needed(run, machine)
+    yield from _needed(run, machine, [plan])
     return
   if not found:
     yield "no single change of mesh, ZeRO stage, remat or microbatches helps by the model"
@@ -172,11 +177,13 @@ def _advice(plan: Plan, run: Run, machine: Machine) -> Iterable[str]:
     )
 
 
-def _needed(run: Run, machine: Machine) -> Iterable[str]:
-  """The best layout here, or else the smallest machine of these chips that has one."""
+def _needed(run: Run, machine: Machine, refused: list[Plan]) -> Iterable[str]:
+  """The best layout here but for those refused, or else the smallest machine of these chips that
+  has one."""
+  tried = [layout_of(plan.run, machine.num_devices) for plan in refused]
   candidates = search(run, machine)
-  if candidates and candidates[0].margin >= 0:
-    best = candidates[0]
+  best = next((one for one in candidates if one.margin >= 0 and one.layout not in tried), None)
+  if best is not None:
     yield f"this layout fits by the model, in {plan_text.gigabytes(best.bytes)} GB:"
     yield f"  {plan_text.train_command(run, best.layout, sys.argv)}"
     return

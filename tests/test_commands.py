@@ -135,14 +135,31 @@ def test_the_bench_prints_one_json_object(commands, tmp_path):
     ("launch.row_lengths", "--families=", "--families is empty"),
     ("launch.row_lengths", "--families=megalodon", "'megalodon' is none of transformer, hawk"),
     ("launch.published", "--record=runs/none/x.jsonl", "no folder 'runs/none'"),
+    (
+      "launch.plan",
+      "--config=configs/hawk.py:100m --chip=h100 --chips=8 --search --config.mesh.sequence=3",
+      "mesh.sequence 3 does not divide the 8 devices",
+    ),
   ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(commands, tmp_path, module, argument, words):
-  status, output = commands.run(module, [argument], tmp_path / "output")
+  status, output = commands.run(module, argument.split(), tmp_path / "output")
   assert status == 2
   (line,) = output.splitlines()
   assert line.startswith("error: ")
   assert words in line
+
+
+def test_a_search_where_nothing_fits_says_what_it_takes(commands, tmp_path):
+  flags = ["--config=configs/hawk.py:3b", "--chip=v5e", "--chips=1", "--compile=0"]
+  status, output = commands.run("launch.plan", flags, tmp_path / "output")
+  assert status == 1, output
+  found, _, taken = output.partition("none of these fits:\n")[2].partition("no layout fits v5e:1x1")
+  sizes = re.findall(r"DOES NOT FIT, ([\d.]+) GB", found)
+  assert sizes == sorted(sizes, key=float)
+  assert len(sizes) > 1
+  assert f"the least is {sizes[0]} GB on each device" in taken
+  assert "it takes v5e:2x2: --config.mesh.fsdp=4" in taken
 
 
 @pytest.mark.parametrize(

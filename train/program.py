@@ -241,10 +241,10 @@ def check_fits(run: Run, mesh: Mesh | AbstractMesh) -> None:
       f"{run.num_microbatches}) are not divisible by the {row_shards} devices of data x fsdp; "
       "change batch_size, num_microbatches or the mesh"
     )
-  _check_rows_split(run, mesh.shape["sequence"])
+  check_rows_split(run, mesh.shape["sequence"])
 
 
-def _check_rows_split(run: Run, shards: int) -> None:
+def check_rows_split(run: Run, shards: int) -> None:
   """Raises unless every device of the mesh axis sequence gets an equal and usable part of a row."""
   row_length = run.data.row_length
   if row_length % shards:

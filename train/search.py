@@ -37,8 +37,11 @@ class Candidate(NamedTuple):
 
   @property
   def rank(self) -> tuple[bool, bool, float]:
-    """Smaller is better: what fits for sure, then what fits by the model, then the step."""
-    return self.margin < SAFE_MARGIN, self.margin < 0, self.roofline.expected_seconds
+    """Smaller is better: what fits for sure, then what fits by the model, then the step; the bytes
+    of what does not fit."""
+    is_too_large = self.margin < 0
+    rest = self.bytes if is_too_large else self.roofline.expected_seconds
+    return self.margin < SAFE_MARGIN, is_too_large, rest
 
 
 def search(run: Run, machine: Machine) -> list[Candidate]:
@@ -49,6 +52,19 @@ def search(run: Run, machine: Machine) -> list[Candidate]:
     if (candidate := evaluate(run, layout, machine)) is not None
   ]
   return sorted(found, key=lambda one: one.rank)
+
+
+def check_row_shards(run: Run, machine: Machine) -> None:
+  """Raises where a search has no layout because of the mesh axis sequence that the run asks for."""
+  shards = _row_shards(run, machine)
+  if len(shards) > 1:
+    return
+  if machine.num_devices % shards[0]:
+    raise ValueError(
+      f"search: mesh.sequence {shards[0]} does not divide the {machine.num_devices} devices of "
+      f"{machine}; leave it out, or set it to a number that does"
+    )
+  programs.check_rows_split(run, shards[0])
 
 
 def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
