@@ -8,6 +8,7 @@ import pytest
 from launch.overrides import load
 from sharding import machine as machines
 from sharding.mesh import MeshShape
+from train import plan as plans
 from train.search import check_row_shards, search
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,3 +40,13 @@ def test_a_search_refuses_what_rows_cannot_be_split_into(sequence, row_length, m
   with pytest.raises(ValueError, match=message):
     check_row_shards(run, machine)
   assert search(run, machine) == []
+
+
+def test_a_plan_refuses_the_schedule_that_training_refuses():
+  run = dataclasses.replace(_hawk("100m"), total_steps=12)
+  machine = machines.of_chips("v5e", 8)
+  with pytest.raises(ValueError, match=r"warmup_steps \d+ is more than total_steps 12"):
+    plans.modelled(run, machine)
+  plans.modelled(
+    dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, warmup_steps=12)), machine
+  )

@@ -156,13 +156,17 @@ class AdamW:
     rising = t / max(1, self.warmup_steps)
     return self.peak_lr * xp.where(t < self.warmup_steps, rising, after)
 
-  def build(self, *, total_steps: int, decay_mask: Any) -> optax.GradientTransformation:
-    """The transformation of a run of `total_steps`; `decay_mask` has a bool for every parameter."""
+  def check(self, *, total_steps: int) -> None:
+    """Raises unless warm-up and schedule fit into a run of `total_steps`."""
     if self.warmup_steps > total_steps:
       raise ValueError(
         f"AdamW: warmup_steps {self.warmup_steps} is more than total_steps {total_steps}"
       )
     self.schedule.check(warmup_steps=self.warmup_steps, total_steps=total_steps)
+
+  def build(self, *, total_steps: int, decay_mask: Any) -> optax.GradientTransformation:
+    """The transformation of a run of `total_steps`; `decay_mask` has a bool for every parameter."""
+    self.check(total_steps=total_steps)
     moment_dtype = jnp.dtype(self.moment_dtype)
 
     def init(params: Any) -> AdamWState:

@@ -275,6 +275,7 @@ def _plan(
 
 def _check(run: Run, mesh: MeshShape, machine: Machine) -> None:
   """Raises where building the run on a real mesh would."""
+  run.optimizer.check(total_steps=run.total_steps)
   if machine.chip.platform == "tpu":
     check_slices(mesh, machine.num_islands)
   programs.check_fits(run, mesh.abstract)
