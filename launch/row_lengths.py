@@ -63,6 +63,8 @@ _MEASURE = flags.DEFINE_bool("measure", False, "Run the steps on the devices at 
 _TIMED_STEPS = flags.DEFINE_integer("timed_steps", 8, "With --measure.", lower_bound=1)
 _WARMUP_STEPS = 2
 _COMPILERS = 4
+# What a picture is drawn from.
+_KEYS = {"config", "machine", "row_length", "how"}
 _JSON = flags.DEFINE_string("json", None, "A file that gets a line for each result.")
 _SVG = flags.DEFINE_string("svg", None, "A picture of the last machine, from all in --json.")
 
@@ -181,6 +183,7 @@ def main(argv: list[str]) -> None:
     for name in ("json", "svg"):
       check_output(name)
     _check_lists()
+    _recorded()
     if _MEASURE.value:
       _measure()
       return
@@ -217,7 +220,7 @@ def _compare(name: str) -> None:
   for row_length in map(int, _ROWS.value):
     found = []
     for family in _FAMILIES.value:
-      both = _plans(f"configs/{family}.py:{_SIZE.value}", machine, row_length)
+      both = _plans(family, machine, row_length)
       found.append([result(plan) for plan in both])
       _record(found[-1])
     for each in zip(*found):
@@ -232,8 +235,7 @@ def _measure() -> None:
   devices = len(jax.devices())
 
   def compiled(row_length: int, family: str) -> tuple[Program, jax.stages.Compiled, float]:
-    run = load(f"configs/{family}.py:{_SIZE.value}")
-    run = with_rows(run, num_devices=devices, row_length=row_length, tokens_per_chip=_TOKENS.value)
+    run = _run(family, num_devices=devices, row_length=row_length)
     program = programs.build(_one_layout(run, devices, _REMAT.value or "none"))
     lowered = programs.lower_train_step(program)
     start = time.perf_counter()
@@ -255,9 +257,7 @@ def _measure() -> None:
 
 
 def _draw(machine: str, results: list[dict[str, Any]]) -> None:
-  if _JSON.value is not None:
-    text = pathlib.Path(_JSON.value).read_text(encoding="utf-8")
-    results = [json.loads(line) for line in text.splitlines()]
+  results = _recorded() or results
   if _SVG.value is not None:
     wanted = [
       one
@@ -268,6 +268,25 @@ def _draw(machine: str, results: list[dict[str, Any]]) -> None:
     path = pathlib.Path(_SVG.value)
     with writing(path):
       path.write_text(drawn + "\n", encoding="utf-8")
+
+
+def _recorded() -> list[dict[str, Any]]:
+  """The results in the file of --json; ValueError for a line that is none: nothing is added to a
+  file of something else."""
+  path = pathlib.Path(_JSON.value or "")
+  lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+  results = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      one = json.loads(line)
+    except ValueError:
+      one = None
+    if not (isinstance(one, dict) and one.keys() >= _KEYS):
+      raise ValueError(
+        f"row_lengths: --json={path}: line {number} is no result of this command: name another file"
+      )
+    results.append(one)
+  return results
 
 
 def _record(results: list[dict[str, Any]]) -> None:
@@ -281,12 +300,18 @@ def _record(results: list[dict[str, Any]]) -> None:
     file.writelines(json.dumps(one | versions) + "\n" for one in results)
 
 
-def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
-  """By the model, and compiled if that is asked for."""
-  tokens = _TOKENS.value
-  run = with_rows(
-    load(config), num_devices=machine.num_devices, row_length=row_length, tokens_per_chip=tokens
+def _run(family: str, *, num_devices: int, row_length: int) -> Run:
+  """The preset on such rows, its blocks as a loop or written out."""
+  run = load(f"configs/{family}.py:{_SIZE.value}")
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=_LAYERS.value))
+  return with_rows(
+    run, num_devices=num_devices, row_length=row_length, tokens_per_chip=_TOKENS.value
   )
+
+
+def _plans(family: str, machine: Machine, row_length: int) -> list[Plan]:
+  """By the model, and compiled if that is asked for."""
+  run = _run(family, num_devices=machine.num_devices, row_length=row_length)
   if _REMAT.value is None:
     run = best_layout(run, machine).of(run)
   else:
@@ -296,7 +321,6 @@ def _plans(config: str, machine: Machine, row_length: int) -> list[Plan]:
 
 def _one_layout(run: Run, num_devices: int, remat: str) -> Run:
   mesh, kept = MeshShape(fsdp=num_devices), REMATS[REMATS.index(remat)]
-  run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=_LAYERS.value))
   return Layout(mesh=mesh, zero_stage=3, remat=kept, num_microbatches=1).of(run)
 
 

@@ -35,11 +35,33 @@ def test_rows_cost_a_transformer_and_not_a_recurrence():
   assert hawk[1] == pytest.approx(hawk[0], rel=0.01)
 
 
-def test_blocks_are_a_loop_unless_they_are_asked_for_written_out(monkeypatch):
-  run = load(f"{ROOT}/configs/hawk.py:100m")
+def _flags(monkeypatch, **values):
+  for name, value in values.items():
+    monkeypatch.setattr(row_lengths, f"_{name.upper()}", types.SimpleNamespace(value=value))
+
+
+@pytest.mark.parametrize("remat", [None, "none"])
+def test_blocks_are_a_loop_unless_they_are_asked_for_written_out(monkeypatch, remat):
+  _flags(monkeypatch, size="100m", tokens=16384, compile=False, remat=remat)
   for layers in ("scan", "unroll"):
-    monkeypatch.setattr(row_lengths, "_LAYERS", types.SimpleNamespace(value=layers))
-    assert row_lengths._one_layout(run, 1, "none").model.layers == layers
+    _flags(monkeypatch, layers=layers)
+    (plan,) = row_lengths._plans("hawk", machines.of_chips("v5p", 4), 2048)
+    assert plan.run.model.layers == layers
+
+
+@pytest.mark.parametrize("line", ["# Results", '{"fits": true}', "[1]"])
+def test_nothing_is_added_to_a_file_of_something_else(monkeypatch, tmp_path, capsys, line):
+  path = tmp_path / "results.jsonl"
+  known = (ROOT / "docs" / "row_lengths.jsonl").read_text().splitlines()[0]
+  path.write_text(f"{known}\n{line}\n")
+  _flags(monkeypatch, json=str(path), machine=["v5p:4"], rows=["2048"], families=["hawk"])
+  _flags(monkeypatch, measure=False)
+  monkeypatch.setattr(row_lengths, "check_output", lambda name: None)
+  monkeypatch.setattr(row_lengths, "_compare", None)  # it is refused before any work
+  with pytest.raises(SystemExit) as left:
+    row_lengths.main(["row_lengths"])
+  assert left.value.code == 2
+  assert f"--json={path}: line 2 is no result of this command" in capsys.readouterr().err
 
 
 def test_rows_that_do_not_divide_the_batch_are_refused():
