@@ -18,6 +18,7 @@ from sharding.topology import chip_named
 from tests import tiny
 from tests.commands import ROOT
 from tests.fake_gcs import serving
+from train.config import flatten
 from train.jsonl import read_jsonl
 from train.lock import Lock
 from train.sweep import (
@@ -234,10 +235,20 @@ def test_a_changed_grid_says_what_changed_and_loses_no_result(sweep):
 
 def test_settings_without_effect_on_the_result_may_change():
   changes = compare(
-    {"a": {"in_grid": True, "settings": {"metrics.log_every": 1, "seed": 0, "mesh.fsdp": 1}}},
-    {"a": {"metrics.log_every": 9, "seed": 0, "mesh.fsdp": 8}},
+    {"a": {"in_grid": True, "settings": dict.fromkeys((*_WITHOUT_EFFECT, *_WITH_EFFECT), 1)}},
+    {"a": {**dict.fromkeys(_WITHOUT_EFFECT, 2), **dict.fromkeys(_WITH_EFFECT, 1)}},
   )
   assert changes == ([], [], {})
+  settings = flatten(load("configs/griffin.py:1b"))
+  assert not {*_WITHOUT_EFFECT, *_WITH_EFFECT} - settings.keys()
+  for path in _WITH_EFFECT:
+    changes = compare({"a": {"in_grid": True, "settings": {path: 1}}}, {"a": {path: 2}})
+    assert changes.altered == {"a": [f"{path} 1 -> 2"]}
+
+
+_WITHOUT_EFFECT = ("metrics.log_every", "mesh.fsdp", "statistics.every", "watchdog.step_minutes")
+_WITHOUT_EFFECT += ("model.pattern[0].mixer.scan", "model.pattern[2].mixer.implementation")
+_WITH_EFFECT = ("seed", "xla_flags.set", "model.pattern[0].mixer.decay_init", "model.dtype")
 
 
 def test_a_cluster_gets_each_run_once_and_its_result_is_found(sweep):

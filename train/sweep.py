@@ -25,6 +25,7 @@ from train.whole_file import write_whole
 STATE = "sweep.json"
 FORMAT = "sweep 1"
 # Settings of a run that leave its result as it is, but for rounding: they may change at any time.
+# Kernels differ by rounding, as meshes do. XLA flags may do more, and are no such setting.
 NO_EFFECT = (
   "name",
   "mesh*",
@@ -33,9 +34,15 @@ NO_EFFECT = (
   "num_microbatches",
   "checkpoint*",
   "metrics*",
+  "statistics*",
   "bad_steps*",
+  "watchdog*",
   "model.remat",
   "model.layers",
+  "model.*.scan",
+  "model.*.gates",
+  "model.*.conv",
+  "model.*.implementation",
   "data.read_threads",
   "data.prefetch_batches",
 )
