@@ -36,6 +36,7 @@ from sharding import machine as machines
 from sharding.machine import Machine
 from train import plan as plans
 from train import sweep_runner
+from train.checkpoint_folder import steps
 from train.config import flatten
 from train.exit_status import STOPPED
 from train.faults import StopRequest
@@ -170,12 +171,22 @@ def _end(state: State, stopped: bool) -> int:
 
 def _points() -> tuple[Point, ...]:
   points = ask(_CONFIG.value, "get_sweep")
+  wanted = "a tuple of train.sweep.Point is expected"
+  if not isinstance(points, tuple | list):
+    raise ValueError(
+      f"--config={_CONFIG.value}: get_sweep gave a {type(points).__name__}; {wanted}"
+    )
   if not points:
     raise ValueError(f"--config={_CONFIG.value}: get_sweep gave no run; a sweep has at least one")
+  for index, point in enumerate(points):
+    if not isinstance(point, Point):
+      raise ValueError(
+        f"--config={_CONFIG.value}: [{index}] of get_sweep is a {type(point).__name__}; {wanted}"
+      )
   names = [point.name for point in points]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"--config={_CONFIG.value}: two runs are called {twice[0]!r}")
-  return points
+  return tuple(points)
 
 
 def _state(folder: pathlib.Path, arguments: list[str]) -> State:
@@ -184,13 +195,26 @@ def _state(folder: pathlib.Path, arguments: list[str]) -> State:
     return State(folder, _CONFIG.value, arguments)
   state = State.load(folder)
   if state.arguments != arguments:
-    raise ValueError(
-      f"{folder} was swept with the arguments {shlex.join(state.arguments)!r} for every run, now "
-      f"they are {shlex.join(arguments)!r}: the results would not belong together. Give the same, "
-      "or another --workdir"
-    )
+    sweep_runner.collect(state)
+    if any(_has_begun(state, name) for name in state.runs):
+      raise ValueError(
+        f"{folder} was swept with the arguments {shlex.join(state.arguments)!r} for every run, now "
+        f"they are {shlex.join(arguments)!r}: the results would not belong together. Give the "
+        "same, or another --workdir"
+      )
+    # What failed with the others may go well with these.
+    for record in state.runs.values():
+      record["attempts"] = 0
+    state.arguments = arguments
   state.config = _CONFIG.value
   return state
+
+
+def _has_begun(state: State, name: str) -> bool:
+  """Whether a run has, or may come to have, anything that its arguments went into."""
+  record, folder = state.runs[name], state.run_folder(name)
+  is_under_way = record["submitted"] is not None or sweep_runner.is_running(folder)
+  return is_under_way or record["result"] is not None or bool(steps(folder / "checkpoints"))
 
 
 def _updated(state: State, points: Sequence[Point]) -> tuple[State, list[str]]:

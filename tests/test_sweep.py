@@ -28,6 +28,7 @@ from train.sweep import (
   facts,
   flops_name,
   measured_speed,
+  new_record,
   read_result,
 )
 
@@ -286,6 +287,24 @@ def test_the_command_that_it_runs_is_launch_train(sweep):
   assert status == 1
   assert "exit status 2: error: --config.no_such_field=1: there is no such field" in output
   assert sweep.runs["griffin/4"]["attempts"] == 3  # trying again would be of no use
+  # Nothing came of the mistake: the right command goes on in the same folder.
+  status, output = sweep.run("--", "--config.seed=1")
+  assert status == 0, output
+  assert sweep.starts == ["griffin/4"]
+  assert sweep.runs["griffin/4"]["attempts"] == 0
+
+
+def test_other_arguments_are_refused_once_a_run_has_a_checkpoint(sweep):
+  sweep.grid(["griffin", 4, 1e-2])
+  config = f"tests/sweep_config.py:{sweep.folder}"
+  state = State(sweep.workdir, config, [])
+  state.runs = {point.name: new_record(point, {}) for point in ask(config, "get_sweep")}
+  sweep.workdir.mkdir()
+  state.save()
+  (sweep.workdir / "runs/griffin/4/checkpoints/00000002").mkdir(parents=True)
+  status, output = sweep.run("--dry_run", "--", "--config.seed=1")
+  assert status == 2
+  assert "was swept with the arguments '' for every run" in output
 
 
 @pytest.mark.parametrize(
@@ -315,6 +334,19 @@ def test_a_grid_without_runs_is_refused(sweep):
   status, output = sweep.run("--dry_run")
   assert status == 2
   assert "get_sweep gave no run" in output
+
+
+@pytest.mark.parametrize(
+  ("grid", "words"),
+  [("5", "get_sweep gave a int"), ("(load('configs/smoke.py'),)", "[0] of get_sweep is a Run")],
+)
+def test_what_is_no_grid_is_refused(commands, tmp_path, grid, words):
+  text = f"from launch.overrides import load\n\n\ndef get_sweep():\n  return {grid}\n"
+  (tmp_path / "config.py").write_text(text)
+  arguments = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/sweep"]
+  status, output = commands.run("launch.sweep", arguments, tmp_path / "output")
+  assert status == 2
+  assert f"{words}; a tuple of train.sweep.Point is expected" in output.splitlines()[-1]
 
 
 def test_without_its_data_nothing_is_started(sweep):
