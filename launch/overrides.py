@@ -230,6 +230,11 @@ def _may_be_none(run: Run, path: str) -> bool:
   if _has_fields(value):
     names = ", ".join(f"{_FLAG}.{path}.{field.name}" for field in dataclasses.fields(value))
     raise ValueError(f"{path} is a {type(value).__name__}: set its fields ({names})")
+  if isinstance(value, tuple) and any(map(_has_fields, value)):
+    raise ValueError(
+      f"{path} has {len(value)} items, and as many it keeps: set their fields, from "
+      f"{_FLAG}.{path}[0] on; another number of them is for the config file to give"
+    )
   return may_be_none
 
 

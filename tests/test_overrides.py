@@ -83,6 +83,7 @@ def test_what_may_be_none_is_set_to_none(commands, tmp_path):
     ("checkpoint.keep=2", "no such field as keep: checkpoint has every_steps, keep_permanent"),
     ("optimiser.b1=0", "no such field as optimiser: did you mean optimizer.* a run has name"),
     ("total_steps.x=1", "no such field as x: total_steps is set as a whole"),
+    ("model.pattern=()", r"model\.pattern has 3 items, .*--config\.model\.pattern\[0\] on"),
     ("data.sources[0]=x", r"data\.sources is set as a whole, \(\("),
     ("model.pattern[3].mixer.window=1", r"model\.pattern has 3 items"),
   ],
