@@ -31,7 +31,7 @@ from data import pipeline, token_store, vocabulary
 from data.pipeline import DataConfig
 from data.rows import Batch
 from launch import host, step_times
-from launch.console import refuse
+from launch.console import must_be_finite, refuse
 from launch.overrides import run_app
 from models.flops import count_params
 from train import program as programs
@@ -46,6 +46,7 @@ _STATISTICS = flags.DEFINE_bool("statistics", False, "Times the statistics of la
 _LOADER_SECONDS = flags.DEFINE_float(
   "loader_seconds", 2.0, "How long the loader is timed.", lower_bound=0.01
 )
+must_be_finite(_LOADER_SECONDS)
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import math
 import os
 import pathlib
 import sys
@@ -27,6 +28,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(list(argv))
   except flags.Error as error:
     refuse(error)
+
+
+def must_be_finite(*numbers: flags.FlagHolder[float] | flags.FlagHolder[float | None]) -> None:
+  """Has these flags refused where they are infinite or no number, which no bound does."""
+  for number in numbers:
+    flags.register_validator(
+      number.name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+    )
 
 
 def check_output(name: str) -> None:

@@ -27,7 +27,7 @@ import jax
 from absl import flags
 
 from launch import plan_text
-from launch.console import check_output, refuse, writing
+from launch.console import check_output, must_be_finite, refuse, writing
 from launch.overrides import run_app
 from launch.plan_page import page
 from sharding import machine as machines
@@ -60,6 +60,7 @@ _MFU = flags.DEFINE_float(
   lower_bound=0.01,
   upper_bound=1.0,
 )
+must_be_finite(_PRICE, _MFU)
 _JSON = flags.DEFINE_string("json", None, "Where to write the plan; .jsonl: a line is added.")
 _HTML = flags.DEFINE_string("html", None, "Where to write a page with pictures.")
 

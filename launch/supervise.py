@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from train.exit_status import CANNOT_RUN, STOPPED
 from train.workdir import is_url, local_side
@@ -60,9 +61,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(prog="python -m launch.supervise", description=__doc__)
   parser.add_argument("--workdir", required=True, help="a folder, or a URL as gs://bucket/run")
   parser.add_argument("--local_workdir", help="as COMMAND has it, for a URL")
-  parser.add_argument("--max_restarts", type=int, default=20)
-  parser.add_argument("--backoff_seconds", type=float, default=5.0)
-  parser.add_argument("--max_backoff_seconds", type=float, default=300.0)
+  parser.add_argument("--max_restarts", type=_at_least_0(int), default=20)
+  parser.add_argument("--backoff_seconds", type=_at_least_0(float), default=5.0)
+  parser.add_argument("--max_backoff_seconds", type=_at_least_0(float), default=300.0)
   parser.add_argument("command", nargs="+")
   options = parser.parse_args()
   history = History(options.max_restarts, options.backoff_seconds, options.max_backoff_seconds)
@@ -91,6 +92,19 @@ def main() -> int:
     )
     if signals.sleep(next_step):
       return STOPPED
+
+
+def _at_least_0(kind: Callable[[str], float]) -> Callable[[str], float]:
+  """Reads a number that is not negative, and finite."""
+
+  def read(text: str) -> float:
+    value = kind(text)
+    if not 0 <= value < float("inf"):
+      raise argparse.ArgumentTypeError(f"{text} must be at least 0, and finite")
+    return value
+
+  read.__name__ = getattr(kind, "__name__", "number")  # in "invalid int value: 'many'"
+  return read
 
 
 def newest_step(workdir: str) -> int:

@@ -29,7 +29,7 @@ import jax
 from absl import app, flags, logging
 
 from data import token_store
-from launch.console import log_for_people, parse_flags, refuse, writing
+from launch.console import log_for_people, must_be_finite, parse_flags, refuse, writing
 from launch.overrides import ask
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
@@ -72,6 +72,7 @@ _FLOPS = flags.DEFINE_float(
 _PRICE = flags.DEFINE_float(
   "price_per_chip_hour", None, "In any currency; this machine counts as one chip.", lower_bound=0.0
 )
+must_be_finite(_MFU, _FLOPS, _PRICE)
 # What a command may hold in braces: see above.
 _WORDS: tuple[str, ...] = ("name", "job", "workdir")
 

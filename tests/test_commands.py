@@ -135,6 +135,10 @@ def test_the_bench_prints_one_json_object(commands, tmp_path):
     ("launch.row_lengths", "--families=", "--families is empty"),
     ("launch.row_lengths", "--families=megalodon", "'megalodon' is none of transformer, hawk"),
     ("launch.published", "--record=runs/none/x.jsonl", "no folder 'runs/none'"),
+    ("launch.generate", "--config=configs/smoke.py --temperature=nan", "--temperature=nan"),
+    ("launch.generate", "--config=configs/smoke.py --seed=99999999999999999999", "--seed=9999"),
+    ("launch.generate", "--config=configs/smoke.py --num_tokens=99999999999", "--num_tokens=9999"),
+    ("launch.plan", "--config=configs/smoke.py --price_per_chip_hour=nan", "chip_hour=nan"),
     (
       "launch.plan",
       "--config=configs/hawk.py:100m --chip=h100 --chips=8 --search --config.mesh.sequence=3",

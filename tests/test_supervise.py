@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from launch import supervise
 from launch.local import combined
 from launch.supervise import History
 
@@ -78,6 +79,22 @@ def test_what_is_wrong_with_a_workdir_is_told_by_the_command(tmp_path):
   process = _supervise(tmp_path / "file", command=["bash", "-c", "echo no folder; exit 2"])
   assert "no folder" in process.communicate(timeout=60)[0]
   assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    ("--max_restarts=-1", "-1 must be at least 0"),
+    ("--max_restarts=many", "invalid int value: 'many'"),
+    ("--backoff_seconds=nan", "nan must be at least 0, and finite"),
+  ],
+)
+def test_numbers_that_are_no_count_or_pause_are_refused(monkeypatch, capsys, option, message):
+  monkeypatch.setattr(sys, "argv", ["supervise", "--workdir=x", option, "--", "true"])
+  with pytest.raises(SystemExit) as left:
+    supervise.main()
+  assert left.value.code == 2
+  assert message in capsys.readouterr().err
 
 
 def test_restarts_are_counted_since_the_last_progress():
