@@ -46,6 +46,7 @@ _STATISTICS = flags.DEFINE_bool("statistics", False, "Times the statistics of la
 _LOADER_SECONDS = flags.DEFINE_float(
   "loader_seconds", 2.0, "How long the loader is timed.", lower_bound=0.01
 )
+
 must_be_finite(_LOADER_SECONDS)
 
 
@@ -53,11 +54,11 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   host.keep_memory()
   try:
     program = programs.build(run)
+    start = time.perf_counter()
+    compiled = programs.compile_step(program, programs.lower_train_step(program))
+    compile_seconds = time.perf_counter() - start
   except ValueError as error:
     refuse(error)
-  start = time.perf_counter()
-  compiled = programs.compile_step(program, programs.lower_train_step(program))
-  compile_seconds = time.perf_counter() - start
 
   timed = step_times.run_steps(program, compiled, warmup=_WARMUP.value, steps=_STEPS.value)
   speed = step_times.speed(program, compiled, timed)

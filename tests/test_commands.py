@@ -117,6 +117,10 @@ def test_the_bench_prints_one_json_object(commands, tmp_path):
   assert tokens == pytest.approx(8 * 16, rel=1e-3)
   assert (told["config"], told["overrides"]) == ("tiny", {"statistics.every": 10})
   assert 0 < told["statistics"]["share"] < told["statistics"]["of_a_step"]
+  flags.append("--config.xla_flags.set=xla_foo=1")
+  status, output = commands.run("launch.bench", flags, tmp_path / "output")
+  assert status == 2, output
+  assert "error: XlaFlags: this compiler for cpu has no flag xla_foo" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
