@@ -177,26 +177,26 @@ def take_nones(run: Run, argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """The fields that are set to None, and the other arguments, whose fields exist too.
 
   The flags of ml_collections have no None: it would be an error, or the name "None". Of a field
-  that is set several times, the last counts.
+  that is set several times, the last counts, whether an item is [2] in one and [-1] in the other.
   """
   nones: list[str] = []
-  rest: list[str] = []
+  rest: list[tuple[str | None, str]] = []  # the field of each argument
   for argument in argv:
     if not argument.startswith(f"{_FLAG}."):
-      rest.append(argument)
+      rest.append((None, argument))
       continue
     path, _, text = argument.removeprefix(f"{_FLAG}.").partition("=")
     try:
-      may_be_none = _may_be_none(run, path)
+      field, may_be_none = _field(run, path)
     except ValueError as error:
       raise ValueError(f"{argument}: {error}") from error
-    nones = [other for other in nones if other != path]
+    nones = [other for other in nones if other != field]
     if may_be_none and text in ("None", "none"):
-      nones.append(path)
-      rest = [other for other in rest if not other.startswith(f"{_FLAG}.{path}=")]
+      nones.append(field)
+      rest = [(other, argument) for other, argument in rest if other != field]
     else:
-      rest.append(argument)
-  return nones, rest
+      rest.append((field, argument))
+  return nones, [argument for _, argument in rest]
 
 
 def difference(preset: Run, run: Run) -> dict[str, tuple[Any, Any]]:
@@ -207,8 +207,9 @@ def difference(preset: Run, run: Run) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def _may_be_none(run: Run, path: str) -> bool:
-  """Whether the field at `path` may be None; ValueError, with what there is, if it is no field."""
+def _field(run: Run, path: str) -> tuple[str, bool]:
+  """The field at `path`, with items counted from the first, and whether it may be None; ValueError,
+  with what there is, if it is no field."""
   value: Any = run
   may_be_none, seen = False, ""
   for name, index in re.findall(r"(\w+)|\[(-?\d+)\]", path):
@@ -217,7 +218,8 @@ def _may_be_none(run: Run, path: str) -> bool:
         raise ValueError(f"there is no such field: {seen} is set as a whole, {value!r} now")
       if not -len(value) <= int(index) < len(value):
         raise ValueError(f"there is no such field: {seen} has {len(value)} items, from [0] on")
-      value, seen = value[int(index)], f"{seen}[{index}]"
+      place = int(index) % len(value)
+      value, seen = value[place], f"{seen}[{place}]"
       continue
     names = [field.name for field in dataclasses.fields(value)] if _has_fields(value) else []
     if name not in names:
@@ -235,7 +237,7 @@ def _may_be_none(run: Run, path: str) -> bool:
       f"{path} has {len(value)} items, and as many it keeps: set their fields, from "
       f"{_FLAG}.{path}[0] on; another number of them is for the config file to give"
     )
-  return may_be_none
+  return seen, may_be_none
 
 
 def _has_fields(value: Any) -> bool:

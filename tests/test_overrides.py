@@ -103,6 +103,10 @@ def test_of_a_field_that_is_set_several_times_the_last_counts(tmp_path):
   assert taken(some, none) == (["optimizer.clip_norm"], [])
   assert taken(none, some) == ([], [some])
   assert taken(none, none) == (["optimizer.clip_norm"], [])
+  last, window = "--config.model.pattern[-1].mixer.window", "model.pattern[2].mixer.window"
+  assert taken(f"{last}=7", f"--config.{window}=None") == ([window], [])
+  assert taken(f"{last}=None", f"--config.{window}=7") == ([], [f"--config.{window}=7"])
+  assert taken(f"--config.{window}=7", f"{last}=None") == ([window], [])
   assert taken("--seed=1", some, none, some) == ([], ["--seed=1", some])
   with pytest.raises(ValueError, match="no such field as clip_normal"):
     taken(none, other)
