@@ -220,6 +220,10 @@ def test_meshes_that_do_not_fit_are_refused(tmp_path):
     programs.build(dataclasses.replace(run, mesh=MeshShape(fsdp=8), num_microbatches=2))
   with pytest.raises(ValueError, match=r"16 over the 8 devices.* leaves 2 tokens to each, fewer"):
     programs.build(dataclasses.replace(run, mesh=MeshShape(sequence=8)))
+  # Blocks that the model ends before do not.
+  recurrent, *_, attention = run.model.pattern
+  model = dataclasses.replace(run.model, num_blocks=1, pattern=(attention, recurrent))
+  programs.build(dataclasses.replace(run, model=model, mesh=MeshShape(sequence=8)))
   data = dataclasses.replace(run.data, row_length=18)
   with pytest.raises(ValueError, match=r"row_length 18 is not divisible by the 4 devices of"):
     programs.build(dataclasses.replace(run, data=data, mesh=MeshShape(data=2, sequence=4)))

@@ -254,7 +254,7 @@ def check_rows_split(run: Run, shards: int) -> None:
     )
   if shards == 1:
     return
-  for block in run.model.pattern:
+  for block in run.model.pattern[: run.model.num_blocks]:
     match block.mixer:
       case rg_lru.Config(conv_taps=taps) if row_length // shards < taps - 1:
         raise ValueError(
