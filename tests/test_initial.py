@@ -77,7 +77,8 @@ def test_a_run_begins_with_the_parameters_of_a_directory(saved, param_dtype):
   ],
   ids=str,
 )
-def test_another_model_is_refused_by_what_differs(saved, of_model, message):
+def test_another_model_is_refused_by_what_differs(saved, monkeypatch, of_model, message):
+  monkeypatch.setattr(programs, "initialize", None)  # nothing is drawn before
   run = dataclasses.replace(_run(saved.folder, **of_model), init_from=saved.directory)
   with pytest.raises(ValueError, match=rf"init_from .*/hf is of another model: {message}\. Set"):
     initial_state(programs.build(run))

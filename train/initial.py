@@ -29,11 +29,12 @@ def initial_state(program: Program) -> TrainState:
   """Step 0 of a run, in its layout, with moments of 0. With `init_from` every process reads that
   directory; ValueError where it holds another model than the run's."""
   run = program.run
-  state = programs.initialize(program)
   if run.init_from is None:
-    return state
+    return programs.initialize(program)
+  # First: to compile and draw the rest takes minutes, and this may be refused.
   config, params = recurrentgemma_hf.load(run.init_from, param_dtype=run.model.param_dtype)
   _check_same(run.model, config, run.init_from)
+  state = programs.initialize(program)
   logging.info("parameters from %s", run.init_from)
   return state._replace(params=jax.tree.map(_laid_out, params, program.shardings.params))
 
