@@ -15,7 +15,7 @@ from models import decoder
 from models.generate import generate
 from models.hawk import hawk
 from tests.compiler_flags import FAST_TO_COMPILE
-from tests.test_report import _run as write_run
+from tests.reported_runs import killed_run
 
 
 def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
@@ -195,7 +195,7 @@ def test_a_search_where_nothing_fits_says_what_it_takes(commands, tmp_path):
 def test_what_the_storage_refuses_is_one_line_and_status_2(
   commands, tmp_path, module, arguments, words
 ):
-  write_run(tmp_path / "run")
+  killed_run(tmp_path / "run")
   arguments = [one.format(run=tmp_path / "run") for one in arguments]
   status, output = commands.run(module, arguments, tmp_path / "output")
   assert status == 2, output

@@ -99,7 +99,7 @@ def test_a_compiler_has_seen_every_preset_on_every_machine_once():
 
 
 @pytest.mark.parametrize(
-  ("name", "chip", "chips"), [("transformer-100m", "v5p", 128), ("hawk-400m", "v5e", 256)]
+  ("name", "chip", "chips"), [("transformer-100m", "v5p", 128), ("hawk-100m", "v5e", 256)]
 )
 def test_the_cheapest_presets_compile_as_recorded(name, chip, chips):
   """If this fails, the program is another: plan all of docs/plans.jsonl again."""

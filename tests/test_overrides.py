@@ -163,14 +163,14 @@ def test_changed_fields_are_found_and_named_as_they_are_set(tmp_path):
   config = overrides.to_config_dict(run)
   config.batch_size = 4
   config.optimizer.clip_norm = None
-  config.model.pattern[0].mixer.scan = "chunked"
+  config.model.pattern[2].mixer.implementation = "banded"
   config.checkpoint.keep_permanent = 7
   changed = overrides.rebuild(run, config)
   assert changed.optimizer.clip_norm is None
   assert overrides.difference(run, changed) == {
     "batch_size": (8, 4),
     "optimizer.clip_norm": (1.0, None),
-    "model.pattern[0].mixer.scan": ("auto", "chunked"),
+    "model.pattern[2].mixer.implementation": ("auto", "banded"),
     "checkpoint.keep_permanent": (None, 7),
   }
   # Whatever a config checks about itself is checked again with the new values.

@@ -113,7 +113,9 @@ def test_the_convolution_compiles(topology):
     y, vjp = jax.vjp(convolve, x_BTR, b_in_R, w_KR, b_R)
     return y, vjp(dy)
 
-  for batch, time, width in SHAPES:
+  # Several tiles of both on one of them; tails, and a step of decoding, on all.
+  shapes = SHAPES[1:] if topology != "v5e:2x2" else SHAPES
+  for batch, time, width in shapes:
     x_BTR, b_R, w_KR, document_BT = (
       jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
       for shape, dtype in (
