@@ -107,10 +107,18 @@ def print_estimates(
           "estimated_us": round(1e6 * cycles / clock, 1),
           "memory_us": round(1e6 * batch * time * width * state_bytes[kernel] / bandwidth, 1),
           "bytes_per_state": state_bytes[kernel],
-          "jax": jax.__version__,
-          "libtpu": metadata.version("libtpu"),
-          "date": datetime.date.today().isoformat(),
-          "command": f"python -m {command} {chip}",
         }
-        sys.stdout.write(json.dumps(record) + "\n")
-        sys.stdout.flush()
+        print_record(record, command=f"{command} {chip}")
+
+
+def print_record(found: Mapping[str, Any], *, command: str) -> None:
+  """`found` as a JSON line, with the compiler's versions, the date and the command."""
+  record = {
+    **found,
+    "jax": jax.__version__,
+    "libtpu": metadata.version("libtpu"),
+    "date": datetime.date.today().isoformat(),
+    "command": f"python -m {command}",
+  }
+  sys.stdout.write(json.dumps(record) + "\n")
+  sys.stdout.flush()

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from data import token_store
 from data.bucket import is_url
+from models.decoder import KERNELS
 from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run
@@ -39,10 +40,7 @@ NO_EFFECT = (
   "watchdog*",
   "model.remat",
   "model.layers",
-  "model.*.scan",
-  "model.*.gates",
-  "model.*.conv",
-  "model.*.implementation",
+  *(f"model.*.{kernel}" for kernel in KERNELS),
   "data.read_threads",
   "data.prefetch_batches",
 )

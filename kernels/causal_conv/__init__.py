@@ -115,14 +115,17 @@ def _same(document_BT, distance, before_document_BH=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
-  forward = _FUSED[implementation].forward
-  y_BTR = forward(x_BTR, b_in_R, w_KR, b_R, _all_same(document_BT, w_KR))
+  y_BTR = _forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT)
   return y_BTR, y_BTR
 
 
+def _forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
+  same = _all_same(document_BT, w_KR)
+  return _FUSED[implementation].forward(x_BTR, b_in_R, w_KR, b_R, same)
+
+
 def _fused_forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
-  forward = _FUSED[implementation].forward
-  y_BTR = forward(x_BTR, b_in_R, w_KR, b_R, _all_same(document_BT, w_KR))
+  y_BTR = _forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT)
   # Written for kernels: a remat policy can keep what is named rather than form it again.
   y_BTR = checkpoint_name(y_BTR, "conv")
   return (y_BTR, y_BTR), (x_BTR, b_in_R, w_KR, document_BT)

@@ -139,16 +139,10 @@ def _neighbours(tiles: Tiles, taps: int):
   return pltpu.VMEM((max(1, taps - 1) * ROWS, tiles.tile_width), jnp.float32)
 
 
-def _turn_words(words_ref, turned_ref) -> None:
-  """Tokens from the lanes to the rows, each over all lanes."""
-  shape = turned_ref.shape
-  turned_ref[...] = jnp.transpose(jnp.broadcast_to(words_ref[...][0], shape[::-1]))
-
-
 def _forward_kernel(
   words_ref, x_ref, b_in_ref, w_ref, b_ref, y_ref, turned_ref, before_ref, *, tiles, taps
 ):
-  _turn_words(words_ref, turned_ref)
+  rows.lanes_to_rows(words_ref, turned_ref)
 
   @pl.when(pl.program_id(2) == 0)
   def _():
@@ -191,7 +185,7 @@ def _backward_kernel(
   taps,
 ):
   first_token = tiles.first_token()
-  _turn_words(words_ref, turned_ref)
+  rows.lanes_to_rows(words_ref, turned_ref)
 
   @pl.when(pl.program_id(2) == 0)
   def _():

@@ -227,6 +227,13 @@ def lanes(block: int) -> slice:
   return slice(block * LANES, (block + 1) * LANES)
 
 
+def lanes_to_rows(lanes_ref, rows_ref) -> None:
+  """What a tile's tokens have, [1, 1, tokens], from the lanes to the rows, each over all lanes:
+  once for all channels of a tile."""
+  shape = rows_ref.shape
+  rows_ref[...] = jnp.transpose(jnp.broadcast_to(lanes_ref[...][0], shape[::-1]))
+
+
 def channels_to_rows(channels_ref, rows_ref, tiles: Tiles) -> None:
   """[1, 1, width] -> a block in each row, every group from a multiple of GROUP on."""
   for row, block in _rows_and_blocks(tiles):

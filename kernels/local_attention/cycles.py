@@ -9,14 +9,11 @@ may skip to be skipped, so the condition that a pair of blocks is visited is tak
 first and the last pair of a row do beside stays out.
 """
 
-import datetime
-import json
 import sys
 import types
-from importlib import metadata
 from typing import Any
 
-from kernels.cycle_estimate import CHIPS, estimated_cycles, sharding_on  # isort: skip
+from kernels.cycle_estimate import CHIPS, estimated_cycles, print_record, sharding_on  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -82,13 +79,8 @@ def main(chips: list[str]) -> None:
         "pair_cycles_backward": round(backward),
         "share_forward": round(2 * product / forward, 3),
         "share_backward": round(5 * product / backward, 3),
-        "jax": jax.__version__,
-        "libtpu": metadata.version("libtpu"),
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m kernels.local_attention.cycles {chip}",
       }
-      sys.stdout.write(json.dumps(record) + "\n")
-      sys.stdout.flush()
+      print_record(record, command=f"kernels.local_attention.cycles {chip}")
 
 
 if __name__ == "__main__":

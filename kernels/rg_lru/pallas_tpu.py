@@ -149,12 +149,6 @@ def _starts(tiles: Tiles):
   return pltpu.VMEM((tiles.row_lanes, LANES), jnp.float32)
 
 
-def _turn_starts(start_ref, starts_ref) -> None:
-  """Tokens from the lanes to the rows, each over all lanes: once for all channels of a tile."""
-  shape = starts_ref.shape
-  starts_ref[...] = jnp.transpose(jnp.broadcast_to(start_ref[...][0], shape[::-1]))
-
-
 def _decay(r_RL, half_log2_a_1L):
   """tanh(r / 2), and a and 1 - a^2 without cancellation; sigmoid(r) = (1 + tanh(r / 2)) / 2."""
   tanh_RL = jnp.tanh(0.5 * r_RL)
@@ -180,7 +174,7 @@ def _forward_kernel(
   tiles: Tiles,
 ):
   first_token = tiles.first_token()
-  _turn_starts(start_ref, starts_ref)
+  rows.lanes_to_rows(start_ref, starts_ref)
 
   @pl.when(pl.program_id(2) == 0)
   def _():
@@ -238,7 +232,7 @@ def _backward_kernel(
   tiles: Tiles,
 ):
   first_token = tiles.first_token()
-  _turn_starts(start_ref, starts_ref)
+  rows.lanes_to_rows(start_ref, starts_ref)
 
   @pl.when(pl.program_id(2) == 0)
   def _():
