@@ -5,6 +5,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 
 class Call(Hashable, Protocol):
@@ -16,6 +18,14 @@ class Call(Hashable, Protocol):
 def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
   """A result with the shape and dtype of x."""
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def program_ids(grid: tuple[int, ...]) -> list[jax.Array]:
+  """Within a kernel, where it is in the grid.
+
+  With the bounds that the grid keeps: LLVM, so told, makes one address and constants of many.
+  """
+  return [jnp.minimum(pl.program_id(axis), size - 1) for axis, size in enumerate(grid)]
 
 
 @partial(jax.jit, static_argnums=0)

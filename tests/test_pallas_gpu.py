@@ -18,33 +18,36 @@ from kernels.triton_call import on_gpu_or_interpreted
 from tests.draws import Draws
 from tests.tolerances import assert_close
 
+# Tokens of a chunk, and its parts.
+CHUNKS = {"long chunks": (16, 1), "short chunks": (4, 1), "parts": (8, 4)}
 
-@pytest.fixture(params=["long chunks", "short chunks"])
+
+@pytest.fixture(params=CHUNKS)
 def mode(request, monkeypatch):
-  """Rows in chunks of 16 or 4 tokens; few steps side by side, which compile sooner.
+  """How rows are cut; few steps side by side, which compile sooner.
 
   Not as traced before: constants are no part of what JAX knows a function by.
   """
-  steps = 16 if request.param == "long chunks" else 4
+  steps, warps = CHUNKS[request.param]
   tiles_of, cut_into = plain.Tiles.of, set()
 
-  def watched(shape, *, steps):
-    cut_into.add(steps)
-    return tiles_of(shape, steps=steps)
+  def watched(shape, *, steps, warps):
+    cut_into.add((steps, warps))
+    return tiles_of(shape, steps=steps, warps=warps)
 
   monkeypatch.setattr(plain.Tiles, "of", watched)
-  monkeypatch.setattr(plain, "STEPS", steps)
-  monkeypatch.setattr(fused, "STEPS", steps)
-  monkeypatch.setattr(fused, "_BACKWARD_STEPS", steps)
+  for module, name in ((plain, ""), (fused, ""), (fused, "_BACKWARD")):
+    monkeypatch.setattr(module, f"{name}_STEPS", steps)
+    monkeypatch.setattr(module, f"{name}_WARPS", warps)
   monkeypatch.setattr(plain, "GROUP", 2)
   monkeypatch.setattr(plain, "_WINDOWS", (2, 3))
   on_gpu_or_interpreted.clear_cache()
   yield
   on_gpu_or_interpreted.clear_cache()
-  assert cut_into == {steps}
+  assert cut_into == {(steps, warps)}
 
 
-in_long_and_in_short_chunks = pytest.mark.usefixtures("mode")
+in_all_kinds_of_chunks = pytest.mark.usefixtures("mode")
 
 # One token; tails of steps, chunks and channels; whole chunks and channels.
 SHAPES = [(1, 1, 3), (2, 37, 40), (1, 64, 32)]
@@ -56,7 +59,7 @@ def _scan_results(scan, reverse, dtype, shape):
   return jax.jit(functools.partial(scan, reverse=reverse))(*arrays)
 
 
-@in_long_and_in_short_chunks
+@in_all_kinds_of_chunks
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
   ("dtype", "shape"), [("float32", shape) for shape in SHAPES] + [("bfloat16", (2, 37, 40))]
@@ -110,7 +113,7 @@ def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
   return y_BTR, hT_BR, *gradients
 
 
-@in_long_and_in_short_chunks
+@in_all_kinds_of_chunks
 @pytest.mark.parametrize(
   ("dtype", "shape", "starts"),
   [
@@ -132,7 +135,7 @@ def test_values_and_every_gradient_are_those_of_the_reference(dtype, shape, star
     assert_close(actual, expected, dtype=kind, reduction=16)
 
 
-@in_long_and_in_short_chunks
+@in_all_kinds_of_chunks
 def test_decays_of_exactly_zero_and_one():
   """softplus(-200) is 0 in float32, and exp(-8 * 200 * sigmoid(r)) as well."""
   x, r, i, _, is_start, h0, dy, dhT = _inputs((1, 37, 40), "float32", "none")
@@ -143,7 +146,7 @@ def test_decays_of_exactly_zero_and_one():
     assert_close(actual, expected, dtype="float32", reduction=16)
 
 
-@in_long_and_in_short_chunks
+@in_all_kinds_of_chunks
 def test_a_document_changes_no_bit_of_the_next():
   x, r, i, decay, _, h0, dy, dhT = _inputs((1, 37, 32), "float32", "none")
   is_start = jnp.zeros((1, 37), bool).at[:, 18].set(True)
@@ -172,8 +175,14 @@ BIG = [(8, 2048, 2560), (1, 65536, 2560)]
 
 
 # Triton's IR is made here, machine code where a GPU is.
+@pytest.mark.parametrize("chunks", [(32, 1), (64, 4)], ids=str)
 @pytest.mark.parametrize("shape", BIG, ids=str)
-def test_the_fused_kernels_lower_for_cuda_and_write_no_float32_activation(shape):
+def test_the_fused_kernels_lower_for_cuda_and_write_no_float32_activation(
+  shape, chunks, monkeypatch
+):
+  for name in ("", "_BACKWARD"):
+    monkeypatch.setattr(fused, f"{name}_STEPS", chunks[0])
+    monkeypatch.setattr(fused, f"{name}_WARPS", chunks[1])
   x, h0 = _struct(shape), _struct(shape[::2], jnp.float32)
   inputs = (x, x, x, _struct(shape[2:], jnp.float32), _struct(shape[:2], jnp.bool_), h0)
   for f, more in ((fused.forward, ()), (fused.backward, (x, x, h0))):
@@ -192,29 +201,31 @@ def test_the_scan_lowers_for_cuda(shape):
 
 
 @pytest.mark.parametrize(
-  ("shape", "grid", "window"),
+  ("shape", "steps", "grid", "window"),
   [
-    ((8, 2048, 2560), (40, 8, 64), 4),
-    ((1, 65536, 2560), (40, 1, 2048), 12),
-    ((2, 1001, 1000), (16, 2, 32), 12),
-    ((1, 1, 64), (1, 1, 1), 12),
+    ((8, 2048, 2560), 32, (40, 8, 64), 4),
+    ((1, 65536, 2560), 32, (40, 1, 2048), 12),
+    ((2, 65536, 2560), 32, (40, 2, 2048), 12),
+    ((2, 65536, 2560), 64, (40, 2, 1024), 6),
+    ((2, 1001, 1000), 32, (16, 2, 32), 12),
+    ((1, 1, 64), 32, (1, 1, 1), 12),
   ],
 )
-def test_every_chunk_of_a_row_has_a_program(shape, grid, window):
+def test_every_chunk_of_a_row_has_a_program(shape, steps, grid, window):
   """Chunks last, so that none waits for one that cannot start; few in a row learn from few."""
-  tiles = plain.Tiles.of(shape, steps=32)
+  tiles = plain.Tiles.of(shape, steps=steps, warps=1)
   assert (tiles.grid, tiles.window) == (grid, window)
 
 
 def test_a_row_of_more_chunks_than_a_grid_has_is_refused():
   with pytest.raises(ValueError, match=r"2097153 tokens of a row .* axis sequence"):
-    plain.Tiles.of((1, 65_535 * 32 + 33, 64), steps=32)
+    plain.Tiles.of((1, 65_535 * 32 + 33, 64), steps=32, warps=1)
 
 
 def test_flags_are_packed_in_the_order_of_the_recurrence(monkeypatch):
   monkeypatch.setattr(plain, "GROUP", 4)
   flags_BT = jnp.zeros((1, 10), bool).at[0, jnp.array([0, 5, 9])].set(True)
-  tiles = plain.Tiles.of((1, 10, 1), steps=8)
+  tiles = plain.Tiles.of((1, 10, 1), steps=8, warps=2)
   assert tiles.packed(flags_BT, reverse=False).tolist() == [[0b0001, 0b0010, 0b0010, 0]]
   assert tiles.packed(flags_BT, reverse=True).tolist() == [[0b0001, 0b0001, 0b0010, 0]]
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.causal_conv.links import link_words
-from kernels.triton_call import on_gpu_or_interpreted, shape_of
+from kernels.triton_call import on_gpu_or_interpreted, program_ids, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 _CHANNELS = 64
@@ -83,9 +83,10 @@ class _Call(NamedTuple):
 
   def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
     batch, time, width = self.shape
+    grid = pl.cdiv(width, _CHANNELS), batch, pl.cdiv(time, _STEPS)
     return pl.pallas_call(
-      lambda *refs: self.kernel(_Chunk.of(time, width), self.taps, *refs),
-      grid=(pl.cdiv(width, _CHANNELS), batch, pl.cdiv(time, _STEPS)),
+      lambda *refs: self.kernel(_Chunk.of(grid, time, width), self.taps, *refs),
+      grid=grid,
       out_shape=self.results,
       compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
       interpret=interpret,
@@ -103,12 +104,12 @@ class _Chunk(NamedTuple):
   time: int
 
   @classmethod
-  def of(cls, time: int, width: int) -> "_Chunk":
-    first = pl.program_id(0) * _CHANNELS
+  def of(cls, grid: tuple[int, ...], time: int, width: int) -> "_Chunk":
+    channels, row, index = program_ids(grid)
+    first = channels * _CHANNELS
     is_real_C = None
     if width % _CHANNELS:
       is_real_C = first + jax.lax.iota(jnp.int32, _CHANNELS) < width
-    row, index = pl.program_id(1), pl.program_id(2)
     return cls(row, index, pl.ds(first, _CHANNELS), is_real_C, time)
 
   @property

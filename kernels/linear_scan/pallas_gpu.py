@@ -1,17 +1,22 @@
 """The linear recurrence as a Triton kernel, for Hopper and Ampere.
 
-Letters of this file: K channels of a program, N chunks of a row. A program is one warp with a chunk
-of `steps` tokens of one row, two channels to a thread. It goes over them from a state of zero, and
-keeps each state h_t and the product p_t of the decays up to it in registers; h_t + p_t s is what
-the state s before the chunk makes of it. Chunks of all rows run side by side, and each activation
-is read once and written once, however few rows and channels there are.
+Letters of this file: K channels of a program, N chunks of a row, S parts of a chunk, in the order
+of the recurrence. A program has a chunk of `steps` tokens of one row, and each of its warps a part
+of it, two channels to a thread. It goes over them from a state of zero, and keeps each state h_t
+and the product p_t of the decays up to it in registers; h_t + p_t s is what the state s before the
+part makes of it. Chunks of all rows run side by side, and each activation is read once and written
+once, however few rows and channels there are.
+
+Parts are for the registers: a warp waits for memory once, with all its loads under way, and the
+fewer tokens it has, the more warps there are meanwhile. Chunks are for the row: the fewer, the less
+is told along it. What the parts of a chunk do, (p, h), their warps exchange in shared memory.
 
 State s comes along the row, through a small array in memory that starts as _UNKNOWN (a NaN that no
 instruction makes). Every program writes there what its chunk does to a state, (p, h), and the state
 behind it as soon as that is known: from the state `window` chunks before, s <- p s + h over the
 chunks since. These are the operations of the row in order, so that no result ever depends on who
 was first. Programs start in the order of the grid, chunks last, so that nobody waits for one that
-cannot start.
+cannot start. Before the first chunk of a row that array has a window of chunks that do nothing.
 
 Bytes per element, for x and y of 2 bytes and decays of 4: 8, the least there is, and 0.8 for that
 array. The plain scan in XLA moves at least 8 and launches a kernel for every step; chunked.py at
@@ -33,20 +38,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import gpu_math
-from kernels.triton_call import on_gpu_or_interpreted, shape_of
+from kernels.triton_call import on_gpu_or_interpreted, program_ids, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 CHANNELS = 64
-# Tokens of a chunk whose states are kept: seven registers each while they are read, of the 255 that
-# a thread has.
-STEPS = 32
-# Steps that are computed side by side, because one alone waits for every instruction. A chunk is a
+# Tokens of a chunk, and its parts. States are kept: seven registers for each token of a part while
+# it is read, of the 255 that a thread has.
+_STEPS, _WARPS = 32, 1
+# Steps that are computed side by side, because one alone waits for every instruction. A part is a
 # whole number of such groups. And groups whose loads are under way meanwhile.
 GROUP = 8
 _AHEAD = 4
-# Programs that an H100 has under way (eight to a multiprocessor), and of how many chunks before it
-# a program learns at once: as many as are under way, between these.
-_UNDER_WAY = 1056
+# Tokens, of a program's channels, that an H100 has under way (16 of each of 16 warps or more, to a
+# multiprocessor), and of how many chunks before it a program learns at once: as many as are under
+# way, between these.
+_UNDER_WAY = 132 * 256
 _WINDOWS = (4, 12)
 _MOST_CHUNKS = 65_535
 _UNKNOWN = int(np.uint32(0xFFABCDEF).astype(np.int32))
@@ -55,18 +61,20 @@ _PRODUCT, _LAST, _STATE = range(3)
 
 
 class Tiles(NamedTuple):
-  """How rows are cut: into chunks of `steps` tokens, the last short."""
+  """How rows are cut: into chunks of `steps` tokens, the last short, of as many parts as warps."""
 
   batch: int
   time: int
   width: int
   steps: int
+  warps: int
 
   @classmethod
-  def of(cls, shape: tuple[int, ...], *, steps: int) -> "Tiles":
+  def of(cls, shape: tuple[int, ...], *, steps: int, warps: int) -> "Tiles":
     """Chunks of x [batch, time, width]; ValueError if there are more than CUDA's grids have."""
+    assert steps % (warps * GROUP) == 0
     batch, time, width = shape
-    tiles = cls(batch, time, width, steps)
+    tiles = cls(batch, time, width, steps, warps)
     if tiles.num_chunks > _MOST_CHUNKS:
       raise ValueError(
         f"pallas_gpu: {tiles.time} tokens of a row on one device are more than {_MOST_CHUNKS} "
@@ -79,6 +87,16 @@ class Tiles(NamedTuple):
     return -(-self.time // self.steps)
 
   @property
+  def part(self) -> int:
+    """Tokens of a warp."""
+    return self.steps // self.warps
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of a program's values, [S, K]: this one for all, so that all of them lie alike in threads."""
+    return self.warps, CHANNELS
+
+  @property
   def grid(self) -> tuple[int, int, int]:
     """Programs by (channels, row, chunk); neighbours in channels run, and read, side by side."""
     return -(-self.width // CHANNELS), self.batch, self.num_chunks
@@ -88,7 +106,7 @@ class Tiles(NamedTuple):
     """Of how many chunks a program learns at once."""
     fewest, most = _WINDOWS
     channels, rows, _ = self.grid
-    return max(fewest, min(most, _UNDER_WAY // (channels * rows)))
+    return max(fewest, min(most, _UNDER_WAY // (self.steps * channels * rows)))
 
   def packed(self, flags_BT: jax.Array, *, reverse: bool) -> jax.Array:
     """Flags as the bits of a word for each group of steps, in the order of the recurrence."""
@@ -98,9 +116,22 @@ class Tiles(NamedTuple):
     flags_BNG = flags_BT.reshape(self.batch, -1, GROUP)
     return jnp.sum(jnp.where(flags_BNG, 1 << jnp.arange(GROUP), 0), axis=2, dtype=jnp.int32)
 
+  def links(self, first_BD: jax.Array) -> jax.Array:
+    """Nothing told yet, after a window of chunks that change nothing and have the states before
+    the rows behind them."""
+    ones_BD = jnp.ones(first_BD.shape, jnp.float32)
+    # As _PRODUCT, _LAST and _STATE.
+    before_BD = jnp.concatenate([ones_BD, 0.0 * ones_BD, first_BD.astype(jnp.float32)])
+    bits_BD = jax.lax.bitcast_convert_type(before_BD, jnp.int32)
+    shape = 3 * self.batch, self.window + self.num_chunks, self.width
+    is_before = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < self.window
+    return jnp.where(is_before, bits_BD[:, None], _UNKNOWN)
+
   @property
   def summary(self) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((self.batch, self.num_chunks, self.width), jnp.float32)
+    """Of a number for each part of a chunk and channel, to be summed."""
+    num_parts = self.num_chunks * self.warps
+    return jax.ShapeDtypeStruct((self.batch, num_parts, self.width), jnp.float32)
 
   @property
   def state(self) -> jax.ShapeDtypeStruct:
@@ -111,10 +142,16 @@ def scan(
   x_BTD: jax.Array, a_BTD: jax.Array, h0_BD: jax.Array, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
   """h_t = a_t h_{t-1} + x_t with a float32 carry; states in x's dtype, the last one float32."""
-  tiles = Tiles.of(x_BTD.shape, steps=STEPS)
+  tiles = Tiles.of(x_BTD.shape, steps=_STEPS, warps=_WARPS)
   y = shape_of(x_BTD)
   y_BTD, hT_BD = launch(
-    _scan, (x_BTD, a_BTD, h0_BD), (y, tiles.state), tiles=tiles, reverse=reverse, name="linear_scan"
+    _scan,
+    (x_BTD, a_BTD),
+    (y, tiles.state),
+    first_BD=h0_BD,
+    tiles=tiles,
+    reverse=reverse,
+    name="linear_scan",
   )
   return y_BTD, hT_BD
 
@@ -124,13 +161,17 @@ def launch(
   arrays: tuple[jax.Array, ...],
   out_shapes: tuple[jax.ShapeDtypeStruct, ...],
   *,
+  first_BD: jax.Array,
   tiles: Tiles,
   reverse: bool,
   name: str,
 ) -> tuple[jax.Array, ...]:
-  """`kernel(chunk, *array_refs, *out_refs)` for each chunk; every one sees the arrays whole."""
+  """`kernel(chunk, *array_refs, *out_refs)` for each chunk; every one sees the arrays whole.
+
+  `first_BD` are the states before the rows.
+  """
   call = _Launch(kernel, out_shapes, tiles, reverse, name)
-  *results, _ = on_gpu_or_interpreted(call, *arrays)
+  *results, _ = on_gpu_or_interpreted(call, *arrays, first_BD)
   return tuple(results)
 
 
@@ -144,8 +185,8 @@ class _Launch(NamedTuple):
   name: str
 
   def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
-    tiles, num_inputs = self.tiles, len(arrays)
-    links = jax.ShapeDtypeStruct((3 * tiles.batch, tiles.num_chunks, tiles.width), jnp.int32)
+    tiles, num_inputs = self.tiles, len(arrays) - 1
+    links = tiles.links(arrays[-1])
     math = gpu_math.of(interpret=interpret)
 
     def program(*refs):
@@ -156,83 +197,85 @@ class _Launch(NamedTuple):
     return pl.pallas_call(
       program,
       grid=tiles.grid,
-      out_shape=(*self.out_shapes, links),
+      out_shape=(*self.out_shapes, shape_of(links)),
       input_output_aliases={num_inputs: len(self.out_shapes)},
-      compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+      compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
       interpret=interpret,
       name=self.name,
-    )(*arrays, jnp.full(links.shape, _UNKNOWN, links.dtype))
+    )(*arrays[:-1], links)
 
 
-def _scan(chunk, x_ref, a_ref, h0_ref, y_ref, hT_ref):
-  states = LocalStates.none()
+def _scan(chunk, x_ref, a_ref, y_ref, hT_ref):
+  states = LocalStates.none(chunk.zeros())
   for times, loaded in chunk.groups(lambda times: chunk.load_all((x_ref, a_ref), times)):
     x, a = loaded
     states.extend(chunk.keep(times, a, x), chunk.math)
-  chunk.store_states(states, h0_ref, y_ref, hT_ref)
+  chunk.store_states(states, y_ref, hT_ref)
 
 
 class LocalStates(NamedTuple):
-  """Of a chunk's steps so far: products of decays, and states had the one before it been zero."""
+  """Of a part's steps so far: products of decays, and states had the one before it been zero."""
 
   products: list[jax.Array]
   states: list[jax.Array]
 
   @classmethod
-  def none(cls) -> "LocalStates":
-    zeros_K = jnp.zeros((CHANNELS,), jnp.float32)
-    return cls([zeros_K + 1.0], [zeros_K])
+  def none(cls, zeros_SK: jax.Array) -> "LocalStates":
+    return cls([zeros_SK + 1.0], [zeros_SK])
 
   def extend(self, steps: tuple[list, list], math: gpu_math.Math) -> None:
     """By the decays and the inputs of some steps."""
-    for a_K, in_K in zip(*steps, strict=True):
-      self.products.append(a_K * self.products[-1])
-      self.states.append(math.fma(a_K, self.states[-1], in_K))
+    for a_SK, in_SK in zip(*steps, strict=True):
+      self.products.append(a_SK * self.products[-1])
+      self.states.append(math.fma(a_SK, self.states[-1], in_SK))
 
 
 class Chunk(NamedTuple):
-  """A program's tokens and channels. Values are float32 while they are here."""
+  """A program's tokens and channels. Values are float32 [S, K] while they are here."""
 
   tiles: Tiles
   links_ref: Any
   math: gpu_math.Math
   row: jax.Array
   index: jax.Array
-  columns: Any
-  is_real_K: jax.Array | None  # None: all are
+  part_S1: jax.Array
+  column_SK: jax.Array
+  is_real_SK: jax.Array | None  # None: all are
   reverse: bool
 
   @classmethod
   def of(cls, tiles: Tiles, links_ref: Any, math: gpu_math.Math, *, reverse: bool) -> "Chunk":
-    first = pl.program_id(0) * CHANNELS
-    is_real_K = None
-    if tiles.width % CHANNELS:
-      is_real_K = first + jax.lax.iota(jnp.int32, CHANNELS) < tiles.width
-    row, index = pl.program_id(1), pl.program_id(2)
-    return cls(tiles, links_ref, math, row, index, pl.ds(first, CHANNELS), is_real_K, reverse)
+    channels, row, index = program_ids(tiles.grid)
+    column_SK = channels * CHANNELS + jax.lax.broadcasted_iota(jnp.int32, tiles.shape, 1)
+    is_real_SK = column_SK < tiles.width if tiles.width % CHANNELS else None
+    part_S1 = jax.lax.broadcasted_iota(jnp.int32, (tiles.warps, 1), 0)
+    return cls(tiles, links_ref, math, row, index, part_S1, column_SK, is_real_SK, reverse)
 
   @property
   def is_whole(self) -> bool:
     """Whether every chunk of the row has all its steps."""
     return self.tiles.time % self.tiles.steps == 0
 
+  def zeros(self) -> jax.Array:
+    return jnp.zeros(self.tiles.shape, jnp.float32)
+
   def times(self, group: Any) -> list[jax.Array]:
-    """The tokens of a group of steps, in the order of the recurrence."""
-    first = self.index * self.tiles.steps + group * GROUP
+    """The tokens [S, 1] of a group of steps, in the order of the recurrence."""
+    first_S1 = self.index * self.tiles.steps + self.part_S1 * self.tiles.part + group * GROUP
     if self.reverse:
-      return [self.tiles.time - 1 - first - step for step in range(GROUP)]
-    return [first + step for step in range(GROUP)]
+      return [self.tiles.time - 1 - first_S1 - step for step in range(GROUP)]
+    return [first_S1 + step for step in range(GROUP)]
 
-  def is_inside(self, t: jax.Array) -> jax.Array | None:
+  def is_inside(self, t_S1: jax.Array) -> jax.Array | None:
     """Whether the row has step t; None where all of a chunk always are."""
-    return None if self.is_whole else self._is_of_row(t)
+    return None if self.is_whole else self._is_of_row(t_S1)
 
-  def _is_of_row(self, t: jax.Array) -> jax.Array:
-    return (t >= 0) & (t < self.tiles.time)
+  def _is_of_row(self, t_S1: jax.Array) -> jax.Array:
+    return (t_S1 >= 0) & (t_S1 < self.tiles.time)
 
   def groups(self, load: Callable[[list[jax.Array]], Any]) -> Iterator[tuple[list, Any]]:
     """All steps, a group at a time, with what `load` reads of it, well before it is used."""
-    groups = [self.times(group) for group in range(self.tiles.steps // GROUP)]
+    groups = [self.times(group) for group in range(self.tiles.part // GROUP)]
     loaded = [load(times) for times in groups[:_AHEAD]]
     for number, times in enumerate(groups):
       loaded += [load(ahead) for ahead in groups[number + _AHEAD :][:1]]
@@ -245,7 +288,7 @@ class Chunk(NamedTuple):
     carry: Any,
   ) -> Any:
     """The carry of `compute(times, loaded, carry)` after all groups; one is read ahead."""
-    num_groups = self.tiles.steps // GROUP
+    num_groups = self.tiles.part // GROUP
 
     def one_group(group, state):
       loaded, carry = state
@@ -258,124 +301,202 @@ class Chunk(NamedTuple):
 
   def load_all(self, refs: tuple[Any, ...], times: list[jax.Array]) -> list[list[jax.Array]]:
     """Of each array the steps of a group."""
-    return [[self.load(ref, t) for t in times] for ref in refs]
+    return [[self.load(ref, t_S1) for t_S1 in times] for ref in refs]
 
-  def load(self, ref: Any, t: jax.Array) -> jax.Array:
+  def load(self, ref: Any, t_S1: jax.Array) -> jax.Array:
     """Token t; 0 where there is none."""
-    x_K = _load(ref.at[self.row, t, self.columns], _both(self.is_real_K, self.is_inside(t)))
-    return x_K.astype(jnp.float32)
+    return self._load(self._token(ref, t_S1), self.is_inside(t_S1)).astype(jnp.float32)
 
   def load_flags(self, ref: Any, times: list[jax.Array]) -> list[jax.Array]:
     """Of each step of a group, from `packed` flags."""
-    first = self.tiles.time - 1 - times[0] if self.reverse else times[0]
-    word = plgpu.load(ref.at[self.row, first // GROUP])
-    return [(word & (1 << step)) != 0 for step in range(GROUP)]
+    first_S1 = self.tiles.time - 1 - times[0] if self.reverse else times[0]
+    word_S1 = plgpu.load(ref.at[self.row, jax.lax.div(first_S1, GROUP)])
+    return [(word_S1 & (1 << step)) != 0 for step in range(GROUP)]
 
-  def store(self, ref: Any, t: jax.Array, x_K: jax.Array) -> None:
-    mask = _both(self.is_real_K, self.is_inside(t))
-    plgpu.store(ref.at[self.row, t, self.columns], x_K.astype(ref.dtype), mask=_full(mask))
+  def store(self, ref: Any, t_S1: jax.Array, x_SK: jax.Array) -> None:
+    self._store(self._token(ref, t_S1), x_SK.astype(ref.dtype), self.is_inside(t_S1))
 
   def load_channels(self, ref: Any) -> jax.Array:
-    return _load(ref.at[self.columns], self.is_real_K)
+    return self._load(ref.at[self.column_SK])
 
   def load_state(self, ref: Any) -> jax.Array:
-    return _load(ref.at[self.row, self.columns], self.is_real_K)
+    return self._load(ref.at[self.row, self.column_SK])
 
-  def store_last(self, ref: Any, h_K: jax.Array) -> None:
+  def store_last(self, ref: Any, h_SK: jax.Array) -> None:
     """By the program of the row's last chunk."""
-    mask = _both(self.is_real_K, self.index == self.tiles.num_chunks - 1)
-    plgpu.store(ref.at[self.row, self.columns], h_K, mask=_full(mask))
+    is_last = self.index == self.tiles.num_chunks - 1
+    at = ref.at[self._by_one(self.row, ref), self.column_SK]
+    self._store(at, h_SK, is_last, self._is_first_part())
 
-  def store_states(self, local: LocalStates, h0_ref: Any, y_ref: Any, hT_ref: Any) -> None:
+  def store_states(self, local: LocalStates, y_ref: Any, hT_ref: Any) -> None:
     """The state after each step, and the row's last one, from that before the row."""
-    first_K = self.load_state(h0_ref)
-    before_K, behind_K = self.join(local.products[-1], local.states[-1], first_K)
-    groups = range(self.tiles.steps // GROUP)
+    before_SK, behind_SK = self.join(local.products[-1], local.states[-1])
+    groups = range(self.tiles.part // GROUP)
     times = itertools.chain.from_iterable(self.times(group) for group in groups)
-    for t, product_K, state_K in zip(times, local.products[1:], local.states[1:], strict=True):
-      self.store(y_ref, t, self.math.fma(product_K, before_K, state_K))
-    self.store_last(hT_ref, behind_K)
+    for t_S1, product_SK, state_SK in zip(times, local.products[1:], local.states[1:], strict=True):
+      self.store(y_ref, t_S1, self.math.fma(product_SK, before_SK, state_SK))
+    self.store_last(hT_ref, behind_SK)
 
-  def store_summary(self, ref: Any, x_K: jax.Array) -> None:
-    plgpu.store(ref.at[self.row, self.index, self.columns], x_K, mask=self.is_real_K)
+  def store_summary(self, ref: Any, x_SK: jax.Array) -> None:
+    """Of each part."""
+    part_S1 = self.index * self.tiles.warps + self.part_S1
+    self._store(ref.at[self.row, part_S1, self.column_SK], x_SK)
 
   def keep(self, times: list, a: list, inputs: list) -> tuple[list, list]:
     """Decays and inputs, those of steps behind the row's end such that they change nothing."""
     if self.is_whole:
       return a, inputs
-    inside = [self._is_of_row(t) for t in times]
+    inside = [self._is_of_row(t_S1) for t_S1 in times]
     return (
-      [jnp.where(is_inside, a_K, 1.0) for is_inside, a_K in zip(inside, a)],
-      [jnp.where(is_inside, in_K, 0.0) for is_inside, in_K in zip(inside, inputs)],
+      [jnp.where(is_inside, a_SK, 1.0) for is_inside, a_SK in zip(inside, a)],
+      [jnp.where(is_inside, in_SK, 0.0) for is_inside, in_SK in zip(inside, inputs)],
     )
 
-  def join(
-    self, product_K: jax.Array, last_K: jax.Array, first_K: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """The states before and behind this chunk, which makes `product s + last` of a state s.
+  def join(self, product_SK: jax.Array, last_SK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The states before each part, which makes `product s + last` of a state s, and behind the
+    chunk."""
+    fma, parts = self.math.fma, range(self.tiles.warps)
+    products, lasts = self._of_parts(parts, product_SK, last_SK)
+    product_SK, last_SK = products[0], lasts[0]
+    for next_product_SK, next_last_SK in zip(products[1:], lasts[1:]):
+      last_SK = fma(next_product_SK, last_SK, next_last_SK)
+      product_SK = next_product_SK * product_SK
+    self._tell(_PRODUCT, product_SK)
+    self._tell(_LAST, last_SK)
+    state_SK = before_SK = self._state_before()
+    behind_SK = fma(product_SK, state_SK, last_SK)
+    self._tell(_STATE, behind_SK)
+    for part in parts[1:]:
+      state_SK = fma(products[part - 1], state_SK, lasts[part - 1])
+      before_SK = jnp.where(self.part_S1 == part, state_SK, before_SK)
+    return before_SK, behind_SK
 
-    `first_K` is that before the row.
-    """
-    self._tell(_PRODUCT, product_K)
-    self._tell(_LAST, last_K)
-    before_K = self._state_before(first_K)
-    behind_K = self.math.fma(product_K, before_K, last_K)
-    self._tell(_STATE, behind_K)
-    return before_K, behind_K
+  def _of_parts(self, parts: range, *arrays: jax.Array) -> list[list[jax.Array]]:
+    """Of each float32 array the values that these parts have, for all."""
+    if self.tiles.warps == 1:
+      return [[x_SK] for x_SK in arrays]
+    if self.math is gpu_math.of(interpret=True):
+      return [[jnp.broadcast_to(x_SK[part], x_SK.shape) for part in parts] for x_SK in arrays]
+    return _exchanged(self.part_S1, self.column_SK, parts, arrays)
 
-  def _state_before(self, first_K: jax.Array) -> jax.Array:
-    """From the state some chunks before, over those since; waits until all of them have told."""
-    window = self.tiles.window
+  def _state_before(self) -> jax.Array:
+    """From the state some chunks before, over those since; looks until all of them have told. The
+    first part looks, for all."""
 
     def look(_):
-      state_K = self._told(_STATE, self.index - window)
-      is_known_K = self._is_told(state_K)
-      state_K = jnp.where(self.index < window, first_K, _number(state_K))
-      for distance in range(window - 1, 0, -1):
-        index = self.index - distance
-        product_K, last_K = self._told(_PRODUCT, index), self._told(_LAST, index)
-        is_known_K = is_known_K * self._is_told(product_K) * self._is_told(last_K)
-        next_K = self.math.fma(_number(product_K), state_K, _number(last_K))
-        state_K = jnp.where(index < 0, first_K, next_K)
-      return state_K, jnp.min(is_known_K)
+      state_SK = self._told(_STATE, self.tiles.window)
+      is_known_SK = _is_told(state_SK)
+      state_SK = _number(state_SK)
+      for distance in range(self.tiles.window - 1, 0, -1):
+        product_SK, last_SK = self._told(_PRODUCT, distance), self._told(_LAST, distance)
+        is_known_SK = is_known_SK * _is_told(product_SK) * _is_told(last_SK)
+        state_SK = self.math.fma(_number(product_SK), state_SK, _number(last_SK))
+      return state_SK, jnp.min(is_known_SK.reshape(-1))
 
-    start = first_K, jnp.int32(0)
-    state_K, _ = jax.lax.while_loop(lambda state: state[1] == 0, look, start)
-    return state_K
+    start = self.zeros(), jnp.int32(0)
+    state_SK, _ = jax.lax.while_loop(lambda state: state[1] == 0, look, start)
+    return self._of_parts(range(1), state_SK)[0][0]
 
-  def _link(self, which: int) -> jax.Array:
-    return self.row + which * self.tiles.batch
+  def _link(self, which: int, distance: int) -> tuple[jax.Array, jax.Array]:
+    """Where it is of the chunk so many before this one."""
+    return self.row + which * self.tiles.batch, self.index + (self.tiles.window - distance)
 
-  def _tell(self, which: int, x_K: jax.Array) -> None:
-    bits_K = jax.lax.bitcast_convert_type(x_K, jnp.int32)
-    at = self.links_ref.at[self._link(which), self.index, self.columns]
-    plgpu.store(at, bits_K, mask=self.is_real_K)
+  def _tell(self, which: int, x_SK: jax.Array) -> None:
+    bits_SK = jax.lax.bitcast_convert_type(x_SK, jnp.int32)
+    row, index = self._link(which, 0)
+    at = self.links_ref.at[self._by_one(row, self.links_ref), index, self.column_SK]
+    self._store(at, bits_SK, self._is_first_part())
 
-  def _is_told(self, bits_K: jax.Array) -> jax.Array:
-    return jnp.where(bits_K == _UNKNOWN, 0, 1)
-
-  def _told(self, which: int, index: jax.Array) -> jax.Array:
-    """Bits of what the program of another chunk told, _UNKNOWN before; 0 where there is none."""
-    at = self.links_ref.at[self._link(which), jnp.clip(index, 0, self.index), self.columns]
-    is_there = (index >= 0) & (index < self.index)
+  def _told(self, which: int, distance: int) -> jax.Array:
+    """Bits of what another chunk's program told, _UNKNOWN before; 0 for all parts but the first."""
+    at = self.links_ref.at[*self._link(which, distance), self.column_SK]
     # Volatile: from where other multiprocessors write to, at each look.
-    return _load(at, _both(self.is_real_K, is_there), volatile=True)
+    return self._load(at, self._is_first_part(), volatile=True)
+
+  def _is_first_part(self) -> jax.Array | None:
+    return None if self.tiles.warps == 1 else self.part_S1 == 0
+
+  def _by_one(self, row: jax.Array, ref: Any) -> jax.Array:
+    """The row of an array to which the first part writes; for the others none of it, lest the
+    interpreter put back what was there, as it does where a mask is not."""
+    return row + self.part_S1 * ref.shape[0]
+
+  def _token(self, ref: Any, t_S1: jax.Array) -> Any:
+    # Unsigned: to the interpreter -1 would be the last token, which another part may be writing.
+    return ref.at[self.row, t_S1.astype(jnp.uint32), self.column_SK]
+
+  def _load(self, at: Any, *masks: jax.Array | None, volatile: bool = False) -> jax.Array:
+    """[S, K], 0 where a mask is not."""
+    mask_SK = self._all(*masks)
+    other = None if mask_SK is None else 0
+    return plgpu.load(at, mask=mask_SK, other=other, volatile=volatile)
+
+  def _store(self, at: Any, x_SK: jax.Array, *masks: jax.Array | None) -> None:
+    plgpu.store(at, x_SK, mask=self._all(*masks))
+
+  def _all(self, *masks: jax.Array | None) -> jax.Array | None:
+    """Where a channel is real and all of the masks are."""
+    given = [mask for mask in (self.is_real_SK, *masks) if mask is not None]
+    if not given:
+      return None
+    return jnp.broadcast_to(functools.reduce(jnp.logical_and, given), self.tiles.shape)
 
 
-def _number(bits_K: jax.Array) -> jax.Array:
-  return jax.lax.bitcast_convert_type(bits_K, jnp.float32)
+def _is_told(bits_SK: jax.Array) -> jax.Array:
+  return jnp.where(bits_SK == _UNKNOWN, 0, 1)
 
 
-def _both(one: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
-  masks = [mask for mask in (one, other) if mask is not None]
-  return functools.reduce(jnp.logical_and, masks) if masks else None
+def _number(bits_SK: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(bits_SK, jnp.float32)
 
 
-def _full(mask: jax.Array | None) -> jax.Array | None:
-  return None if mask is None else jnp.broadcast_to(mask, (CHANNELS,))
+def _exchanged(
+  part_S1: jax.Array, column_SK: jax.Array, parts: range, arrays: tuple[jax.Array, ...]
+) -> list[list[jax.Array]]:
+  """As `Chunk._of_parts`, by one barrier, through shared memory that nothing else uses.
 
+  Sums over S, of what is 0 but for one part, do it too, with four barriers for each. Every element
+  goes by its part and column, wherever Triton has it: only that a thread has two is taken for
+  granted, as many as [S, K] has for each.
+  """
+  shape, count = column_SK.shape, len(arrays)
+  element_bytes = 4 * count
+  part_bytes = CHANNELS * element_bytes
 
-def _load(at: Any, mask: jax.Array | None, *, volatile: bool = False) -> jax.Array:
-  """[K], 0 where the mask is not."""
-  other = None if mask is None else 0
-  return plgpu.load(at, mask=_full(mask), other=other, volatile=volatile)
+  def stored(element: int) -> list[str]:
+    """The elements of all arrays; $0 or $1 becomes where those of part 0 are."""
+    values = ", ".join(f"${6 + 2 * which + element}" for which in range(count))
+    return [
+      f"and.b32 column, ${4 + element}, {CHANNELS - 1};",
+      f"mad.lo.s32 ${element}, column, {element_bytes}, all;",
+      f"mad.lo.s32 mine, ${2 + element}, {part_bytes}, ${element};",
+      f"st.shared{'.v2' if count == 2 else ''}.f32 [mine], {{{values}}};",
+    ]
+
+  lines = [
+    f"{{ .shared .align {element_bytes} .b8 parts[{shape[0] * part_bytes}];",
+    ".reg .b32 all, column, mine;",
+    "mov.b32 all, parts;",
+    *stored(0),
+    *stored(1),
+    "bar.sync 0; }",
+  ]
+  [at_SK] = plgpu.elementwise_inline_asm(
+    " ".join(lines),
+    args=[jnp.broadcast_to(part_S1, shape), column_SK, *arrays],
+    constraints=",".join(["=&r", "=&r", *"rrrr", *"ff" * count]),
+    pack=2,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)],
+  )
+
+  def loaded(part: int, which: int) -> jax.Array:
+    [x_SK] = plgpu.elementwise_inline_asm(
+      f"ld.shared.f32 $0, [$1 + {part * part_bytes + 4 * which}];",
+      args=[at_SK],
+      constraints="=f,r",
+      pack=1,
+      result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return x_SK
+
+  return [[loaded(part, which) for part in parts] for which in range(count)]
