@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import block_diagonal, dispatch
-from kernels.block_diagonal import pallas_tpu
+from kernels.block_diagonal import pallas_gpu, pallas_tpu
 from sharding.mesh import MeshShape, make_mesh
 from tests.draws import Draws
 from tests.tolerances import assert_close
@@ -99,16 +99,65 @@ def test_products_are_those_of_the_definition(shape, implementation, dtype):
     assert_close(result, reference, dtype=kind, reduction=reduction if kind == "float32" else 1)
 
 
-def test_triton_kernels_lower_for_cuda():
+_HOPPER, _AMPERE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+
+
+@pytest.mark.parametrize("device_kind", [_HOPPER, _AMPERE])
+def test_triton_kernels_lower_for_cuda(device_kind):
   """Both of them, and no array of results is put in another order before or behind."""
-  arrays, dy = _inputs(2, 128, 16, 160, "bfloat16")
-  with dispatch.targeting("gpu"):
+  arrays, dy = _inputs(2, 512, 16, 160, "bfloat16")
+  with dispatch.targeting("gpu", device_kind=device_kind):
     run = jax.jit(functools.partial(_run, products=_products("pallas_gpu")))
     text = run.trace(arrays, dy).lower(lowering_platforms=("cuda",)).as_text()
   assert "block_diagonal_forward" in text
   assert "block_diagonal_backward" in text
   moved = re.findall(r"stablehlo.transpose.*-> tensor<(.*)>", text)
-  assert not [shape for shape in moved if math.prod(map(int, shape.split("x")[:-1])) == 256 * 2560]
+  assert not [shape for shape in moved if math.prod(map(int, shape.split("x")[:-1])) == 1024 * 2560]
+
+
+_ONCE = pallas_gpu.Cut()
+
+
+@pytest.mark.parametrize(
+  ("device_kind", "tokens", "blocks", "size", "forward", "backward"),
+  [
+    (_HOPPER, 16384, 16, 160, (16, 2, 1), (32, 3, 2)),
+    ("", 16384, 16, 160, (16, 2, 1), (32, 3, 2)),
+    # Shards of few blocks, and few tokens: fewer tiles, lest multiprocessors have no program.
+    (_HOPPER, 16384, 2, 160, (4, 2, 1), (4, 3, 2)),
+    (_HOPPER, 2048, 16, 160, (4, 2, 1), (4, 3, 2)),
+    (_HOPPER, 257, 16, 160, _ONCE, _ONCE),
+    # Blocks whose weights are too many, for dx or for all; too few for half of a program's results.
+    (_HOPPER, 16384, 16, 256, (16, 2, 1), _ONCE),
+    (_HOPPER, 16384, 16, 352, _ONCE, _ONCE),
+    (_HOPPER, 16384, 16, 64, _ONCE, (32, 3, 2)),
+    (_AMPERE, 16384, 16, 160, _ONCE, _ONCE),
+    ("NVIDIA B200", 16384, 16, 160, _ONCE, _ONCE),
+  ],
+)
+def test_programs_keep_weights_where_a_hopper_has_room(
+  device_kind, tokens, blocks, size, forward, backward
+):
+  x_PR = jax.ShapeDtypeStruct((tokens, blocks * size), jnp.bfloat16)
+  with dispatch.targeting("gpu", device_kind=device_kind):
+    assert pallas_gpu.Cut.forward(x_PR, blocks=blocks, size=size) == forward
+    assert pallas_gpu.Cut.backward(x_PR, blocks=blocks, size=size) == backward
+
+
+@pytest.mark.parametrize("size", [40, 160])
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_weights_that_programs_keep_change_no_result(size, tiles, monkeypatch):
+  """Only sums of the biases' gradients are rounded in another order. The last tiles are not full,
+  and the last program of three has some without a token."""
+  arrays, dy = _inputs(1, 201, 2, size, "bfloat16")
+  expected = _run(arrays, dy, _products("pallas_gpu"))
+  cuts = {"forward": (tiles, 2, 1), "backward": (tiles, 3)}
+  for name, cut in cuts.items():
+    monkeypatch.setattr(pallas_gpu.Cut, name, lambda *_, cut=cut, **__: pallas_gpu.Cut(*cut))
+  actual = _run(arrays, dy, _products("pallas_gpu"))
+  for got, wanted in zip(actual[:4], expected[:4], strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  assert_close(actual[4], expected[4], dtype="float32", reduction=201)
 
 
 def test_float32_is_refused_by_the_kernel_for_tensor_cores():

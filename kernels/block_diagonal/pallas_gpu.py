@@ -5,16 +5,22 @@ With activations of 2 bytes, a channel and token, beside einsum_rounded.py's 16 
   forward    reads x; writes r, i                                          6 bytes
   backward   reads dr, di; writes dx; the products of dw read x, dr, x, di      14
 
-Letters of this file: P tokens of the whole batch, C tokens of a program, I and J channels that go
+Letters of this file: P tokens of the whole batch, C tokens of a tile, I and J channels that go
 into a piece of a block and come out of it.
 
 A program has a block and some tokens. Triton's arrays have powers of two: a block of 160 channels
 is pieces of 128 and 32, each piece of a result the sum of a product for each piece of x. The
 gradients of the weights are left to XLA: sums over all tokens, which a program has few of.
 Those of the biases begin here, summed over the tokens of a program.
+
+A program with one tile reads 102 KB of weights for 20 KB of x; on Hopper a program keeps them for
+many. On an H100, at [8, 2048, 2560] in 16 blocks, forward takes 0.123 ms instead of 0.163 and dx
+with the biases' sums 0.127 instead of 0.212; a copy of these bytes takes 0.096.
 """
 
 import functools
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,9 +29,43 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels import dispatch
 from kernels.block_diagonal import einsum_rounded
 from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
+
+class Cut(NamedTuple):
+  """How a program multiplies: tiles of _TOKENS one after the other, with the weights in shared
+  memory meanwhile if there are several, and buffers for some; forward for one of the two results or
+  for both."""
+
+  tiles: int = 1
+  stages: int = 2
+  results: int = 2
+
+  @classmethod
+  def forward(cls, x_PR: jax.Array, *, blocks: int, size: int) -> "Cut":
+    # With small blocks each result alone is too little for a program.
+    return cls(tiles=16, results=1)._or_once(x_PR, blocks, size, sizes=(65, 256), fewest=256)
+
+  @classmethod
+  def backward(cls, x_PR: jax.Array, *, blocks: int, size: int) -> "Cut":
+    return cls(tiles=32, stages=3)._or_once(x_PR, blocks, size, sizes=(1, 160), fewest=128)
+
+  def _or_once(
+    self, x_PR: jax.Array, blocks: int, size: int, *, sizes: tuple[int, int], fewest: int
+  ) -> "Cut":
+    """This, if blocks are of these `sizes` (a multiprocessor of a Hopper has room for the weights);
+    with fewer tiles where few tokens would leave too few programs for its 132 multiprocessors."""
+    programs = blocks * (2 // self.results) * pl.cdiv(x_PR.shape[0], _TOKENS)
+    tiles, (least, most) = min(self.tiles, programs // fewest), sizes
+    if tiles < 2 or not least <= size <= most or not _HOPPER.fullmatch(dispatch.target_kind()):
+      return Cut()
+    return self._replace(tiles=tiles)
+
+
+# Ampere takes weights from registers, which are too few to keep them. "" is the newest.
+_HOPPER = re.compile(r"(NVIDIA (GH200|H100|H200|H800|H20).*)?")
 _TOKENS = 64
 _MOST, _LEAST = 128, 16
 
@@ -40,7 +80,8 @@ def forward(x_BTR: jax.Array, w_GI2J: jax.Array, b_G2J: jax.Array) -> tuple[jax.
   blocks, size = w_GI2J.shape[:2]
   x_PR = _flat(x_BTR)
   results = (shape_of(x_PR), shape_of(x_PR))
-  call = _Call(_forward_kernel, results, blocks, size, "block_diagonal_forward")
+  cut = Cut.forward(x_PR, blocks=blocks, size=size)
+  call = _Call(_forward_kernel, results, blocks, size, cut, "block_diagonal_forward")
   r_PR, i_PR = on_gpu_or_interpreted(call, x_PR, w_GI2J, b_G2J)
   return r_PR.reshape(x_BTR.shape), i_PR.reshape(x_BTR.shape)
 
@@ -51,15 +92,18 @@ def backward(
   """dx in the dtype of x, dw in that of w, db in float32."""
   blocks, size = w_GI2J.shape[:2]
   dr_PR = _flat(dr_BTR)
-  sums = jax.ShapeDtypeStruct((_num_tiles(dr_PR), blocks, 2, size), jnp.float32)
-  call = _Call(_backward_kernel, (shape_of(dr_PR), sums), blocks, size, "block_diagonal_backward")
+  cut = Cut.backward(dr_PR, blocks=blocks, size=size)
+  sums = jax.ShapeDtypeStruct((_num_programs(dr_PR, cut), blocks, 2, size), jnp.float32)
+  results = (shape_of(dr_PR), sums)
+  call = _Call(_backward_kernel, results, blocks, size, cut, "block_diagonal_backward")
   dx_PR, sums_NG2J = on_gpu_or_interpreted(call, dr_PR, _flat(di_BTR), w_GI2J)
   dw_GI2J = einsum_rounded.weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
   return dx_PR.reshape(x_BTR.shape), dw_GI2J, jnp.sum(sums_NG2J, axis=0)
 
 
-def _num_tiles(x_PR: jax.Array) -> int:
-  return pl.cdiv(x_PR.shape[0], _TOKENS)
+def _num_programs(x_PR: jax.Array, cut: Cut) -> int:
+  """Of a block."""
+  return pl.cdiv(x_PR.shape[0], _TOKENS * cut.tiles)
 
 
 class _Call(NamedTuple):
@@ -69,45 +113,59 @@ class _Call(NamedTuple):
   results: tuple[jax.ShapeDtypeStruct, ...]
   blocks: int
   size: int
+  cut: Cut
   name: str
 
   def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
     return pl.pallas_call(
-      functools.partial(self.kernel, size=self.size),
+      functools.partial(self.kernel, size=self.size, cut=self.cut),
       # The blocks of a token beside each other: together they read and write whole rows of memory.
-      grid=(self.blocks, _num_tiles(arrays[0])),
+      grid=(self.blocks * 2 // self.cut.results, _num_programs(arrays[0], self.cut)),
       out_shape=self.results,
-      compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+      compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=self.cut.stages),
       interpret=interpret,
       name=self.name,
     )(*arrays)
 
 
-def _forward_kernel(x_ref, w_ref, b_ref, r_ref, i_ref, *, size):
-  tile, pieces = _Tile(x_ref.shape[0], size), _pieces(size)
-  x_CI = [tile.load(x_ref, piece) for piece in pieces]
-  for branch, y_ref in enumerate((r_ref, i_ref)):
-    for outputs in pieces:
-      y_CJ = sum(
-        plgpu.dot(x, tile.load_weights(w_ref, branch, inputs, outputs))
-        for x, inputs in zip(x_CI, pieces, strict=True)
+def _forward_kernel(x_ref, w_ref, b_ref, r_ref, i_ref, *, size, cut):
+  program, pieces = _Program(x_ref.shape[0], size, cut), _pieces(size)
+  weights = program.weights(w_ref, pieces)
+
+  def one_tile(tile, _):
+    x_CI = [tile.load(x_ref, piece) for piece in pieces]
+    for branch in range(cut.results):
+      for outputs in pieces:
+        y_CJ = sum(
+          plgpu.dot(x, weights(branch, inputs, outputs))
+          for x, inputs in zip(x_CI, pieces, strict=True)
+        )
+        y_CJ += program.load_biases(b_ref, branch, outputs)[None]
+        tile.store_result((r_ref, i_ref), branch, outputs, y_CJ)
+
+  program.walk(one_tile, None)
+
+
+def _backward_kernel(dr_ref, di_ref, w_ref, dx_ref, sums_ref, *, size, cut):
+  program, pieces = _Program(dr_ref.shape[0], size, cut), _pieces(size)
+  weights = program.weights(w_ref, pieces)
+
+  def one_tile(tile, sums):
+    dy_CJ = [[tile.load(dy_ref, piece) for piece in pieces] for dy_ref in (dr_ref, di_ref)]
+    for inputs in pieces:
+      dx_CI = sum(
+        plgpu.dot(dy, weights(branch, inputs, outputs), trans_b=True)
+        for branch in range(2)
+        for dy, outputs in zip(dy_CJ[branch], pieces, strict=True)
       )
-      tile.store(y_ref, outputs, y_CJ + tile.load_biases(b_ref, branch, outputs)[None])
+      tile.store(dx_ref, inputs, dx_CI)
+    of_tile = [jnp.sum(dy.astype(jnp.float32), axis=0) for dy in (*dy_CJ[0], *dy_CJ[1])]
+    return [sum_J + more_J for sum_J, more_J in zip(sums, of_tile, strict=True)]
 
-
-def _backward_kernel(dr_ref, di_ref, w_ref, dx_ref, sums_ref, *, size):
-  tile, pieces = _Tile(dr_ref.shape[0], size), _pieces(size)
-  dy_CJ = [[tile.load(dy_ref, piece) for piece in pieces] for dy_ref in (dr_ref, di_ref)]
-  for inputs in pieces:
-    dx_CI = sum(
-      plgpu.dot(dy, tile.load_weights(w_ref, branch, inputs, outputs), trans_b=True)
-      for branch in range(2)
-      for dy, outputs in zip(dy_CJ[branch], pieces, strict=True)
-    )
-    tile.store(dx_ref, inputs, dx_CI)
-  for branch in range(2):
-    for dy, outputs in zip(dy_CJ[branch], pieces, strict=True):
-      tile.store_sums(sums_ref, branch, outputs, jnp.sum(dy.astype(jnp.float32), axis=0))
+  zeros = [jnp.zeros((length,), jnp.float32) for _, length, _ in (*pieces, *pieces)]
+  sums = program.walk(one_tile, zeros)
+  for (branch, outputs), sums_J in zip(itertools.product(range(2), pieces), sums, strict=True):
+    program.store_sums(sums_ref, branch, outputs, sums_J)
 
 
 def _pieces(size: int) -> list[tuple[int, int, int]]:
@@ -121,15 +179,60 @@ def _pieces(size: int) -> list[tuple[int, int, int]]:
   return pieces
 
 
-class _Tile:
-  """The tokens and the block of a program; what is not there is loaded as 0."""
+class _Program:
+  """A block and some tiles of tokens; what is not there is loaded as 0."""
 
-  def __init__(self, tokens: int, size: int):
-    self.size, self.block, self.tile = size, pl.program_id(0), pl.program_id(1)
-    first = self.tile * _TOKENS
+  def __init__(self, tokens: int, size: int, cut: Cut):
+    self.tokens, self.size, self.cut = tokens, size, cut
+    self.block, self.index = pl.program_id(0), pl.program_id(1)
+    self.branches = [jnp.int32(0), jnp.int32(1)]
+    if cut.results == 1:
+      # The programs of both results beside each other: one of them finds x in the cache.
+      self.block, *self.branches = self.block // 2, self.block % 2
+
+  def walk(self, one_tile: Callable[["_Tile", Any], Any], carry: Any) -> Any:
+    """`one_tile` for every tile, with what it gave for the one before."""
+    first = self.index * self.cut.tiles
+    if self.cut.tiles == 1:
+      return one_tile(_Tile(self, first), carry)
+    return jax.lax.fori_loop(
+      0, self.cut.tiles, lambda tile, carry: one_tile(_Tile(self, first + tile), carry), carry
+    )
+
+  def weights(self, ref: Any, pieces: list) -> Callable[..., jax.Array]:
+    """(branch, inputs, outputs) -> weights, which a program with one tile loads where it needs them
+    and one with more before all tiles."""
+    load = functools.partial(self._load_weights, ref)
+    if self.cut.tiles == 1:
+      return load
+    all_pieces = itertools.product(range(len(self.branches)), pieces, pieces)
+    loaded = {which: load(*which) for which in all_pieces}
+    return lambda *which: loaded[which]
+
+  def _load_weights(self, ref, branch, inputs, outputs):
+    # Numbers of JAX: what is past the end of a block is for the mask to leave out.
+    place = (self.block, _span(inputs), self.branches[branch], _span(outputs))
+    return _load(ref, place, _is_there(inputs), _is_there(outputs))
+
+  def load_biases(self, ref, branch, outputs):
+    place, mask_J = (self.block, self.branches[branch], _span(outputs)), _is_there(outputs)
+    return plgpu.load(ref.at[place], mask=mask_J, other=None if mask_J is None else 0)
+
+  def store_sums(self, ref, branch, outputs, sums_J):
+    place = (self.index, self.block, self.branches[branch], _span(outputs))
+    plgpu.store(ref.at[place], sums_J, mask=_is_there(outputs))
+
+
+class _Tile:
+  """The tokens of a program that are multiplied at once."""
+
+  def __init__(self, program: _Program, index: jax.Array):
+    self.program, cut = program, program.cut
+    first = index * _TOKENS
     self.rows = pl.ds(first, _TOKENS)
-    all_there = tokens % _TOKENS == 0
-    self.is_token_C = None if all_there else first + jax.lax.iota(jnp.int32, _TOKENS) < tokens
+    all_there = program.tokens % (_TOKENS * cut.tiles) == 0
+    tokens_C = jax.lax.iota(jnp.int32, _TOKENS)
+    self.is_token_C = None if all_there else first + tokens_C < program.tokens
 
   def load(self, ref, piece):
     return _load(ref, self._place(piece), self.is_token_C, _is_there(piece))
@@ -138,22 +241,19 @@ class _Tile:
     mask_CJ = _both(self.is_token_C, _is_there(piece), y_CJ.shape)
     plgpu.store(ref.at[self._place(piece)], y_CJ.astype(ref.dtype), mask=mask_CJ)
 
-  def load_weights(self, ref, branch, inputs, outputs):
-    # Numbers of JAX: what is past the end of a block is for the mask to leave out.
-    place = (self.block, _span(inputs), jnp.int32(branch), _span(outputs))
-    return _load(ref, place, _is_there(inputs), _is_there(outputs))
-
-  def load_biases(self, ref, branch, outputs):
-    place, mask_J = (self.block, jnp.int32(branch), _span(outputs)), _is_there(outputs)
-    return plgpu.load(ref.at[place], mask=mask_J, other=None if mask_J is None else 0)
-
-  def store_sums(self, ref, branch, outputs, sums_J):
-    place = (self.tile, self.block, jnp.int32(branch), _span(outputs))
-    plgpu.store(ref.at[place], sums_J, mask=_is_there(outputs))
+  def store_result(self, refs, branch, piece, y_CJ):
+    """To that one of the arrays."""
+    if self.program.cut.results == len(refs):
+      return self.store(refs[branch], piece, y_CJ)
+    for number, ref in enumerate(refs):
+      pl.when(self.program.branches[branch] == number)(
+        functools.partial(self.store, ref, piece, y_CJ)
+      )
+    return None
 
   def _place(self, piece):
     first, length, _ = piece
-    return self.rows, pl.ds(self.block * self.size + first, length)
+    return self.rows, pl.ds(self.program.block * self.program.size + first, length)
 
 
 def _span(piece):
