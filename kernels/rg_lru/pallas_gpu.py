@@ -25,10 +25,9 @@ move, with their float32 r, i, a and gradients of these:
 No product of decays and no float32 copy of an activation is written; what programs tell each other,
 and the partial sums of ddecay, are [rows, chunks, R]: another 0.4 bytes forward and 0.8 backward.
 
-On an H100 (docs/h100_rg_lru.jsonl, docs/benchmarks.md): forward and backward 0.51 ms at [8, 2048,
-2560] in bfloat16 and 2.04 ms at [1, 65536, 2560], 0.75 and 0.71 of what a copy of these bytes
-takes; forward alone 0.77 ms at the latter, 0.62. That was with a warp to a chunk, of 32 tokens
-forward and 64 backward: with 32, backward alone is 4 % faster.
+On an H100 (docs/h100_rg_lru.jsonl, docs/benchmarks.md), in bfloat16: 0.148 ms forward and 0.458
+with backward at [8, 2048, 2560], 0.562 and 1.790 ms at [1, 65536, 2560]; 0.87, 0.84, 0.87 and 0.82
+of what a copy of these bytes reaches.
 """
 
 import jax
