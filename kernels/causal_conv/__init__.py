@@ -17,10 +17,11 @@ what comes back from both, which costs no pass over memory.
               times what the bytes do
   pallas_gpu  Triton kernels that read and write every activation once: 4 bytes a channel and token
               forward and 8 backward where XLA's passes move 4 and 16, for activations of 2 bytes
-  pallas_tpu  the same for TPUs, at most 17 taps; asked for by name (docs/benchmarks.md says why)
+  pallas_tpu  the same for TPUs, at most 17 taps
 
-Rows that something is before are left to shifts: prompts and single tokens, and the shards of rows
-that are split over devices.
+"auto" is the kernel on TPUs and on GPUs that have the RG-LRU's, shifts elsewhere. Rows that
+something is before are left to shifts: prompts and single tokens, and the shards of rows that are
+split over devices.
 """
 
 import functools
@@ -36,7 +37,7 @@ from kernels.varying import varying_alike
 
 _FUSED = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
 IMPLEMENTATIONS = ("shifts", *_FUSED)
-_DEFAULTS = {"cpu": "shifts", "tpu": "shifts", "gpu": "pallas_gpu"}
+_DEFAULTS = {"cpu": "shifts", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def resolve(requested: str) -> str:
