@@ -50,6 +50,28 @@ def environment(folder: pathlib.Path, programs: dict[str, str]) -> dict[str, str
   return {**os.environ, "PATH": path, "CLOUD": str(folder), "TMPDIR": str(folder / "tmp")}
 
 
+class Script:
+  """A script of launch/ with an env_file, run against what is pretended in a folder."""
+
+  def __init__(
+    self, name: str, env_file: pathlib.Path, checkout: pathlib.Path, environment: dict[str, str]
+  ):
+    self.name, self.env_file, self.folder = name, env_file, env_file.parent
+    self.checkout, self.environment = checkout, environment
+
+  def command(self, *words: str) -> list[str]:
+    script = str(self.checkout / "launch" / self.name)
+    return ["bash", script, words[0], f"--env_file={self.env_file}", *words[1:]]
+
+  def run(self, *words: str, status: int = 0) -> str:
+    """What it printed, stdout and then stderr, after checking its exit status."""
+    done = subprocess.run(
+      self.command(*words), env=self.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def golden_flags(name: str) -> dict[str, set[str]]:
   """command -> its flags, of a file in tests/golden with lines `COMMAND: --FLAG ...`."""
   lines = (ROOT / "tests/golden" / name).read_text().splitlines()

@@ -3,11 +3,10 @@
 import json
 import pathlib
 import shlex
-import subprocess
 import sys
 import time
 
-from tests.cluster_checkout import ROOT, environment
+from tests.cluster_checkout import ROOT, Script, environment
 
 ENV_FILE = """
 # a comment
@@ -29,34 +28,20 @@ RUNS_ON = """
 JOB = ("--", "--config=configs/griffin.py:1b", "--config.name=a b")
 
 
-class Cloud:
+class Cloud(Script):
   """A pretended cloud in a folder, and tpu.sh run against it."""
 
   def __init__(self, folder: pathlib.Path, checkout: pathlib.Path):
-    self.folder, self.checkout = folder, checkout
     recorder = shlex.join([sys.executable, "-S", "-E", str(ROOT / "tests/recording_gcloud.py")])
-    self.environment = {
-      **environment(folder, {"gcloud": f'exec {recorder} "$@"'}),
-      "POLL_SECONDS": "0.02",
-    }
-    (folder / "cluster.env").write_text(ENV_FILE)
+    programs = {"gcloud": f'exec {recorder} "$@"'}
+    variables = {**environment(folder, programs), "POLL_SECONDS": "0.02"}
+    super().__init__("tpu.sh", folder / "cluster.env", checkout, variables)
+    self.env_file.write_text(ENV_FILE)
     self.set(SUCCEEDS)
 
   def set(self, job: str, **scenario) -> None:
     (self.folder / "job.sh").write_text(job)
     (self.folder / "scenario.json").write_text(json.dumps(scenario))
-
-  def command(self, *words: str) -> list[str]:
-    env_file = f"--env_file={self.folder / 'cluster.env'}"
-    return ["bash", str(self.checkout / "launch/tpu.sh"), words[0], env_file, *words[1:]]
-
-  def run(self, *words: str, status: int = 0) -> str:
-    """What it printed, stdout and then stderr, after checking its exit status."""
-    done = subprocess.run(
-      self.command(*words), env=self.environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
   def calls(self, *kinds: str) -> list[str]:
     """The recorded commands, without `gcloud compute tpus`; only those that start like `kinds`."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.cluster_checkout import environment, git, golden_flags
+from tests.cluster_checkout import Script, environment, git, golden_flags
 
 # Each records its words; two fail at those of their calls whose numbers are in a file. A job in the
 # queue is the file `queue`, with its state; a scancel takes it out, unless there is a file
@@ -52,25 +52,14 @@ SAVES = """
 """
 
 
-class Slurm:
+class Slurm(Script):
   """A pretended cluster in a folder, and slurm.sh run against it."""
 
   def __init__(self, folder: pathlib.Path, checkout: pathlib.Path):
-    self.folder, self.checkout, self.shared = folder, checkout, folder / "shared"
-    self.environment = {**environment(folder, PROGRAMS), "HOST": "login"}
-    (folder / "slurm.env").write_text(f"{ENV_FILE}FOLDER={self.shared}\n")
-
-  def command(self, *words: str) -> list[str]:
-    env_file = f"--env_file={self.folder / 'slurm.env'}"
-    return ["bash", str(self.checkout / "launch/slurm.sh"), words[0], env_file, *words[1:]]
-
-  def run(self, *words: str, status: int = 0) -> str:
-    """What it printed, stdout and then stderr, after checking its exit status."""
-    done = subprocess.run(
-      self.command(*words), env=self.environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    variables = {**environment(folder, PROGRAMS), "HOST": "login"}
+    super().__init__("slurm.sh", folder / "slurm.env", checkout, variables)
+    self.shared = folder / "shared"
+    self.env_file.write_text(f"{ENV_FILE}FOLDER={self.shared}\n")
 
   def calls(self, program: str) -> list[str]:
     lines = self.lines("calls")

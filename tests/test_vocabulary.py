@@ -37,8 +37,8 @@ def huggingface(tmp_path_factory):
   return path
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
+def _sentencepiece(path, **options):
+  """A byte-level BPE at `path`, which is given back."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.Train(
     sentence_iterator=iter(TEXTS * 20),
@@ -46,15 +46,22 @@ def sentencepiece_model(tmp_path_factory):
     vocab_size=320,
     model_type="bpe",
     byte_fallback=True,
+    minloglevel=2,
+    **options,
+  )
+  path.write_bytes(model.getvalue())
+  return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+  return _sentencepiece(
+    tmp_path_factory.mktemp("spm") / "bpe.model",
     normalization_rule_name="identity",
     remove_extra_whitespaces=False,
     add_dummy_prefix=False,
     pad_id=3,
-    minloglevel=2,
   )
-  path = tmp_path_factory.mktemp("spm") / "bpe.model"
-  path.write_bytes(model.getvalue())
-  return path
 
 
 @pytest.fixture(params=["byte", "huggingface", "sentencepiece_model"])
@@ -247,18 +254,7 @@ def test_files_that_are_no_vocabulary_are_refused(tmp_path):
 def _spelt(kind: str, folder) -> str:
   """A vocabulary that reads <|end|> in a text as that token, as ordinary ones are read."""
   if kind == "sentencepiece":
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-      sentence_iterator=iter(TEXTS * 20),
-      model_writer=model,
-      vocab_size=320,
-      model_type="bpe",
-      byte_fallback=True,
-      user_defined_symbols=["<|end|>"],
-      minloglevel=2,
-    )
-    (folder / "user.model").write_bytes(model.getvalue())
-    return str(folder / "user.model")
+    return str(_sentencepiece(folder / "user.model", user_defined_symbols=["<|end|>"]))
   words = {"a": 0, "</s>": 1, "<|end|>": 2}
   tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="a"))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
