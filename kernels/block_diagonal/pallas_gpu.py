@@ -20,6 +20,7 @@ with the biases' sums 0.127 instead of 0.212; a copy of these bytes takes 0.096.
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +33,11 @@ from jax.experimental.pallas import triton as plgpu
 from kernels import dispatch
 from kernels.block_diagonal import einsum_rounded
 from kernels.triton_call import on_gpu_or_interpreted, shape_of
+
+_TOKENS = 64
+# Ampere takes weights from registers, which are too few to keep them. "" is the newest.
+_HOPPER = re.compile(r"(NVIDIA (GH200|H100|H200|H800|H20).*)?")
+_MOST, _LEAST = 128, 16
 
 
 class Cut(NamedTuple):
@@ -57,17 +63,16 @@ class Cut(NamedTuple):
   ) -> "Cut":
     """This, if blocks are of these `sizes` (a multiprocessor of a Hopper has room for the weights);
     with fewer tiles where few tokens would leave too few programs for its 132 multiprocessors."""
-    programs = blocks * (2 // self.results) * pl.cdiv(x_PR.shape[0], _TOKENS)
+    programs = math.prod(self._replace(tiles=1).grid(x_PR, blocks=blocks))
     tiles, (least, most) = min(self.tiles, programs // fewest), sizes
     if tiles < 2 or not least <= size <= most or not _HOPPER.fullmatch(dispatch.target_kind()):
       return Cut()
     return self._replace(tiles=tiles)
 
-
-# Ampere takes weights from registers, which are too few to keep them. "" is the newest.
-_HOPPER = re.compile(r"(NVIDIA (GH200|H100|H200|H800|H20).*)?")
-_TOKENS = 64
-_MOST, _LEAST = 128, 16
+  def grid(self, x_PR: jax.Array, *, blocks: int) -> tuple[int, int]:
+    """Programs by (block and results, tokens). The blocks of a token beside each other: together
+    they read and write whole rows of memory."""
+    return blocks * (2 // self.results), pl.cdiv(x_PR.shape[0], _TOKENS * self.tiles)
 
 
 def forward(x_BTR: jax.Array, w_GI2J: jax.Array, b_G2J: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,17 +98,13 @@ def backward(
   blocks, size = w_GI2J.shape[:2]
   dr_PR = _flat(dr_BTR)
   cut = Cut.backward(dr_PR, blocks=blocks, size=size)
-  sums = jax.ShapeDtypeStruct((_num_programs(dr_PR, cut), blocks, 2, size), jnp.float32)
+  _, num_programs = cut.grid(dr_PR, blocks=blocks)
+  sums = jax.ShapeDtypeStruct((num_programs, blocks, 2, size), jnp.float32)
   results = (shape_of(dr_PR), sums)
   call = _Call(_backward_kernel, results, blocks, size, cut, "block_diagonal_backward")
   dx_PR, sums_NG2J = on_gpu_or_interpreted(call, dr_PR, _flat(di_BTR), w_GI2J)
   dw_GI2J = einsum_rounded.weight_gradients(x_BTR, w_GI2J, dr_BTR, di_BTR)
   return dx_PR.reshape(x_BTR.shape), dw_GI2J, jnp.sum(sums_NG2J, axis=0)
-
-
-def _num_programs(x_PR: jax.Array, cut: Cut) -> int:
-  """Of a block."""
-  return pl.cdiv(x_PR.shape[0], _TOKENS * cut.tiles)
 
 
 class _Call(NamedTuple):
@@ -119,8 +120,7 @@ class _Call(NamedTuple):
   def __call__(self, interpret: bool, *arrays: jax.Array) -> Any:
     return pl.pallas_call(
       functools.partial(self.kernel, size=self.size, cut=self.cut),
-      # The blocks of a token beside each other: together they read and write whole rows of memory.
-      grid=(self.blocks * 2 // self.cut.results, _num_programs(arrays[0], self.cut)),
+      grid=self.cut.grid(arrays[0], blocks=self.blocks),
       out_shape=self.results,
       compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=self.cut.stages),
       interpret=interpret,
