@@ -38,6 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import gpu_math
+from kernels.linear_scan.warp_exchange import exchanged
 from kernels.triton_call import on_gpu_or_interpreted, program_ids, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
@@ -377,7 +378,7 @@ class Chunk(NamedTuple):
       return [[x_SK] for x_SK in arrays]
     if self.math is gpu_math.of(interpret=True):
       return [[jnp.broadcast_to(x_SK[part], x_SK.shape) for part in parts] for x_SK in arrays]
-    return _exchanged(self.part_S1, self.column_SK, parts, arrays)
+    return exchanged(self.part_S1, self.column_SK, parts, arrays)
 
   def _state_before(self) -> jax.Array:
     """From the state some chunks before, over those since; looks until all of them have told. The
@@ -448,55 +449,3 @@ def _is_told(bits_SK: jax.Array) -> jax.Array:
 
 def _number(bits_SK: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(bits_SK, jnp.float32)
-
-
-def _exchanged(
-  part_S1: jax.Array, column_SK: jax.Array, parts: range, arrays: tuple[jax.Array, ...]
-) -> list[list[jax.Array]]:
-  """As `Chunk._of_parts`, by one barrier, through shared memory that nothing else uses.
-
-  Sums over S, of what is 0 but for one part, do it too, with four barriers for each. Every element
-  goes by its part and column, wherever Triton has it: only that a thread has two is taken for
-  granted, as many as [S, K] has for each.
-  """
-  shape, count = column_SK.shape, len(arrays)
-  element_bytes = 4 * count
-  part_bytes = CHANNELS * element_bytes
-
-  def stored(element: int) -> list[str]:
-    """The elements of all arrays; $0 or $1 becomes where those of part 0 are."""
-    values = ", ".join(f"${6 + 2 * which + element}" for which in range(count))
-    return [
-      f"and.b32 column, ${4 + element}, {CHANNELS - 1};",
-      f"mad.lo.s32 ${element}, column, {element_bytes}, all;",
-      f"mad.lo.s32 mine, ${2 + element}, {part_bytes}, ${element};",
-      f"st.shared{'.v2' if count == 2 else ''}.f32 [mine], {{{values}}};",
-    ]
-
-  lines = [
-    f"{{ .shared .align {element_bytes} .b8 parts[{shape[0] * part_bytes}];",
-    ".reg .b32 all, column, mine;",
-    "mov.b32 all, parts;",
-    *stored(0),
-    *stored(1),
-    "bar.sync 0; }",
-  ]
-  [at_SK] = plgpu.elementwise_inline_asm(
-    " ".join(lines),
-    args=[jnp.broadcast_to(part_S1, shape), column_SK, *arrays],
-    constraints=",".join(["=&r", "=&r", *"rrrr", *"ff" * count]),
-    pack=2,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)],
-  )
-
-  def loaded(part: int, which: int) -> jax.Array:
-    [x_SK] = plgpu.elementwise_inline_asm(
-      f"ld.shared.f32 $0, [$1 + {part * part_bytes + 4 * which}];",
-      args=[at_SK],
-      constraints="=f,r",
-      pack=1,
-      result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-    )
-    return x_SK
-
-  return [[loaded(part, which) for part in parts] for which in range(count)]
