@@ -6,14 +6,10 @@ this before anything loads libtpu: what it writes for whom is decided then. For 
 whose profile it can write: v5e, v5p, v6e.
 """
 
-import datetime
-import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +22,8 @@ os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={_PROFILE
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+from kernels.compiler_record import print_record  # noqa: E402
 
 
 class Clocked(NamedTuple):
@@ -109,16 +107,3 @@ def print_estimates(
           "bytes_per_state": state_bytes[kernel],
         }
         print_record(record, command=f"{command} {chip}")
-
-
-def print_record(found: Mapping[str, Any], *, command: str) -> None:
-  """`found` as a JSON line, with the compiler's versions, the date and the command."""
-  record = {
-    **found,
-    "jax": jax.__version__,
-    "libtpu": metadata.version("libtpu"),
-    "date": datetime.date.today().isoformat(),
-    "command": f"python -m {command}",
-  }
-  sys.stdout.write(json.dumps(record) + "\n")
-  sys.stdout.flush()

@@ -13,11 +13,12 @@ import sys
 import types
 from typing import Any
 
-from kernels.cycle_estimate import CHIPS, estimated_cycles, print_record, sharding_on  # isort: skip
+from kernels.cycle_estimate import CHIPS, estimated_cycles, sharding_on  # isort: skip
 
 import jax
 import jax.numpy as jnp
 
+from kernels.compiler_record import print_record
 from kernels.local_attention import splash_tpu
 
 _TIME, _HEADS = 2048, 4

@@ -7,11 +7,8 @@ the Pallas kernels, for which python -m kernels.rg_lru.cycles has it. No chip is
 timed. On CPU, with libtpu there.
 """
 
-import datetime
-import json
 import re
 import sys
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -20,6 +17,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from kernels import block_diagonal
+from kernels.compiler_record import print_record
 from models.layers import rg_lru, segments
 from sharding import machine
 from sharding.program_text import Instruction, arrays_of, computations_of, size_of
@@ -118,13 +116,8 @@ def main(chips: list[str]) -> None:
             "moved_bytes_per_state": round(2 * sum(map(result_bytes, moved)) / states, 1),
             "temporary_bytes": memory.temp_size_in_bytes,
             "estimated_cycles_without_kernels": sum(map(int, cycles)),
-            "jax": jax.__version__,
-            "libtpu": metadata.version("libtpu"),
-            "date": datetime.date.today().isoformat(),
-            "command": f"python -m models.layers.rg_lru_program {chip}",
           }
-          sys.stdout.write(json.dumps(record) + "\n")
-          sys.stdout.flush()
+          print_record(record, command=f"models.layers.rg_lru_program {chip}")
 
 
 def _bytes_accessed(program: jax.stages.Compiled) -> float:
