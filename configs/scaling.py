@@ -35,7 +35,7 @@ from models.hawk import hawk
 from models.sizes import SIZES, Size
 from models.transformer import mqa_transformer
 from sharding.mesh import MeshShape
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
 from train.recipes import VOCAB_SIZE, adamw

@@ -9,7 +9,7 @@ window is shorter than the row, documents packed. All numbers are ours, untuned.
 from data.pipeline import DataConfig
 from models.griffin import griffin
 from sharding.mesh import MeshShape
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW, Cosine

@@ -36,7 +36,7 @@ from sharding import machine as machines
 from sharding.machine import Machine
 from train import plan as plans
 from train import sweep_runner
-from train.checkpoint_folder import steps
+from train.checkpoint.folder import steps
 from train.config import flatten
 from train.exit_status import STOPPED
 from train.faults import StopRequest

@@ -23,8 +23,8 @@ from launch.overrides import run_app
 from launch.rendezvous import MissingProcessError
 from train import faults, replay
 from train.bad_steps import BadStepError
-from train.checkpoint import SaveFailedError
-from train.checkpoint_folder import DamagedCheckpointError
+from train.checkpoint.checkpoints import SaveFailedError
+from train.checkpoint.folder import DamagedCheckpointError
 from train.config import Run
 from train.events import process_start
 from train.exit_status import LOST, STOPPED

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from train.checkpoint import CheckpointConfig, Checkpoints
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 
 # As if hours passed between steps: whenever process 0 is asked for the time, something is due.
 CONFIG = CheckpointConfig(every_steps=20, temporary_minutes=1e-9, on_damage="previous")

@@ -20,8 +20,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from train import checkpoint, checkpoint_folder
-from train.checkpoint import CheckpointConfig, Checkpoints
+from train.checkpoint import checkpoints as checkpoint
+from train.checkpoint import folder as checkpoint_folder
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 
 # To be killed: a temporary checkpoint a hundredth of a second after the last one begins, so that
 # a run is saving or removing one for most of its time.

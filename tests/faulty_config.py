@@ -20,9 +20,10 @@ from data import token_store, vocabulary
 from data.pipeline import DataConfig
 from sharding.xla_flags import XlaFlags
 from tests import tiny_config
-from train import checkpoint, loss
+from train import loss
 from train.bad_steps import BadStepPolicy
-from train.checkpoint import CheckpointConfig
+from train.checkpoint import checkpoints as checkpoint
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 
 NAN, SPIKE = 1, 2

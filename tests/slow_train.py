@@ -10,7 +10,8 @@ import sys
 import time
 
 from data import pipeline
-from train import checkpoint, loop, program
+from train import loop, program
+from train.checkpoint import checkpoints as checkpoint
 
 # Where each part is, and its seconds.
 PARTS = {

@@ -12,9 +12,9 @@ from data import bucket
 from tests import checkpoint_process
 from tests.fake_gcs import _Handler, serving
 from tests.test_checkpoint_processes import two_processes
-from train import checkpoint_bucket
-from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, restore
-from train.checkpoint_folder import DamagedCheckpointError, steps
+from train.checkpoint import bucket as checkpoint_bucket
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, restore
+from train.checkpoint.folder import DamagedCheckpointError, steps
 
 URL = "gs://bucket/run"
 PLACE = f"{URL}/checkpoints"

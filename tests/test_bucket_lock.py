@@ -10,8 +10,8 @@ import pytest
 
 from data import bucket
 from tests.fake_gcs import serving
-from train import checkpoint_bucket
-from train.checkpoint_bucket import BucketFolder, BucketLock
+from train.checkpoint import bucket as checkpoint_bucket
+from train.checkpoint.bucket import BucketFolder, BucketLock
 from train.lock import InUseError
 
 PLACE = "gs://bucket/run/checkpoints"

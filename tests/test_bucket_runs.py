@@ -20,14 +20,14 @@ from tests.commands import ROOT, Commands
 from tests.fake_gcs import serving
 from tests.faulty_config import NAN
 from train import mirror
-from train.checkpoint_folder import steps
+from train.checkpoint.folder import steps
 
 URL = "gs://bucket/run"
 PLACE = f"{URL}/checkpoints"
 CONFIG = """
 import dataclasses
 from tests import tiny_config
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 
 def get_config(source):
   run = tiny_config.get_config({folder!r})

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from train import checkpoint, checkpoint_folder
-from train.checkpoint import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
-from train.checkpoint_folder import DamagedCheckpointError, steps
-from train.checksums import checksums, named_leaves
+from train.checkpoint import checkpoints as checkpoint
+from train.checkpoint import folder as checkpoint_folder
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
+from train.checkpoint.checksums import checksums, named_leaves
+from train.checkpoint.folder import DamagedCheckpointError, steps
 from train.lock import InUseError, Lock
 
 P = PartitionSpec
@@ -297,14 +298,14 @@ def test_checksums_are_those_of_the_device_wherever_they_are_computed(dtype, mon
     for shape in [(), (1,), (5, 7, 3), (0, 4)]
   }
   on_host = checksums(arrays)
-  monkeypatch.setattr("train.checksums.HOST_SIZE", -1)
+  monkeypatch.setattr("train.checkpoint.checksums.HOST_SIZE", -1)
   assert checksums(arrays) == on_host
 
 
 @pytest.mark.parametrize("host_size", [-1, 1 << 22])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
 def test_checksums_see_every_change_and_no_layout(dtype, host_size, monkeypatch):
-  monkeypatch.setattr("train.checksums.HOST_SIZE", host_size)
+  monkeypatch.setattr("train.checkpoint.checksums.HOST_SIZE", host_size)
   x = jax.random.normal(jax.random.key(0), (8, 6))
   x = x > 0 if dtype == "bool" else (100 * x).astype(dtype)
   sums = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.compiler_flags import FAST_TO_COMPILE
-from train.checkpoint_folder import steps
+from train.checkpoint.folder import steps
 
 NUM_RANDOM_KILLS = 20
 PLACES = (

@@ -13,8 +13,8 @@ import numpy as np
 
 from tests import checkpoint_process as job
 from tests.compiler_flags import FAST_TO_COMPILE
-from train import checkpoint
-from train.checkpoint_folder import steps
+from train.checkpoint import checkpoints as checkpoint
+from train.checkpoint.folder import steps
 
 
 def two_processes(directory: pathlib.Path | str) -> list[str]:

@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 from train import loop
 from train import program as programs
 from train.bad_steps import BadStepError, BadStepPolicy
-from train.checkpoint_folder import steps
+from train.checkpoint.folder import steps
 from train.jsonl import read_jsonl
 from train.peers import Peers
 

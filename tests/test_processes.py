@@ -17,7 +17,7 @@ from tests import tiny
 from tests.commands import ROOT, Commands
 from tests.tolerances import assert_close
 from train import agreement
-from train.checkpoint_folder import steps
+from train.checkpoint.folder import steps
 from train.faults import SECONDS_OF_ONE_REQUEST
 from train.jsonl import read_jsonl
 

@@ -14,7 +14,7 @@ from models import decoder
 from models.griffin import griffin
 from sharding import xla_flags
 from sharding.mesh import MeshShape
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW, WarmupStableDecay

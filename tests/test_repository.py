@@ -25,7 +25,7 @@ ALLOWED = {
 OWNERS = {
   "flax": ("models/",),
   "optax": ("train/optimizer.py",),
-  "orbax": ("train/checkpoint.py",),
+  "orbax": ("train/checkpoint/checkpoints.py",),
   "grain": ("data/",),
   "seqio": ("data/seqio_tasks.py",),
   "tensorflow": ("data/seqio_tasks.py",),

@@ -11,7 +11,7 @@ import pytest
 from launch import report_page
 from tests import tiny
 from train import goodput, history
-from train.checkpoint_folder import steps
+from train.checkpoint.folder import steps
 from train.jsonl import read_jsonl
 
 # One worker for all of them: they share the runs of the fixtures.

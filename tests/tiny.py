@@ -7,7 +7,7 @@ import numpy as np
 from data import token_store, vocabulary
 from data.pipeline import DataConfig
 from models.griffin import griffin
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW

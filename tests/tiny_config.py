@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from tests import tiny
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 
 

@@ -8,7 +8,7 @@ from models.decoder import DecoderConfig
 from sharding.mesh import MeshShape
 from sharding.xla_flags import XlaFlags
 from train.bad_steps import BadStepPolicy
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
 from train.statistics import StatisticsConfig

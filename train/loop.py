@@ -22,7 +22,7 @@ from train import agreement
 from train import events as event_log
 from train import program as programs
 from train.bad_steps import BadSteps, RollBack
-from train.checkpoint import Checkpoints, Kind
+from train.checkpoint.checkpoints import Checkpoints, Kind
 from train.config import Run, flatten
 from train.evaluate import evaluate
 from train.events import Events

@@ -5,7 +5,7 @@ Process 0 copies what has changed into URL/files every ten seconds, before each 
 complete, and at the end. So a checkpoint in the bucket has all that was told up to its step beside
 it: whatever a machine that dies takes with it, the next start does and tells again, but for ten
 seconds of events.jsonl. A start on another machine fetches the files first. Checkpoints do not pass
-here: train/checkpoint_bucket.py.
+here: train/checkpoint/bucket.py.
 """
 
 import json

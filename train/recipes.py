@@ -10,7 +10,7 @@ from data.pipeline import DataConfig
 from models.decoder import DecoderConfig
 from models.sizes import Size
 from sharding.mesh import MeshShape
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 from train.optimizer import AdamW, Cosine
 

@@ -21,8 +21,8 @@ from data.vocabulary import Vocabulary
 from sharding.mesh import row_share
 from train import program as programs
 from train.bad_steps import BadSteps, named_norms
-from train.checkpoint import restore
-from train.checkpoint_folder import Place, place, read_content, steps
+from train.checkpoint.checkpoints import restore
+from train.checkpoint.folder import Place, place, read_content, steps
 from train.config import Run
 from train.first_process import of_first_process
 from train.jsonl import read_jsonl

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 
 from data import bucket
-from train.checkpoint_bucket import BucketFolder
+from train.checkpoint.bucket import BucketFolder
 
 FORMAT = "checkpoint 1"
 # Orbax looks for its own files with glob, and does not escape the path above them.

@@ -34,7 +34,7 @@ _READ_THREADS = 16
 
 
 class BucketFolder:
-  """The place of checkpoints, or one of them, with what train/checkpoint.py asks of a path."""
+  """The place of checkpoints, or of one; it has the methods that checkpoints.py uses of a path."""
 
   def __init__(self, url: str):
     self.url = url.rstrip("/")

@@ -27,11 +27,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from train import checkpoint_bucket
-from train import checkpoint_folder as files
-from train.checkpoint_bucket import BucketFolder, BucketLock, Writer
-from train.checkpoint_folder import DamagedCheckpointError, UnreadableError, steps
-from train.checksums import checksums, named_leaves
+from train.checkpoint import bucket as checkpoint_bucket
+from train.checkpoint import folder as files
+from train.checkpoint.bucket import BucketFolder, BucketLock, Writer
+from train.checkpoint.checksums import checksums, named_leaves
+from train.checkpoint.folder import DamagedCheckpointError, UnreadableError, steps
 from train.lock import Lock
 
 Kind = Literal["permanent", "temporary"]
