@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 from train.exit_status import CANNOT_RUN, STOPPED
-from train.workdir import is_url, local_side
+from train.workdir.place import is_url, local_side
 
 INTERRUPTED = 128
 SAME_FAILURES = 3

@@ -40,9 +40,9 @@ from train.checkpoint.folder import steps
 from train.config import flatten
 from train.exit_status import STOPPED
 from train.faults import StopRequest
-from train.lock import Lock
 from train.sweep import STATE, Point, State, compare, measured_speed, new_record
 from train.sweep_runner import Runner
+from train.workdir.lock import Lock
 
 _CONFIG = flags.DEFINE_string("config", None, "FILE.py[:ARG] with get_sweep.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)

@@ -28,11 +28,11 @@ from train.checkpoint.folder import DamagedCheckpointError
 from train.config import Run
 from train.events import process_start
 from train.exit_status import LOST, STOPPED
-from train.lock import InUseError
 from train.loop import Outcome, fit
-from train.mirror import Mirror
 from train.peers import Peers
-from train.workdir import is_url, local_side
+from train.workdir.lock import InUseError
+from train.workdir.mirror import Mirror
+from train.workdir.place import is_url, local_side
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",

@@ -8,7 +8,7 @@ import sys
 import time
 
 from tests.commands import ROOT, Commands
-from train.jsonl import read_jsonl
+from train.workdir.jsonl import read_jsonl
 
 # The interpreter that launch/local.sh gets: it has imported launch.train already.
 _PYTHON = """#!/bin/sh

@@ -12,7 +12,7 @@ from data import bucket
 from tests.fake_gcs import serving
 from train.checkpoint import bucket as checkpoint_bucket
 from train.checkpoint.bucket import BucketFolder, BucketLock
-from train.lock import InUseError
+from train.workdir.lock import InUseError
 
 PLACE = "gs://bucket/run/checkpoints"
 LOCK = f"{PLACE}/lock"

@@ -19,8 +19,8 @@ from tests import faulty_config, tiny
 from tests.commands import ROOT, Commands
 from tests.fake_gcs import serving
 from tests.faulty_config import NAN
-from train import mirror
 from train.checkpoint.folder import steps
+from train.workdir import mirror
 
 URL = "gs://bucket/run"
 PLACE = f"{URL}/checkpoints"

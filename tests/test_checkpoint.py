@@ -21,7 +21,7 @@ from train.checkpoint import folder as checkpoint_folder
 from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
 from train.checkpoint.checksums import checksums, named_leaves
 from train.checkpoint.folder import DamagedCheckpointError, steps
-from train.lock import InUseError, Lock
+from train.workdir.lock import InUseError, Lock
 
 P = PartitionSpec
 

@@ -20,8 +20,8 @@ from train import loop
 from train import program as programs
 from train.bad_steps import BadStepError, BadStepPolicy
 from train.checkpoint.folder import steps
-from train.jsonl import read_jsonl
 from train.peers import Peers
+from train.workdir.jsonl import read_jsonl
 
 ONE = MeshShape(fsdp=8)
 

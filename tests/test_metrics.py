@@ -10,7 +10,6 @@ import pytest
 from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 
-from train.jsonl import read_jsonl, series
 from train.metrics import (
   FIELDS,
   Metrics,
@@ -20,6 +19,7 @@ from train.metrics import (
 )
 from train.plot import plot_losses, smooth
 from train.throughput import Rates, Throughput, mfu
+from train.workdir.jsonl import read_jsonl, series
 
 
 def _metrics(workdir, start_step: int = 0, **config) -> Metrics:

@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 from train import agreement
 from train.checkpoint.folder import steps
 from train.faults import SECONDS_OF_ONE_REQUEST
-from train.jsonl import read_jsonl
+from train.workdir.jsonl import read_jsonl
 
 # One worker for all of them: they share the runs of the fixtures.
 pytestmark = pytest.mark.xdist_group("processes")

@@ -19,8 +19,6 @@ from tests import tiny
 from tests.commands import ROOT
 from tests.fake_gcs import serving
 from train.config import flatten
-from train.jsonl import read_jsonl
-from train.lock import Lock
 from train.sweep import (
   Point,
   State,
@@ -31,6 +29,8 @@ from train.sweep import (
   new_record,
   read_result,
 )
+from train.workdir.jsonl import read_jsonl
+from train.workdir.lock import Lock
 
 WORKER = f"{sys.executable} tests/sweep_worker.py"
 

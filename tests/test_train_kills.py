@@ -12,7 +12,7 @@ from launch import report_page
 from tests import tiny
 from train import goodput, history
 from train.checkpoint.folder import steps
-from train.jsonl import read_jsonl
+from train.workdir.jsonl import read_jsonl
 
 # One worker for all of them: they share the runs of the fixtures.
 pytestmark = pytest.mark.xdist_group("train_kills")

@@ -23,7 +23,7 @@ from data.mixture import RowAddress
 from data.pipeline import DataConfig, position
 from train.first_process import of_first_process
 from train.step import NO_LIMITS, Limits, StepMetrics
-from train.whole_file import write_whole
+from train.workdir.whole_file import write_whole
 
 Action = Literal["stop", "skip", "rollback"]
 

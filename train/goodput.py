@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
-from train.jsonl import read_jsonl
+from train.workdir.jsonl import read_jsonl
 
 JSONL, HEARTBEAT = "events.jsonl", "heartbeat.json"
 

@@ -7,7 +7,7 @@ import time
 from typing import Any, NamedTuple
 
 from train import goodput
-from train.jsonl import read_jsonl, series
+from train.workdir.jsonl import read_jsonl, series
 
 _SECONDS_OF_SILENCE = 30.0
 

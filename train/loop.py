@@ -37,7 +37,7 @@ from train.statistics import by_layer
 from train.step import StepMetrics
 from train.throughput import Throughput, mfu
 from train.watchdog import Watchdog
-from train.whole_file import write_whole
+from train.workdir.whole_file import write_whole
 
 Outcome = Literal["complete", "stopped"]
 

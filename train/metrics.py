@@ -21,8 +21,8 @@ import jax
 from absl import logging
 
 from train import statistics
-from train.jsonl import truncate
-from train.whole_file import write_whole
+from train.workdir.jsonl import truncate
+from train.workdir.whole_file import write_whole
 
 JSONL = "metrics.jsonl"
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from train.jsonl import read_jsonl, series
+from train.workdir.jsonl import read_jsonl, series
 
 _TRAIN, _EVAL = "#4c78a8", "#d1495b"
 

@@ -26,7 +26,7 @@ from train.scaling_law import (
   surface,
 )
 from train.sweep import State, read_result
-from train.whole_file import write_whole
+from train.workdir.whole_file import write_whole
 
 PAGE, POINTS = "report.html", "points.json"
 _KEPT = ("name", "family", "budget", "parameters", "embedding", "tokens", "steps", "flops")

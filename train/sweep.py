@@ -19,9 +19,9 @@ from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run
 from train.footprint import footprint
-from train.jsonl import read_jsonl
 from train.metrics import JSONL
-from train.whole_file import write_whole
+from train.workdir.jsonl import read_jsonl
+from train.workdir.whole_file import write_whole
 
 STATE = "sweep.json"
 FORMAT = "sweep 1"

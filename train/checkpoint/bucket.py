@@ -26,7 +26,7 @@ from absl import logging
 from jax._src import distributed
 
 from data import bucket
-from train.lock import InUseError
+from train.workdir.lock import InUseError
 
 # A lock that was not renewed for two of these is of a dead process.
 HEARTBEAT_SECONDS = 10.0
@@ -190,7 +190,7 @@ def restore_arrays(
 
 
 class BucketLock:
-  """As train/lock.py: Lock; if the process dies, held until it was not renewed for a while."""
+  """As train/workdir/lock.py: Lock; if the process dies, held until it was not renewed for a while."""
 
   def __init__(self, directory: BucketFolder):
     self._place, self._url = str(directory), f"{directory}/lock"

@@ -32,7 +32,7 @@ from train.checkpoint import folder as files
 from train.checkpoint.bucket import BucketFolder, BucketLock, Writer
 from train.checkpoint.checksums import checksums, named_leaves
 from train.checkpoint.folder import DamagedCheckpointError, UnreadableError, steps
-from train.lock import Lock
+from train.workdir.lock import Lock
 
 Kind = Literal["permanent", "temporary"]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from absl import logging
 
 from data import bucket
-from train.whole_file import write_whole
+from train.workdir.whole_file import write_whole
 
 SECONDS = 10.0
 # Of this machine alone: what was copied, and a failure that its supervisor looks for.

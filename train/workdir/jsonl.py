@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from train.whole_file import write_whole
+from train.workdir.whole_file import write_whole
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
