@@ -12,7 +12,7 @@ from absl import flags, logging
 from jax._src import clusters, distributed
 
 from launch import rendezvous
-from train.peers import Peers
+from train.job.peers import Peers
 
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "host:port of process 0, the same on all; needed without a known cluster."

@@ -16,7 +16,7 @@ import threading
 import time
 
 from launch.supervise import ended, tell_at_parents_death
-from train.exit_status import LOST, STOPPED
+from train.job.exit_status import LOST, STOPPED
 
 _POLL_SECONDS = 0.02
 

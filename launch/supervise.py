@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from train.exit_status import CANNOT_RUN, STOPPED
+from train.job.exit_status import CANNOT_RUN, STOPPED
 from train.workdir.place import is_url, local_side
 
 INTERRUPTED = 128

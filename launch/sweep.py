@@ -38,8 +38,8 @@ from train import plan as plans
 from train import sweep_runner
 from train.checkpoint.folder import steps
 from train.config import flatten
-from train.exit_status import STOPPED
-from train.faults import StopRequest
+from train.job.exit_status import STOPPED
+from train.job.signals import StopRequest
 from train.sweep import STATE, Point, State, compare, measured_speed, new_record
 from train.sweep_runner import Runner
 from train.workdir.lock import Lock

@@ -4,7 +4,7 @@ import pathlib
 import runpy
 import sys
 
-from train import agreement
+from train.job import agreement
 
 
 def main() -> None:

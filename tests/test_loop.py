@@ -20,7 +20,7 @@ from train import loop
 from train import program as programs
 from train.bad_steps import BadStepError, BadStepPolicy
 from train.checkpoint.folder import steps
-from train.peers import Peers
+from train.job.peers import Peers
 from train.workdir.jsonl import read_jsonl
 
 ONE = MeshShape(fsdp=8)

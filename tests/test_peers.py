@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from train.peers import Peers
+from train.job.peers import Peers
 
 
 class _Service:

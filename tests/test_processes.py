@@ -16,9 +16,9 @@ import pytest
 from tests import tiny
 from tests.commands import ROOT, Commands
 from tests.tolerances import assert_close
-from train import agreement
 from train.checkpoint.folder import steps
-from train.faults import SECONDS_OF_ONE_REQUEST
+from train.job import agreement
+from train.job.signals import SECONDS_OF_ONE_REQUEST
 from train.workdir.jsonl import read_jsonl
 
 # One worker for all of them: they share the runs of the fixtures.

@@ -21,7 +21,7 @@ from absl import logging
 from data import pipeline
 from data.mixture import RowAddress
 from data.pipeline import DataConfig, position
-from train.first_process import of_first_process
+from train.job.first_process import of_first_process
 from train.step import NO_LIMITS, Limits, StepMetrics
 from train.workdir.whole_file import write_whole
 

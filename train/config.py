@@ -9,10 +9,10 @@ from sharding.mesh import MeshShape
 from sharding.xla_flags import XlaFlags
 from train.bad_steps import BadStepPolicy
 from train.checkpoint.checkpoints import CheckpointConfig
+from train.job.watchdog import WatchdogConfig
 from train.metrics import MetricsConfig
 from train.optimizer import AdamW
 from train.statistics import StatisticsConfig
-from train.watchdog import WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from data.rows import Batch
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
-from train import agreement
 from train import events as event_log
 from train import program as programs
 from train.bad_steps import BadSteps, RollBack
@@ -27,8 +26,10 @@ from train.config import Run, flatten
 from train.evaluate import evaluate
 from train.events import Events
 from train.initial import initial_state
+from train.job import agreement
+from train.job.peers import Peers
+from train.job.watchdog import Watchdog
 from train.metrics import JSONL, Metrics
-from train.peers import Peers
 from train.plot import plot_losses
 from train.program import Program
 from train.record import compare_records, run_record
@@ -36,7 +37,6 @@ from train.state import TrainState
 from train.statistics import by_layer
 from train.step import StepMetrics
 from train.throughput import Throughput, mfu
-from train.watchdog import Watchdog
 from train.workdir.whole_file import write_whole
 
 Outcome = Literal["complete", "stopped"]

@@ -24,7 +24,7 @@ from train.bad_steps import BadSteps, named_norms
 from train.checkpoint.checkpoints import restore
 from train.checkpoint.folder import Place, place, read_content, steps
 from train.config import Run
-from train.first_process import of_first_process
+from train.job.first_process import of_first_process
 from train.loop import within_the_data
 from train.metrics import JSONL
 from train.record import compare_records, run_record

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from absl import logging
 
-from train.exit_status import CANNOT_RUN, STOPPED
-from train.faults import StopRequest
+from train.job.exit_status import CANNOT_RUN, STOPPED
+from train.job.signals import StopRequest
 from train.sweep import Record, State, read_result
 
 OUTPUT = "output.log"

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 
-from train import faults
-from train.peers import Peers
+from train.job import signals as faults
+from train.job.peers import Peers
 
 # Native code that holds the interpreter's lock for ever also holds up the watchdog's thread: after
 # so much longer, C ends the process.

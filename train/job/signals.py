@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import logging
 
-from train.peers import Peers
+from train.job.peers import Peers
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Slurm and systemd tell every process of a job, and a supervisor among them passes it on.

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from train.peers import Peers
+from train.job.peers import Peers
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _FOLDERS = ("train", "models", "sharding", "data", "kernels", "configs", "launch")

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import jax
 from absl import logging
 
-from train.exit_status import LOST, STOPPED
+from train.job.exit_status import LOST, STOPPED
 
 _MAX_BEAT_SECONDS = 1.0
 _BEATS_PER_TIMEOUT = 10

@@ -5,7 +5,7 @@ import itertools
 import jax
 from jax._src import distributed
 
-_MILLISECONDS = 24 * 3600 * 1000  # who does not come is found out: train/peers.py
+_MILLISECONDS = 24 * 3600 * 1000  # who does not come is found out: train/job/peers.py
 _numbers = itertools.count()
 
 

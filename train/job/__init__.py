@@ -1,0 +1,1 @@
+"""The processes of a run: who lives, who agrees, when all leave."""
