@@ -37,9 +37,9 @@ from models.transformer import mqa_transformer
 from sharding.mesh import MeshShape
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
-from train.metrics import MetricsConfig
 from train.recipes import VOCAB_SIZE, adamw
 from train.sweep import Point, flops_name
+from train.telemetry.metrics import MetricsConfig
 
 FAMILIES = ("griffin", "hawk", "transformer")
 _GATE_BLOCKS = 4

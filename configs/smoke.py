@@ -11,9 +11,9 @@ from models.griffin import griffin
 from sharding.mesh import MeshShape
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
-from train.metrics import MetricsConfig
+from train.layer_statistics import StatisticsConfig
 from train.optimizer import AdamW, Cosine
-from train.statistics import StatisticsConfig
+from train.telemetry.metrics import MetricsConfig
 
 
 def get_config() -> Run:

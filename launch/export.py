@@ -14,9 +14,9 @@ from absl import flags, logging
 from data import pipeline
 from launch.console import log_for_people, refuse, writing
 from launch.overrides import run_app
-from launch.trained import newest
 from models import recurrentgemma_hf
 from train.config import Run
+from train.trained import newest
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of the run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "A new or empty folder.", required=True)

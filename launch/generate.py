@@ -14,9 +14,9 @@ from absl import flags, logging
 from data import pipeline, vocabulary
 from launch.console import log_for_people, must_be_finite, refuse
 from launch.overrides import run_app
-from launch.trained import newest
 from models.generate import generate
 from train.config import Run
+from train.trained import newest
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of the run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "What the text begins with.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from launch import svg
 from launch.line_chart import Axis, Line, Mark, chart, smoothed, ticks
-from train.history import History
+from train.telemetry.history import History
 
 NOTE = (
   '<p class="faint">The memory horizon of a channel is -1 / ln a, at the mean of its recurrence '

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from launch import svg
-from train.plot import smooth
+from train.telemetry.loss_curve import smooth
 
 _TOP, _BOTTOM, _LEFT = 14.0, 38.0, 46.0
 _LABEL_HEIGHT = 15.0

@@ -19,7 +19,7 @@ from absl import app, flags
 from launch import report_page
 from launch.console import check_output, parse_flags, refuse, writing
 from launch.report_text import summary_lines
-from train import history
+from train.telemetry import history
 
 _OUTPUT = flags.DEFINE_string("output", None, "The page to write; report.html if not given.")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from launch import layer_charts, svg, time_charts
 from launch.line_chart import Axis, Line, Mark, chart, smoothed, without_first_steps
-from train.history import History, duration
+from train.telemetry.history import History, duration
 
 WIDE, HALF = 860.0, 420.0
 _STYLE = """

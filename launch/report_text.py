@@ -3,7 +3,7 @@
 import statistics
 
 from launch import svg
-from train.history import History, duration
+from train.telemetry.history import History, duration
 
 
 def summary_lines(run: History, label: str) -> list[str]:

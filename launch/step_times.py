@@ -18,7 +18,7 @@ from train.config import Run
 from train.program import Program
 from train.state import TrainState
 from train.step import NO_LIMITS, StepMetrics
-from train.throughput import mfu
+from train.telemetry.throughput import mfu
 
 
 class Steps(NamedTuple):

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from train.metrics import JSONL
 from train.sweep import Changes, Record, State, flops_name, last_step, phase
 from train.sweep_runner import OUTPUT, is_running
+from train.telemetry.metrics import JSONL
 
 
 class Estimate(NamedTuple):

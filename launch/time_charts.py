@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from launch import svg
-from train import goodput
-from train.history import History, duration
+from train.telemetry import goodput
+from train.telemetry.history import History, duration
 
 # Words and color for each of goodput.KINDS, in the order of the bar.
 KINDS = {

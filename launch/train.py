@@ -26,11 +26,11 @@ from train.bad_steps import BadStepError
 from train.checkpoint.checkpoints import SaveFailedError
 from train.checkpoint.folder import DamagedCheckpointError
 from train.config import Run
-from train.events import process_start
 from train.job import signals as faults
 from train.job.exit_status import LOST, STOPPED
 from train.job.peers import Peers
 from train.loop import Outcome, fit
+from train.telemetry.events import process_start
 from train.workdir.lock import InUseError
 from train.workdir.mirror import Mirror
 from train.workdir.place import is_url, local_side

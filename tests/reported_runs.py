@@ -6,7 +6,7 @@ import re
 import time
 
 from launch import report_page
-from train import history
+from train.telemetry import history
 
 QUANTILES = [1.0, 2.0, 4.0, 8.0, 16.0]
 

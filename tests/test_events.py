@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from train import goodput
-from train.events import Events
-from train.goodput import HEARTBEAT, JSONL, KINDS
+from train.telemetry import goodput
+from train.telemetry.events import Events
+from train.telemetry.goodput import HEARTBEAT, JSONL, KINDS
 
 
 class _Clock:
@@ -209,7 +209,7 @@ def test_a_start_that_finds_the_run_complete_is_not_part_of_it(tmp_path):
 
 _PROCESS = """
 import sys, time
-from train.events import Events, now, process_start
+from train.telemetry.events import Events, now, process_start
 with Events(sys.argv[1], began=process_start(), about={}) as events:
   events.resume(0)
   with events.span("compile"):

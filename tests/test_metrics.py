@@ -10,15 +10,15 @@ import pytest
 from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 
-from train.metrics import (
+from train.telemetry.loss_curve import plot_losses, smooth
+from train.telemetry.metrics import (
   FIELDS,
   Metrics,
   MetricsConfig,
   console_line,
   fields_table,
 )
-from train.plot import plot_losses, smooth
-from train.throughput import Rates, Throughput, mfu
+from train.telemetry.throughput import Rates, Throughput, mfu
 from train.workdir.jsonl import read_jsonl, series
 
 

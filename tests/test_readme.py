@@ -4,14 +4,14 @@ import pathlib
 import re
 import subprocess
 
-from train.metrics import FIELDS, fields_table
+from train.telemetry.metrics import FIELDS, fields_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_every_console_field_is_explained():
-  """If this fails, put the output of train.metrics.fields_table() into the README."""
+  """If this fails, put the output of train.telemetry.metrics.fields_table() into the README."""
   assert fields_table().strip() in README
 
 

@@ -16,9 +16,9 @@ from sharding import xla_flags
 from sharding.mesh import MeshShape
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
-from train.metrics import MetricsConfig
 from train.optimizer import AdamW, WarmupStableDecay
 from train.record import compare_records, run_record
+from train.telemetry.metrics import MetricsConfig
 
 
 def _vocabulary(**changes) -> VocabularyRecord:

@@ -13,8 +13,8 @@ from launch import svg, time_charts
 from launch.line_chart import Axis, Line, Mark, chart, ticks, without_first_steps
 from launch.report_text import summary_lines
 from tests.reported_runs import killed_run, page_words
-from train import history
-from train.goodput import KINDS
+from train.telemetry import history
+from train.telemetry.goodput import KINDS
 
 
 def test_a_page_has_every_picture_of_a_whole_run(tmp_path):

@@ -11,7 +11,7 @@ from launch import layer_charts, report_page, svg, time_charts
 from launch.line_chart import Axis, Line, _thinned, chart
 from launch.report_text import summary_lines
 from tests.reported_runs import QUANTILES, killed_run, page_words, write
-from train import history
+from train.telemetry import history
 
 
 def _edited(folder, name, edit):

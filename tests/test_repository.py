@@ -30,8 +30,8 @@ OWNERS = {
   "seqio": ("data/seqio_tasks.py",),
   "tensorflow": ("data/seqio_tasks.py",),
   "tensorstore": ("data/token_store.py", "data/bucket.py"),
-  "wandb": ("train/metrics.py",),
-  "tensorboardX": ("train/tensorboard.py",),
+  "wandb": ("train/telemetry/metrics.py",),
+  "tensorboardX": ("train/telemetry/tensorboard.py",),
   "ml_collections": ("launch/",),
 }
 

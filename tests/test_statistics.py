@@ -20,9 +20,9 @@ from sharding.mesh import MeshShape
 from tests import tiny
 from tests.tolerances import assert_close
 from train import program as programs
-from train.goodput import KINDS
+from train.layer_statistics import LAYER_FIELDS, StatisticsConfig, by_layer
 from train.optimizer import AdamW, apply_updates, decay_mask
-from train.statistics import LAYER_FIELDS, StatisticsConfig, by_layer
+from train.telemetry.goodput import KINDS
 
 
 def _random(tree, seed):

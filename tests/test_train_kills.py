@@ -10,8 +10,8 @@ import pytest
 
 from launch import report_page
 from tests import tiny
-from train import goodput, history
 from train.checkpoint.folder import steps
+from train.telemetry import goodput, history
 from train.workdir.jsonl import read_jsonl
 
 # One worker for all of them: they share the runs of the fixtures.

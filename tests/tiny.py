@@ -9,9 +9,9 @@ from data.pipeline import DataConfig
 from models.griffin import griffin
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
-from train.metrics import MetricsConfig
+from train.layer_statistics import StatisticsConfig
 from train.optimizer import AdamW
-from train.statistics import StatisticsConfig
+from train.telemetry.metrics import MetricsConfig
 
 
 def store(path: pathlib.Path | str, *, seed: int = 0, documents: int = 40) -> str:

@@ -10,9 +10,9 @@ from sharding.xla_flags import XlaFlags
 from train.bad_steps import BadStepPolicy
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.job.watchdog import WatchdogConfig
-from train.metrics import MetricsConfig
+from train.layer_statistics import StatisticsConfig
 from train.optimizer import AdamW
-from train.statistics import StatisticsConfig
+from train.telemetry.metrics import MetricsConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,25 +18,25 @@ from data.rows import Batch
 from models.flops import count_params, flops_per_token
 from sharding import topology
 from sharding.mesh import row_share
-from train import events as event_log
 from train import program as programs
 from train.bad_steps import BadSteps, RollBack
 from train.checkpoint.checkpoints import Checkpoints, Kind
 from train.config import Run, flatten
 from train.evaluate import evaluate
-from train.events import Events
 from train.initial import initial_state
 from train.job import agreement
 from train.job.peers import Peers
 from train.job.watchdog import Watchdog
-from train.metrics import JSONL, Metrics
-from train.plot import plot_losses
+from train.layer_statistics import by_layer
 from train.program import Program
 from train.record import compare_records, run_record
 from train.state import TrainState
-from train.statistics import by_layer
 from train.step import StepMetrics
-from train.throughput import Throughput, mfu
+from train.telemetry import events as event_log
+from train.telemetry.events import Events
+from train.telemetry.loss_curve import plot_losses
+from train.telemetry.metrics import JSONL, Metrics
+from train.telemetry.throughput import Throughput, mfu
 from train.workdir.whole_file import write_whole
 
 Outcome = Literal["complete", "stopped"]

@@ -22,10 +22,10 @@ from sharding import rules as tables
 from sharding.logical import Rules
 from sharding.mesh import RowShare, make_mesh, row_share
 from train.config import Run
+from train.layer_statistics import statistics_step
 from train.loss import row_losses
 from train.optimizer import GradientTransformation, decay_mask
 from train.state import TrainState, abstract_state, init_state, state_shardings
-from train.statistics import statistics_step
 from train.step import Limits, eval_step, train_step
 
 ZERO_STAGES = {1: tables.ZERO1, 2: tables.ZERO2, 3: tables.ZERO3}
@@ -132,7 +132,7 @@ def lower_eval_step(program: Program) -> jax.stages.Lowered:
 
 
 def lower_statistics_step(program: Program) -> jax.stages.Lowered:
-  """`(state, batch, square norms of the gradients, targets) -> ` what train/statistics.py says, on
+  """`(state, batch, square norms of the gradients, targets) -> ` what train/layer_statistics.py says, on
   every device; the last two are of the StepMetrics."""
   run = program.run
   replicated = _replicated(program.mesh)

@@ -26,9 +26,9 @@ from train.checkpoint.folder import Place, place, read_content, steps
 from train.config import Run
 from train.job.first_process import of_first_process
 from train.loop import within_the_data
-from train.metrics import JSONL
 from train.record import compare_records, run_record
 from train.step import Limits
+from train.telemetry.metrics import JSONL
 from train.workdir.jsonl import read_jsonl
 
 _TEXT_BYTES = 60

@@ -19,7 +19,7 @@ from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run
 from train.footprint import footprint
-from train.metrics import JSONL
+from train.telemetry.metrics import JSONL
 from train.workdir.jsonl import read_jsonl
 from train.workdir.whole_file import write_whole
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-from train import goodput
+from train.telemetry import goodput
 from train.workdir.jsonl import read_jsonl, series
 
 _SECONDS_OF_SILENCE = 30.0
@@ -22,8 +22,10 @@ class History(NamedTuple):
   flops_per_token: float | None
   row_length: int | None
   devices: str | None
-  metrics: dict[str, dict[int, float]]  # by the names of train/metrics.py FIELDS, and "time"
-  layers: list[dict[str, Any]]  # lines of train/statistics.py, the last of each step
+  metrics: dict[
+    str, dict[int, float]
+  ]  # by the names of train/telemetry/metrics.py FIELDS, and "time"
+  layers: list[dict[str, Any]]  # lines of train/layer_statistics.py, the last of each step
   log: goodput.Log
   missing: list[str]  # sentences: what cannot be shown, and why
 

@@ -1,7 +1,7 @@
 """What a run tells while it trains: console, metrics.jsonl, TensorBoard, wandb; process 0 only.
 
 WORKDIR/metrics.jsonl    one JSON object per line: step, time, and values by the names of FIELDS
-WORKDIR/statistics.jsonl one for each step with statistics: see train/statistics.py
+WORKDIR/statistics.jsonl one for each step with statistics: see train/layer_statistics.py
 WORKDIR/tensorboard/     the same scalars
 WORKDIR/wandb/           the same, if asked for; WORKDIR/wandb_run_id is the id of all its restarts
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from absl import logging
 
-from train import statistics
+from train import layer_statistics as statistics
 from train.workdir.jsonl import truncate
 from train.workdir.whole_file import write_whole
 
@@ -183,7 +183,7 @@ class Metrics:
     logging.info("%s", console_line(step, self._total_steps, plain))
 
   def write_layers(self, step: int, columns: Mapping[str, Any]) -> None:
-    """Writes one step's columns of train/statistics.py: a line of their file, and as scalars
+    """Writes one step's columns of train/layer_statistics.py: a line of their file, and as scalars
     "layers/<name>/<block>" everywhere else; of several quantiles the middle one."""
     if not self._is_open:
       return
@@ -245,7 +245,7 @@ def fields_table() -> str:
 
 def _open_tensorboard(folder: pathlib.Path, start_step: int) -> Any:
   # Imported where it is asked for: it takes most of a second of every start.
-  from train.tensorboard import EventFile
+  from train.telemetry.tensorboard import EventFile
 
   return EventFile(folder, start_step)
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: WORKDIR/events.jsonl, which train/goodput.py reads.
+"""Where the time of a run goes: WORKDIR/events.jsonl, which train/telemetry/goodput.py reads.
 
 Each line ends something: {"time": t, "kind": "compile"} says that from the line before it up to t
 (seconds since 1970) the run compiled. So the time is divided without gaps, whatever line is lost.
@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from train.goodput import HEARTBEAT, JSONL, Activity, read
+from train.telemetry.goodput import HEARTBEAT, JSONL, Activity, read
 
 _SECONDS_PER_LINE = 10.0
 _SECONDS_PER_BEAT = 1.0
