@@ -4,8 +4,8 @@ import dataclasses
 
 from sharding.machine import Machine
 from train.config import Run
-from train.layouts import Layout
-from train.search import SAFE_MARGIN, search
+from train.planning.layouts import Layout
+from train.planning.search import SAFE_MARGIN, search
 
 FAMILIES = ("transformer", "hawk", "griffin")
 

@@ -33,11 +33,11 @@ from launch.plan_page import page
 from sharding import machine as machines
 from sharding.machine import Machine
 from sharding.mesh import parse_mesh
-from train import plan as plans
 from train.config import Run
-from train.layouts import layout_of, recommended
-from train.plan import Plan
-from train.search import Candidate, advice, check_row_shards, search
+from train.planning import plan as plans
+from train.planning.layouts import layout_of, recommended
+from train.planning.plan import Plan
+from train.planning.search import Candidate, advice, check_row_shards, search
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:8x8x8, h100:8, ...")
 _CHIP = flags.DEFINE_string("chip", None, "v3, v4, v5e, v5p, v6e, h100, h200, a100-80gb, b200, ...")
@@ -201,7 +201,7 @@ def _needed(run: Run, machine: Machine, refused: list[Plan]) -> Iterable[str]:
 
 
 def _table(run: Run, machine: Machine) -> Iterable[str]:
-  """What train/layouts.py recommends for this preset here."""
+  """What train/planning/layouts.py recommends for this preset here."""
   layout = recommended(run, chip=machine.chip.key, num_chips=machine.num_chips)
   if layout is not None:
     yield f"recommended for {run.name} on {machine.num_chips} {machine.chip.name}:"

@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 
 from launch import plan_text, svg
-from train.plan import Plan
+from train.planning.plan import Plan
 
 _COLORS = {
   "parameters": "#3d5a80",

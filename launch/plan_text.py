@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from launch.overrides import said
 from sharding.mesh import AXES
 from train.config import Run
-from train.layouts import Layout
-from train.plan import Plan
+from train.planning.layouts import Layout
+from train.planning.plan import Plan
 
 MEMORY = {
   "parameters": "parameters",

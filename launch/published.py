@@ -4,7 +4,7 @@
 
 Nobody has published times of our programs, so the nearest preset stands for each model: what
 differs (attention with more key-value heads, vocabulary, optimizer) is in the error. Layouts are
-the best by the models (train/search.py), with the fused kernels. Nothing is compiled or run.
+the best by the models (train/planning/search.py), with the fused kernels. Nothing is compiled or run.
 """
 
 import datetime
@@ -22,8 +22,8 @@ from launch.console import check_output, parse_flags, refuse, writing
 from launch.families import best_layout, with_rows
 from launch.overrides import load
 from sharding import machine as machines
-from train import plan as plans
-from train.plan import Plan
+from train.planning import plan as plans
+from train.planning.plan import Plan
 
 _RECORD = flags.DEFINE_string("record", None, "A file that is written, a line each.")
 

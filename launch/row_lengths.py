@@ -6,10 +6,10 @@
   python -m launch.row_lengths --size=1b --machine=v5p:16,v5e:16,h100:8
 
 Batches have as many tokens whatever the row length. With --remat all three have one layout (fsdp
-over all devices, ZeRO stage 3); without, each has its own best (train/search.py), with the fused
+over all devices, ZeRO stage 3); without, each has its own best (train/planning/search.py), with the fused
 kernels. With --compile the real step is compiled for the chip and its time follows from the program
-(train/compiled_cost.py: twice, at rates that kernels are known to reach, and by the compiler's own
-estimate); otherwise from the planner's models (train/roofline.py). Nothing is run.
+(train/planning/compiled_cost.py: twice, at rates that kernels are known to reach, and by the compiler's own
+estimate); otherwise from the planner's models (train/planning/roofline.py). Nothing is run.
 
 With --measure the steps run on the devices at hand, in one layout as with --remat. All are compiled
 first and then timed one after another. Those of the first row length are compiled alone: a compiler
@@ -41,12 +41,12 @@ from sharding import machine as machines
 from sharding import topology
 from sharding.machine import Machine
 from sharding.mesh import MeshShape
-from train import plan as plans
 from train import program as programs
 from train.config import Run
-from train.footprint import resolved_kernels
-from train.layouts import REMATS, Layout, layout_of
-from train.plan import Plan
+from train.planning import plan as plans
+from train.planning.footprint import resolved_kernels
+from train.planning.layouts import REMATS, Layout, layout_of
+from train.planning.plan import Plan
 from train.program import Program
 
 _SIZE = flags.DEFINE_string("size", "1b", "A published size: 100m ... 14b.")

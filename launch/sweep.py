@@ -34,12 +34,12 @@ from launch.overrides import ask
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
-from train import plan as plans
 from train import sweep_runner
 from train.checkpoint.folder import steps
 from train.config import flatten
 from train.job.exit_status import STOPPED
 from train.job.signals import StopRequest
+from train.planning import plan as plans
 from train.sweep import STATE, Point, State, compare, measured_speed, new_record
 from train.sweep_runner import Runner
 from train.workdir.lock import Lock

@@ -11,10 +11,10 @@ from launch.overrides import load
 from sharding import machine as machines
 from sharding import topology
 from sharding.mesh import MeshShape
-from train import plan as plans
-from train.activations import Kernels
-from train.footprint import resolved_kernels
-from train.layouts import RECOMMENDED, Layout, recommended
+from train.planning import plan as plans
+from train.planning.activations import Kernels
+from train.planning.footprint import resolved_kernels
+from train.planning.layouts import RECOMMENDED, Layout, recommended
 
 ROOT = pathlib.Path(__file__).parents[1]
 _SIZES = ("100m", "200m", "400m", "1b", "3b", "7b", "14b")
@@ -32,7 +32,7 @@ def _preset(name):
 
 @pytest.mark.parametrize(("name", "chip", "chips"), _CASES)
 def test_every_preset_fits_as_recommended(name, chip, chips):
-  """If this fails, `python -m launch.plan --search` finds another layout for train/layouts.py."""
+  """If this fails, `python -m launch.plan --search` finds another layout for train/planning/layouts.py."""
   run = _preset(name)
   assert run.name == name
   layout = recommended(run, chip=chip, num_chips=chips)
@@ -80,7 +80,7 @@ def _layout(record):
 @pytest.mark.parametrize("record", [one for one in _recorded() if _key(one)], ids=_name)
 def test_what_the_compiler_said_is_of_the_preset_as_recommended_today(record):
   """If this fails, plan the preset again as the record's command says, in the layout of
-  train/layouts.py, and replace the line."""
+  train/planning/layouts.py, and replace the line."""
   run = _preset(record["config"])
   assert record["fits"]
   assert record["compiled"]

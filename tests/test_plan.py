@@ -17,11 +17,11 @@ from models.transformer import mqa_transformer
 from sharding import machine as machines
 from sharding.mesh import MeshShape
 from sharding.topology import chip_named
-from train import plan as plans
-from train.layouts import Layout
-from train.roofline import Executed, roofline, transfer
-from train.search import SAFE_MARGIN, advice, evaluate, layouts, search
-from train.traffic import hbm_bytes
+from train.planning import plan as plans
+from train.planning.layouts import Layout
+from train.planning.roofline import Executed, roofline, transfer
+from train.planning.search import SAFE_MARGIN, advice, evaluate, layouts, search
+from train.planning.traffic import hbm_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -17,8 +17,8 @@ from launch.plan_page import page
 from launch.plan_text import plan_lines
 from sharding import machine as machines
 from sharding.mesh import MeshShape
-from train import plan as plans
-from train.layouts import Layout
+from train.planning import plan as plans
+from train.planning.layouts import Layout
 
 LAYOUT = Layout(mesh=MeshShape(fsdp=16), zero_stage=3, remat="block")
 

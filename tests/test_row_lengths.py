@@ -12,8 +12,8 @@ from sharding import topology
 from sharding.mesh import MeshShape
 from tests import tiny
 from tests.test_plan import ROOT
-from train import plan as plans
 from train import program as programs
+from train.planning import plan as plans
 
 
 def _tokens_per_second(family, row_length):

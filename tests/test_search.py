@@ -8,8 +8,8 @@ import pytest
 from launch.overrides import load
 from sharding import machine as machines
 from sharding.mesh import MeshShape
-from train import plan as plans
-from train.search import check_row_shards, search
+from train.planning import plan as plans
+from train.planning.search import check_row_shards, search
 
 ROOT = pathlib.Path(__file__).parents[1]
 

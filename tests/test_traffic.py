@@ -12,7 +12,7 @@ from sharding import machine as machines
 from sharding.mesh import MeshShape
 from tests import tiny
 from train import program as programs
-from train.traffic import collectives
+from train.planning.traffic import collectives
 
 _RECURRENT = rg_lru.Config(rnn_width=32, scan="reference")
 _LOCAL = attention.Config(num_heads=2, head_size=8, window=12, implementation="banded")

@@ -18,7 +18,7 @@ from models.decoder import KERNELS
 from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run
-from train.footprint import footprint
+from train.planning.footprint import footprint
 from train.telemetry.metrics import JSONL
 from train.workdir.jsonl import read_jsonl
 from train.workdir.whole_file import write_whole
@@ -80,7 +80,7 @@ class Facts(NamedTuple):
   tokens: int
   steps: int
   flops: float
-  memory_bytes: float  # of one device, by train/footprint.py
+  memory_bytes: float  # of one device, by train/planning/footprint.py
   epochs: float | None  # passes over the data; None while it is not prepared, or in a bucket
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.job.peers import Peers
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _FOLDERS = ("train", "models", "sharding", "data", "kernels", "configs", "launch")
 _SHOWN = 5
 

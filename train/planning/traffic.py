@@ -2,7 +2,7 @@
 
 `hbm_bytes`: through the device's memory. `collectives`: between devices, in the terms that
 sharding/collectives.py reads from a compiled program. `executed_flops`: with what is computed
-again. Terms are written out where they are added up; activations are train/activations.py's.
+again. Terms are written out where they are added up; activations are train/planning/activations.py's.
 """
 
 import itertools
@@ -16,16 +16,16 @@ from models.layers import attention, rg_lru
 from sharding.machine import Machine, positions
 from sharding.mesh import MeshShape
 from sharding.topology import Chip
-from train.activations import UNFUSED_SCANS
 from train.config import Run
-from train.footprint import (
+from train.planning.activations import UNFUSED_SCANS
+from train.planning.footprint import (
   block_activations,
   compute_numbers,
   resolved_kernels,
   state_bytes,
   token_shards,
 )
-from train.roofline import Executed, Transfer, transfer
+from train.planning.roofline import Executed, Transfer, transfer
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = _INT32 = 4

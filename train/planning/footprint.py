@@ -1,7 +1,7 @@
 """Bytes that a training step holds on one device, by part, from config and mesh alone.
 
 What lies on devices between steps is exact: shapes and layout tables. What lives inside a step is a
-model of what the compiler does (train/activations.py), checked against compiled programs
+model of what the compiler does (train/planning/activations.py), checked against compiled programs
 (docs/plans.jsonl).
 """
 
@@ -20,8 +20,8 @@ from models.layers import rg_lru as recurrent
 from sharding import logical
 from sharding.logical import Axes, Table
 from sharding.mesh import MeshShape
-from train.activations import Activations, Kernels, of_block
 from train.config import Run
+from train.planning.activations import Activations, Kernels, of_block
 from train.program import ZERO_STAGES
 
 _BYTES = {"float32": 4, "bfloat16": 2}

@@ -10,7 +10,7 @@ come of it, both of operations one after another, as a TPU runs them:
   estimated  the compiler's cycles; kernels, which have none, as in `seconds`
 
 Collectives are in neither but for the bytes that they read and write; the whole adds half of what
-they take, as train/roofline.py does.
+they take, as train/planning/roofline.py does.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 
 from sharding.program_cost import Operation, operations
 from sharding.topology import Chip
-from train.roofline import Executed, Transfer
+from train.planning.roofline import Executed, Transfer
 
 # Products that a kernel of attention forms, of queries with the keys they visit; the backward
 # kernels' shares of the peak are for 5 products in all, of which each counts its part.

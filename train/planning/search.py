@@ -13,10 +13,10 @@ from sharding.machine import Machine
 from sharding.mesh import MeshShape
 from train import program as programs
 from train.config import Run
-from train.footprint import footprint
-from train.layouts import REMATS, STAGES, Layout, layout_of
-from train.roofline import Roofline, roofline
-from train.traffic import collectives, executed_flops, hbm_bytes
+from train.planning.footprint import footprint
+from train.planning.layouts import REMATS, STAGES, Layout, layout_of
+from train.planning.roofline import Roofline, roofline
+from train.planning.traffic import collectives, executed_flops, hbm_bytes
 
 # The memory model is short by less than this (docs/plans.jsonl): what leaves more fits for sure.
 SAFE_MARGIN = 0.15

@@ -2,7 +2,7 @@
 
 `compiled(run, machine)` compiles the real training step for the real chip, without such a chip, and
 reads memory, collectives and what is executed (`program`) from it. `modelled(run, machine)` takes
-memory and collectives from the models of train/footprint.py and train/traffic.py, in milliseconds.
+memory and collectives from the models of train/planning/footprint.py and train/planning/traffic.py, in milliseconds.
 FLOPs and HBM bytes of the roofline are analytic in both.
 """
 
@@ -21,11 +21,11 @@ from sharding.machine import Machine
 from sharding.mesh import AXES, MeshShape, check_slices
 from sharding.topology import Chip
 from train import program as programs
-from train.compiled_cost import ProgramCost, program_cost
 from train.config import Run
-from train.footprint import Footprint, footprint, leaves, resolved_kernels
-from train.roofline import Roofline, Transfer, roofline, transfer
-from train.traffic import HbmBytes, collectives, executed_flops, hbm_bytes
+from train.planning.compiled_cost import ProgramCost, program_cost
+from train.planning.footprint import Footprint, footprint, leaves, resolved_kernels
+from train.planning.roofline import Roofline, Transfer, roofline, transfer
+from train.planning.traffic import HbmBytes, collectives, executed_flops, hbm_bytes
 
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
