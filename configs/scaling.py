@@ -38,7 +38,7 @@ from sharding.mesh import MeshShape
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
 from train.recipes import VOCAB_SIZE, adamw
-from train.sweep import Point, flops_name
+from train.scaling.sweep import Point, flops_name
 from train.telemetry.metrics import MetricsConfig
 
 FAMILIES = ("griffin", "hawk", "transformer")

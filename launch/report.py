@@ -57,7 +57,7 @@ def _runs(folders: Sequence[str]) -> list[str]:
 def _sweep(path: pathlib.Path) -> list[str]:
   """Writes the page of a sweep's laws; the lines for the console."""
   # Imported where it is asked for: it loads jax, and the page of a run needs none.
-  from train import scaling_report
+  from train.scaling import report as scaling_report
 
   output = _output()
   with writing(output or path):

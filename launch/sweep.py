@@ -2,7 +2,7 @@
 
 Prints the plan, then runs what is left; after that `python -m launch.report runs/mini` fits and
 draws the laws. The same command again goes on, however it was ended. The config file has
-`get_sweep(arg)`, a tuple of train.sweep.Point, and its `get_config` knows each run as ARG/NAME, so
+`get_sweep(arg)`, a tuple of train.scaling.sweep.Point, and its `get_config` knows each run as ARG/NAME, so
 any of them can be started by hand. What follows `--` goes to every run: -- --config.mesh.fsdp=4
 
   --dry_run     the plan only          --status    how far each run is
@@ -34,14 +34,14 @@ from launch.overrides import ask
 from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
-from train import sweep_runner
 from train.checkpoint.folder import steps
 from train.config import flatten
 from train.job.exit_status import STOPPED
 from train.job.signals import StopRequest
 from train.planning import plan as plans
-from train.sweep import STATE, Point, State, compare, measured_speed, new_record
-from train.sweep_runner import Runner
+from train.scaling import runner as sweep_runner
+from train.scaling.runner import Runner
+from train.scaling.sweep import STATE, Point, State, compare, measured_speed, new_record
 from train.workdir.lock import Lock
 
 _CONFIG = flags.DEFINE_string("config", None, "FILE.py[:ARG] with get_sweep.", required=True)
@@ -172,7 +172,7 @@ def _end(state: State, stopped: bool) -> int:
 
 def _points() -> tuple[Point, ...]:
   points = ask(_CONFIG.value, "get_sweep")
-  wanted = "a tuple of train.sweep.Point is expected"
+  wanted = "a tuple of train.scaling.sweep.Point is expected"
   if not isinstance(points, tuple | list):
     raise ValueError(
       f"--config={_CONFIG.value}: get_sweep gave a {type(points).__name__}; {wanted}"

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from train.sweep import Changes, Record, State, flops_name, last_step, phase
-from train.sweep_runner import OUTPUT, is_running
+from train.scaling.runner import OUTPUT, is_running
+from train.scaling.sweep import Changes, Record, State, flops_name, last_step, phase
 from train.telemetry.metrics import JSONL
 
 

@@ -9,7 +9,7 @@ import pathlib
 
 from tests import tiny
 from train.config import Run
-from train.sweep import Point
+from train.scaling.sweep import Point
 
 
 def get_sweep(folder: str) -> tuple[Point, ...]:

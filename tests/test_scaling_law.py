@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from train import scaling_report
-from train.scaling_law import Runs, isoflop, surface
-from train.surface_fit import HUBER_DELTA, fit_surfaces
-from train.sweep import flops_name
+from train.scaling import report as scaling_report
+from train.scaling.law import Runs, isoflop, surface
+from train.scaling.surface_fit import HUBER_DELTA, fit_surfaces
+from train.scaling.sweep import flops_name
 
 # The constants of arXiv:2203.15556.
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28

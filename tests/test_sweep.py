@@ -19,7 +19,7 @@ from tests import tiny
 from tests.commands import ROOT
 from tests.fake_gcs import serving
 from train.config import flatten
-from train.sweep import (
+from train.scaling.sweep import (
   Point,
   State,
   compare,
@@ -346,7 +346,7 @@ def test_what_is_no_grid_is_refused(commands, tmp_path, grid, words):
   arguments = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/sweep"]
   status, output = commands.run("launch.sweep", arguments, tmp_path / "output")
   assert status == 2
-  assert f"{words}; a tuple of train.sweep.Point is expected" in output.splitlines()[-1]
+  assert f"{words}; a tuple of train.scaling.sweep.Point is expected" in output.splitlines()[-1]
 
 
 def test_without_its_data_nothing_is_started(sweep):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from train.surface_fit import fit_surfaces, log_surface, starts
+from train.scaling.surface_fit import fit_surfaces, log_surface, starts
 
 LEVEL = 0.9  # of every interval
 # Fewer budgets cannot tell a floor from a smaller exponent.

@@ -19,7 +19,7 @@ from absl import logging
 
 from train.job.exit_status import CANNOT_RUN, STOPPED
 from train.job.signals import StopRequest
-from train.sweep import Record, State, read_result
+from train.scaling.sweep import Record, State, read_result
 
 OUTPUT = "output.log"
 _POLL_SECONDS = 0.1

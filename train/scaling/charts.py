@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from train.scaling_law import Isoflop, Power, Runs
+from train.scaling.law import Isoflop, Power, Runs
 
 # Okabe and Ito's, in an order in which neighbours differ most.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train import scaling_charts
-from train.scaling_law import (
+from train.scaling import charts as scaling_charts
+from train.scaling.law import (
   LEVEL,
   Interval,
   Isoflop,
@@ -25,7 +25,7 @@ from train.scaling_law import (
   isoflop,
   surface,
 )
-from train.sweep import State, read_result
+from train.scaling.sweep import State, read_result
 from train.workdir.whole_file import write_whole
 
 PAGE, POINTS = "report.html", "points.json"
