@@ -26,10 +26,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch import plan_text
 from launch.console import check_output, must_be_finite, refuse, writing
 from launch.overrides import run_app
-from launch.plan_page import page
+from launch.pages import plan_text
+from launch.pages.plan_page import page
 from sharding import machine as machines
 from sharding.machine import Machine
 from sharding.mesh import parse_mesh

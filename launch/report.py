@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch import report_page
 from launch.console import check_output, parse_flags, refuse, writing
-from launch.report_text import summary_lines
+from launch.pages import report_page
+from launch.pages.report_text import summary_lines
 from train.telemetry import history
 
 _OUTPUT = flags.DEFINE_string("output", None, "The page to write; report.html if not given.")

@@ -32,10 +32,11 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from launch import line_chart, step_times, svg
+from launch import step_times
 from launch.console import check_output, parse_flags, refuse, writing
 from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load
+from launch.pages import line_chart, svg
 from models.flops import count_params
 from sharding import machine as machines
 from sharding import topology

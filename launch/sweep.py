@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from data import token_store
 from launch.console import log_for_people, must_be_finite, parse_flags, refuse, writing
 from launch.overrides import ask
-from launch.sweep_text import Estimate, changes_lines, plan_lines, status_lines
+from launch.pages.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
 from train.checkpoint.folder import steps

@@ -5,7 +5,7 @@ import json
 import re
 import time
 
-from launch import report_page
+from launch.pages import report_page
 from train.telemetry import history
 
 QUANTILES = [1.0, 2.0, 4.0, 8.0, 16.0]

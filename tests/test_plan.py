@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from launch.overrides import load
-from launch.plan_page import page
-from launch.plan_text import layout_flags, plan_lines
+from launch.pages.plan_page import page
+from launch.pages.plan_text import layout_flags, plan_lines
 from models.flops import flops_per_token
 from models.transformer import mqa_transformer
 from sharding import machine as machines

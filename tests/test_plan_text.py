@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from launch import plan_text
 from launch.overrides import load
-from launch.plan_page import page
-from launch.plan_text import plan_lines
+from launch.pages import plan_text
+from launch.pages.plan_page import page
+from launch.pages.plan_text import plan_lines
 from sharding import machine as machines
 from sharding.mesh import MeshShape
 from train.planning import plan as plans

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from launch import svg, time_charts
-from launch.line_chart import Axis, Line, Mark, chart, ticks, without_first_steps
-from launch.report_text import summary_lines
+from launch.pages import svg, time_charts
+from launch.pages.line_chart import Axis, Line, Mark, chart, ticks, without_first_steps
+from launch.pages.report_text import summary_lines
 from tests.reported_runs import killed_run, page_words
 from train.telemetry import history
 from train.telemetry.goodput import KINDS

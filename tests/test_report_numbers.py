@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from launch import layer_charts, report_page, svg, time_charts
-from launch.line_chart import Axis, Line, _thinned, chart
-from launch.report_text import summary_lines
+from launch.pages import layer_charts, report_page, svg, time_charts
+from launch.pages.line_chart import Axis, Line, _thinned, chart
+from launch.pages.report_text import summary_lines
 from tests.reported_runs import QUANTILES, killed_run, page_words, write
 from train.telemetry import history
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from launch import report_page
+from launch.pages import report_page
 from tests import tiny
 from train.checkpoint.folder import steps
 from train.telemetry import goodput, history

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from launch import svg
+from launch.pages import svg
 from train.telemetry import goodput
 from train.telemetry.history import History, duration
 

@@ -5,8 +5,8 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from launch import layer_charts, svg, time_charts
-from launch.line_chart import Axis, Line, Mark, chart, smoothed, without_first_steps
+from launch.pages import layer_charts, svg, time_charts
+from launch.pages.line_chart import Axis, Line, Mark, chart, smoothed, without_first_steps
 from train.telemetry.history import History, duration
 
 WIDE, HALF = 860.0, 420.0

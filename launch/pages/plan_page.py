@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from launch import plan_text, svg
+from launch.pages import plan_text, svg
 from train.planning.plan import Plan
 
 _COLORS = {

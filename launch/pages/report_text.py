@@ -2,7 +2,7 @@
 
 import statistics
 
-from launch import svg
+from launch.pages import svg
 from train.telemetry.history import History, duration
 
 

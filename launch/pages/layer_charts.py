@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from launch import svg
-from launch.line_chart import Axis, Line, Mark, chart, smoothed, ticks
+from launch.pages import svg
+from launch.pages.line_chart import Axis, Line, Mark, chart, smoothed, ticks
 from train.telemetry.history import History
 
 NOTE = (

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from launch import svg
+from launch.pages import svg
 from train.telemetry.loss_curve import smooth
 
 _TOP, _BOTTOM, _LEFT = 14.0, 38.0, 46.0
