@@ -23,11 +23,12 @@ from typing import Any
 import tqdm
 from absl import app, flags, logging
 
-from data import documents, encode, origins, parts, token_store
+from data import token_store
 from data.bucket import is_url
-from data.documents import Document, ErrorPolicy, Piece
-from data.encode import Settings
-from data.parts import Part, PartWriter
+from data.prepare import documents, encode, origins, parts
+from data.prepare.documents import Document, ErrorPolicy, Piece
+from data.prepare.encode import Settings
+from data.prepare.parts import Part, PartWriter
 from data.token_store import Writer
 from data.vocabulary import VocabularyRecord
 from launch.console import log_for_people, parse_flags
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeqioSource:
-  """Documents of a registered Task or Mixture; as in data/seqio_tasks.py."""
+  """Documents of a registered Task or Mixture; as in data/prepare/seqio_tasks.py."""
 
   task: str
   module: str
@@ -222,7 +223,7 @@ def _is_done(job: Job, origin: dict[str, Any]) -> bool:
 def _prepare_seqio(job: Job, source: SeqioSource) -> None:
   # TensorFlow takes 20 seconds to import, and only this needs it.
   try:
-    from data import seqio_tasks
+    from data.prepare import seqio_tasks
   except ModuleNotFoundError as error:
     raise ValueError(
       f"--seqio_task={source.task}: {error}: .venv/bin/pip install --constraint "

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from data import parts, token_store
-from data.encode import Settings
+from data import token_store
+from data.prepare import parts
+from data.prepare.encode import Settings
 from launch import prepare as prepare_module
 from launch.prepare import prepare
 from tests.test_prepare import ROOT, _command, _job, _jsonl, _texts

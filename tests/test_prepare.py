@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from data import documents, parts, token_store, vocabulary
-from data.encode import Settings
+from data import token_store, vocabulary
+from data.prepare import documents, parts
+from data.prepare.encode import Settings
 from data.token_store import TokenStore
 from launch import prepare as prepare_module
 from launch.prepare import Job, prepare

@@ -59,7 +59,7 @@ import itertools
 import json
 import seqio
 from absl import flags, logging
-from data import seqio_tasks
+from data.prepare import seqio_tasks
 from launch import prepare
 from launch.prepare import _job
 

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from absl import logging
 
-from data.documents import Document
+from data.prepare.documents import Document
 from data.token_store import Writer
 
 # How many empty or replaced documents a report names.

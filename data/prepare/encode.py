@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from data import documents, vocabulary
-from data.documents import Document, ErrorPolicy, Piece
-from data.parts import Part, PartWriter
+from data import vocabulary
+from data.prepare import documents
+from data.prepare.documents import Document, ErrorPolicy, Piece
+from data.prepare.parts import Part, PartWriter
 from data.vocabulary import Vocabulary
 
 

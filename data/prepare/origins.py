@@ -5,7 +5,7 @@ import json
 import os
 from typing import Any
 
-from data import documents
+from data.prepare import documents
 
 
 def file(path: str) -> dict[str, Any]:
