@@ -14,7 +14,7 @@ from absl import flags, logging
 from data import pipeline
 from launch.console import log_for_people, refuse, writing
 from launch.overrides import run_app
-from models import recurrentgemma_hf
+from models.huggingface import recurrentgemma as recurrentgemma_hf
 from train.config import Run
 from train.trained import newest
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data import vocabulary
-from models import decoder, recurrentgemma_hf
+from models import decoder
+from models.huggingface import recurrentgemma as recurrentgemma_hf
 from models.layers import rg_lru
 from sharding.mesh import MeshShape
 from tests import tiny

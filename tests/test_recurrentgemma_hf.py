@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import decoder, griffin, hawk, recurrentgemma_config, recurrentgemma_hf, transformer
+from models import decoder, griffin, hawk, transformer
+from models.huggingface import recurrentgemma as recurrentgemma_hf
+from models.huggingface import recurrentgemma_config
 from tests.golden import save_for_transformers
 from tests.golden.save_for_transformers import CONFIGS, FOLDER, spread_params
 

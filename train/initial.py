@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from models import recurrentgemma_hf
 from models.decoder import KERNELS, DecoderConfig
+from models.huggingface import recurrentgemma as recurrentgemma_hf
 from train import program as programs
 from train.config import flatten
 from train.program import Program

@@ -14,8 +14,9 @@ import shutil
 import jax
 import numpy as np
 
-from models import decoder, griffin, hawk, recurrentgemma_hf
+from models import decoder, griffin, hawk
 from models.decoder import DecoderConfig, Params
+from models.huggingface import recurrentgemma as recurrentgemma_hf
 
 FOLDER = pathlib.Path(__file__).parent / "recurrentgemma_hf"
 _GRIFFIN = griffin.griffin(

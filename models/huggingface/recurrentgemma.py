@@ -20,8 +20,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from models import decoder, recurrentgemma_config
+from models import decoder
 from models.decoder import DecoderConfig, DType, Params
+from models.huggingface import recurrentgemma_config
 from models.layers import rg_lru
 
 _INDEX = "model.safetensors.index.json"
