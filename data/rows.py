@@ -92,7 +92,7 @@ def shuffled(position: int, size: int, *, seed: tuple[int, ...]) -> int:
 
   A Feistel network over the smallest even number of bits that holds `size`, walked until it lands
   below it (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). The order is part of
-  what a checkpoint promises: tests/test_rows.py pins it.
+  what a checkpoint promises: tests/data/test_rows.py pins it.
   """
   if not 0 <= position < size:
     raise ValueError(f"shuffled: position {position} is not in 0 .. {size - 1}")
