@@ -4,7 +4,8 @@
 
 Nobody has published times of our programs, so the nearest preset stands for each model: what
 differs (attention with more key-value heads, vocabulary, optimizer) is in the error. Layouts are
-the best by the models (train/planning/search.py), with the fused kernels. Nothing is compiled or run.
+the best by the models (train/planning/search.py), with the fused kernels. Nothing is compiled or
+run.
 """
 
 import datetime

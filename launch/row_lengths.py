@@ -6,10 +6,11 @@
   python -m launch.row_lengths --size=1b --machine=v5p:16,v5e:16,h100:8
 
 Batches have as many tokens whatever the row length. With --remat all three have one layout (fsdp
-over all devices, ZeRO stage 3); without, each has its own best (train/planning/search.py), with the fused
-kernels. With --compile the real step is compiled for the chip and its time follows from the program
-(train/planning/compiled_cost.py: twice, at rates that kernels are known to reach, and by the compiler's own
-estimate); otherwise from the planner's models (train/planning/roofline.py). Nothing is run.
+over all devices, ZeRO stage 3); without, each has its own best (train/planning/search.py), with the
+fused kernels. With --compile the real step is compiled for the chip and its time follows from the
+program (train/planning/compiled_cost.py: twice, at rates that kernels are known to reach, and by
+the compiler's own estimate); otherwise from the planner's models (train/planning/roofline.py).
+Nothing is run.
 
 With --measure the steps run on the devices at hand, in one layout as with --remat. All are compiled
 first and then timed one after another. Those of the first row length are compiled alone: a compiler

@@ -2,8 +2,9 @@
 
 Prints the plan, then runs what is left; after that `python -m launch.report runs/mini` fits and
 draws the laws. The same command again goes on, however it was ended. The config file has
-`get_sweep(arg)`, a tuple of train.scaling.sweep.Point, and its `get_config` knows each run as ARG/NAME, so
-any of them can be started by hand. What follows `--` goes to every run: -- --config.mesh.fsdp=4
+`get_sweep(arg)`, a tuple of train.scaling.sweep.Point, and its `get_config` knows each run as
+ARG/NAME, so any of them can be started by hand. What follows `--` goes to every run:
+-- --config.mesh.fsdp=4
 
   --dry_run     the plan only          --status    how far each run is
   --jobs=2      so many at a time      --max_attempts=3, --retry_failed

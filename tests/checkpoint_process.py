@@ -1,4 +1,4 @@
-"""One process of a job that saves and restores, for tests/train/checkpoint/test_checkpoint_processes.py.
+"""One process of a job that saves and restores, for train/checkpoint/test_checkpoint_processes.py.
 
 `python -m tests.checkpoint_process PORT COUNT INDEX DIRECTORY` trains 40 steps from where it is.
 """

@@ -1,4 +1,4 @@
-"""A training run that can be killed: the other side of tests/train/checkpoint/test_checkpoint_kills.py.
+"""A training run that can be killed, for train/checkpoint/test_checkpoint_kills.py.
 
 `python -m tests.checkpoint_worker` imports everything once, and then forks a run for every line of
 JSON on stdin, so that a start costs a second and not five. It answers with lines of its own: the

@@ -132,8 +132,8 @@ def lower_eval_step(program: Program) -> jax.stages.Lowered:
 
 
 def lower_statistics_step(program: Program) -> jax.stages.Lowered:
-  """`(state, batch, square norms of the gradients, targets) -> ` what train/layer_statistics.py says, on
-  every device; the last two are of the StepMetrics."""
+  """`(state, batch, square norms of the gradients, targets) -> ` the values that
+  train/layer_statistics.py names, on every device; the last two are of the StepMetrics."""
   run = program.run
   replicated = _replicated(program.mesh)
 

@@ -4,7 +4,7 @@
   ~/oracle/bin/python tests/golden/check_saved_with_transformers.py
 
 Run both when `save` changes what it writes: the second opens the directories in transformers and
-records its logits. tests/models/huggingface/test_recurrentgemma_hf.py asks `save` for the same bytes.
+records its logits. models/huggingface/test_recurrentgemma_hf.py asks `save` for the same bytes.
 """
 
 import dataclasses

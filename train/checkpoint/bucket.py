@@ -190,7 +190,7 @@ def restore_arrays(
 
 
 class BucketLock:
-  """As train/workdir/lock.py: Lock; if the process dies, held until it was not renewed for a while."""
+  """As train/workdir/lock.py: Lock; when its process dies, held until a renewal is overdue."""
 
   def __init__(self, directory: BucketFolder):
     self._place, self._url = str(directory), f"{directory}/lock"

@@ -2,7 +2,7 @@
 
 `compiled(run, machine)` compiles the real training step for the real chip, without such a chip, and
 reads memory, collectives and what is executed (`program`) from it. `modelled(run, machine)` takes
-memory and collectives from the models of train/planning/footprint.py and train/planning/traffic.py, in milliseconds.
+memory and collectives from the models of footprint.py and traffic.py beside it, in milliseconds.
 FLOPs and HBM bytes of the roofline are analytic in both.
 """
 

@@ -2,7 +2,7 @@
 
 `hbm_bytes`: through the device's memory. `collectives`: between devices, in the terms that
 sharding/collectives.py reads from a compiled program. `executed_flops`: with what is computed
-again. Terms are written out where they are added up; activations are train/planning/activations.py's.
+again. Terms are written out where they are added up; activations are those of activations.py.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Goodput: what the event log of a run (train/telemetry/events.py) says about where its time went."""
+"""Goodput: what the event log of a run (events.py) says about where its time went."""
 
 import os
 import pathlib

@@ -32,7 +32,7 @@ def _preset(name):
 
 @pytest.mark.parametrize(("name", "chip", "chips"), _CASES)
 def test_every_preset_fits_as_recommended(name, chip, chips):
-  """If this fails, `python -m launch.plan --search` finds another layout for train/planning/layouts.py."""
+  """If this fails, `launch.plan --search` finds another layout for train/planning/layouts.py."""
   run = _preset(name)
   assert run.name == name
   layout = recommended(run, chip=chip, num_chips=chips)
