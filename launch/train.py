@@ -26,11 +26,12 @@ from train.bad_steps import BadStepError
 from train.checkpoint.checkpoints import SaveFailedError
 from train.checkpoint.folder import DamagedCheckpointError
 from train.config import Run
-from train.job import signals as faults
 from train.job.exit_status import LOST, STOPPED
 from train.job.peers import Peers
+from train.job.signals import StopRequest
 from train.loop import Outcome, fit
 from train.telemetry.events import process_start
+from train.workdir.failure import record_failure, storage_advice
 from train.workdir.lock import InUseError
 from train.workdir.mirror import Mirror
 from train.workdir.place import is_url, local_side
@@ -54,15 +55,13 @@ _VOCABULARY = flags.DEFINE_string(
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
   log_for_people()
-  with faults.StopRequest(ask=Peers.leave_unbegun) as stop:
+  with StopRequest(ask=Peers.leave_unbegun) as stop:
     outcome = _train(run, overridden, stop)
   if outcome == "stopped":
     sys.exit(STOPPED)
 
 
-def _train(
-  run: Run, overridden: dict[str, tuple[Any, Any]], stop: faults.StopRequest
-) -> Outcome | None:
+def _train(run: Run, overridden: dict[str, tuple[Any, Any]], stop: StopRequest) -> Outcome | None:
   """How it ended; None if a step was only shown."""
   place = _WORKDIR.value
   workdir = local_side(_LOCAL_WORKDIR.value or place)
@@ -118,7 +117,7 @@ def _reporting(workdir: pathlib.Path, peers: Peers) -> Iterator[None]:
     # A workdir that another run has, or that is only looked at, is left as it is.
     if not isinstance(error, InUseError) and _REPLAY_STEP.value is None:
       with contextlib.suppress(OSError):
-        faults.record_failure(workdir, step=peers.step, error=line)
+        record_failure(workdir, step=peers.step, error=line)
       told = told and told + _where(workdir)
     if peers.count > 1:
       if told is None:
@@ -143,7 +142,7 @@ def _for_people(error: Exception, workdir: pathlib.Path) -> str | None:
     case ValueError() | BadStepError() | SaveFailedError():
       return str(error)
     case OSError():
-      return faults.storage_advice(error, workdir)
+      return storage_advice(error, workdir)
     case _:
       return None
 

@@ -1,8 +1,5 @@
-"""What a run does when it is told to stop, and what people can do about a disk."""
+"""What a run does when a signal tells it to stop."""
 
-import errno
-import json
-import pathlib
 import signal
 import socket
 import threading
@@ -17,26 +14,6 @@ from train.job.peers import Peers
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Slurm and systemd tell every process of a job, and a supervisor among them passes it on.
 SECONDS_OF_ONE_REQUEST = 1.0
-
-
-def record_failure(workdir: pathlib.Path, *, step: int, error: str) -> None:
-  """Writes failure.json, by which a supervisor sees whether the same failure comes again."""
-  (workdir / "failure.json").write_text(json.dumps({"step": step, "error": error}) + "\n")
-
-
-def storage_advice(error: OSError, workdir: pathlib.Path) -> str:
-  """One line: what is wrong with which path, and what to do."""
-  what = f"{error.filename or workdir}: {error.strerror or error}"
-  match error.errno:
-    case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-      do = "free space there"
-    case errno.EROFS | errno.EACCES | errno.EPERM:
-      do = "let this user write there, or use another --workdir"
-    case errno.ENOTDIR | errno.EEXIST:
-      do = "a file is where a folder has to be: move it, or use another --workdir"
-    case _:
-      do = "see that the file system is well"
-  return f"{what}. To go on from the last complete checkpoint: {do}, then start the run again"
 
 
 class StopRequest:

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 
-from train.job import signals as faults
 from train.job.peers import Peers
+from train.workdir.failure import record_failure
 
 # Native code that holds the interpreter's lock for ever also holds up the watchdog's thread: after
 # so much longer, C ends the process.
@@ -90,7 +90,7 @@ class Watchdog:
       faulthandler.dump_traceback(file, all_threads=True)
     sys.stderr.write(path.read_text())
     # Without the seconds: a supervisor looks whether it is the same failure as the last time.
-    faults.record_failure(self._workdir, step=self._peers.step, error=f"no progress {what}")
+    record_failure(self._workdir, step=self._peers.step, error=f"no progress {what}")
     message = f"{problem}; what its threads were doing: {path}"
     self._peers.failed(message, is_echo=True)
     self._peers.leave(message)

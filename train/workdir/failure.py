@@ -1,0 +1,25 @@
+"""How a run failed: failure.json in its folder, and advice where the disk is to blame."""
+
+import errno
+import json
+import pathlib
+
+
+def record_failure(workdir: pathlib.Path, *, step: int, error: str) -> None:
+  """Writes failure.json, by which a supervisor sees whether the same failure comes again."""
+  (workdir / "failure.json").write_text(json.dumps({"step": step, "error": error}) + "\n")
+
+
+def storage_advice(error: OSError, workdir: pathlib.Path) -> str:
+  """One line: what is wrong with which path, and what to do."""
+  what = f"{error.filename or workdir}: {error.strerror or error}"
+  match error.errno:
+    case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+      do = "free space there"
+    case errno.EROFS | errno.EACCES | errno.EPERM:
+      do = "let this user write there, or use another --workdir"
+    case errno.ENOTDIR | errno.EEXIST:
+      do = "a file is where a folder has to be: move it, or use another --workdir"
+    case _:
+      do = "see that the file system is well"
+  return f"{what}. To go on from the last complete checkpoint: {do}, then start the run again"
