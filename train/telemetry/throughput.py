@@ -23,7 +23,8 @@ class Rates(NamedTuple):
 
 
 class Throughput:
-  """A stopwatch for the loop: `count_step` when the result of a step has arrived on the host.
+  """A stopwatch for the loop, made when compilation is over: `count_step` when the result of a step
+  has arrived on the host.
 
   `with excluded(after=...)` around what is not training, `with waiting()` around the next batch.
   """
@@ -62,11 +63,6 @@ class Throughput:
       yield
     finally:
       self._waited += self._clock() - begin
-
-  def begin(self) -> None:
-    """Starts all clocks anew: call it once compilation is over."""
-    self._start = self._window_start = self._clock()
-    self._excluded = self._waited = 0.0
 
   def count_step(self) -> None:
     """One more step is finished."""
