@@ -36,7 +36,10 @@ NO_EFFECT = (
   "checkpoint*",
   "metrics*",
   "statistics*",
-  "bad_steps*",
+  # Beyond them a run stops, without a result. What else bad_steps sets decides which steps change
+  # the parameters and which batches are read, and so the loss.
+  "bad_steps.max_skipped",
+  "bad_steps.max_rollbacks",
   "watchdog*",
   "model.remat",
   "model.layers",

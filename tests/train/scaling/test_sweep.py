@@ -249,7 +249,10 @@ def test_settings_without_effect_on_the_result_may_change():
 
 _WITHOUT_EFFECT = ("metrics.log_every", "mesh.fsdp", "statistics.every", "watchdog.step_minutes")
 _WITHOUT_EFFECT += ("model.pattern[0].mixer.scan", "model.pattern[2].mixer.implementation")
-_WITH_EFFECT = ("seed", "xla_flags.set", "model.pattern[0].mixer.decay_init", "model.dtype")
+_WITHOUT_EFFECT += ("bad_steps.max_skipped", "bad_steps.max_rollbacks")
+_WITH_EFFECT = ("bad_steps.non_finite", "bad_steps.spike", "bad_steps.spike_window")
+_WITH_EFFECT += ("bad_steps.spike_deviations", "bad_steps.also_before")
+_WITH_EFFECT += ("seed", "xla_flags.set", "model.pattern[0].mixer.decay_init", "model.dtype")
 
 
 def test_a_cluster_gets_each_run_once_and_its_result_is_found(sweep):
