@@ -66,14 +66,11 @@ def delete_below(url: str) -> None:
 
 def create_array(url: str, *, shape: Sequence[int], dtype: np.dtype, block: Sequence[int]) -> Any:
   """An array below URL/ that several processes write, each of its blocks one object (zarr 3)."""
-  codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-  if dtype.itemsize == 1:
-    codecs = [{"name": "bytes"}, {"name": "crc32c"}]
   metadata = {
     "shape": list(shape),
     "data_type": dtype.name,
     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(block)}},
-    "codecs": codecs,
+    "codecs": checked_codecs(dtype),
   }
   spec = {
     "driver": "zarr3",
@@ -83,6 +80,13 @@ def create_array(url: str, *, shape: Sequence[int], dtype: np.dtype, block: Sequ
     "store_data_equal_to_fill_value": True,
   }
   return ts.open(spec, create=True, open=True).result()
+
+
+def checked_codecs(dtype: np.dtype) -> list[dict[str, Any]]:
+  """How zarr 3 stores a block of that dtype: little-endian bytes and their CRC, by which a damaged
+  one is refused when it is read."""
+  order = {} if dtype.itemsize == 1 else {"configuration": {"endian": "little"}}
+  return [{"name": "bytes", **order}, {"name": "crc32c"}]
 
 
 def open_array(url: str) -> Any:

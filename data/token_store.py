@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from data.bucket import is_url
+from data.bucket import checked_codecs, is_url
 from data.vocabulary import VocabularyRecord
 
 _FORMAT = "token_store 1"
@@ -320,11 +320,11 @@ def _manifest(values: dict[str, Any]) -> Manifest:
 
 def _create(path: str, name: str, dtype: np.dtype) -> Any:
   """An array that grows: its length is set when it is known."""
-  crc = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-  if dtype.itemsize == 1:
-    crc = [{"name": "bytes"}, {"name": "crc32c"}]
-  index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-  blocks = {"chunk_shape": [_BLOCK], "codecs": crc, "index_codecs": index}
+  blocks = {
+    "chunk_shape": [_BLOCK],
+    "codecs": checked_codecs(dtype),
+    "index_codecs": checked_codecs(np.dtype(np.uint64)),
+  }
   metadata = {
     "shape": [1 << 60],
     "data_type": dtype.name,
