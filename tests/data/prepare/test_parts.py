@@ -11,10 +11,10 @@ import time
 import pytest
 
 from data import token_store
+from data.prepare import job as job_module
 from data.prepare import parts
 from data.prepare.encode import Settings
-from launch import prepare as prepare_module
-from launch.prepare import prepare
+from data.prepare.job import prepare
 from tests.data.prepare.test_prepare import ROOT, _command, _job, _jsonl, _texts
 
 
@@ -70,14 +70,14 @@ def test_a_part_of_many_blocks_is_put_together_without_loss(block_tokens, monkey
 
 def test_a_file_that_changes_while_it_is_read_is_named(monkeypatch):
   _jsonl("a.jsonl", ["one"])
-  original = prepare_module.encode.encode_all
+  original = job_module.encode.encode_all
 
   def encode_and_grow(named, **arguments):
     original(named, **arguments)
     with open("a.jsonl", "a") as file:
       file.write('{"text": "two"}\n')
 
-  monkeypatch.setattr(prepare_module.encode, "encode_all", encode_and_grow)
+  monkeypatch.setattr(job_module.encode, "encode_all", encode_and_grow)
   with pytest.raises(ValueError, match=r"a\.jsonl: it was changed while it was read"):
     prepare(_job("a.jsonl"))
   assert not token_store.is_complete("store")

@@ -17,10 +17,10 @@ import zstandard
 
 from data import token_store, vocabulary
 from data.prepare import documents, parts
+from data.prepare import job as job_module
 from data.prepare.encode import Settings
+from data.prepare.job import Job, prepare
 from data.token_store import TokenStore
-from launch import prepare as prepare_module
-from launch.prepare import Job, prepare
 
 ROOT = pathlib.Path(__file__).parents[3]
 BYTE = vocabulary.load("byte")
@@ -398,14 +398,14 @@ def test_a_missing_held_out_store_is_named():
 def test_a_held_out_store_that_another_prepare_made_meanwhile_is_not_replaced(monkeypatch):
   _jsonl("a.jsonl", ["one", "two"])
   _jsonl("b.jsonl", ["three", "four"])
-  original = prepare_module._encode
+  original = job_module._encode
 
   def encode_slowly(job, *arguments):
     if job.output == "slow":
       prepare(_job("a.jsonl", holdout_every=2, holdout_output="held"))
     return original(job, *arguments)
 
-  monkeypatch.setattr(prepare_module, "_encode", encode_slowly)
+  monkeypatch.setattr(job_module, "_encode", encode_slowly)
   slow = _job(
     "b.jsonl",
     output="slow",
@@ -436,7 +436,7 @@ def test_one_large_jsonl_is_shared_among_workers_without_changing_the_store(monk
   _jsonl("a.jsonl", texts)
   prepare(_job("a.jsonl", output="whole"))
   monkeypatch.setattr(documents, "PIECE_BYTES", 10_000)
-  monkeypatch.setattr(prepare_module, "_BYTES_PER_WORKER", 1)
+  monkeypatch.setattr(job_module, "_BYTES_PER_WORKER", 1)
   assert len(documents.pieces("a.jsonl")) > 5
   prepare(_job("a.jsonl", num_workers=2))
   assert _texts() == texts
@@ -460,13 +460,13 @@ def test_after_an_error_what_was_done_is_not_done_again(monkeypatch):
     prepare(_job("a.jsonl", "b.txt"))
   pathlib.Path("b.txt").write_text("two")
   encoded = []
-  original = prepare_module.encode.encode_all
+  original = job_module.encode.encode_all
 
   def spy(named, **arguments):
     encoded.extend(piece.path for piece, _ in named)
     original(named, **arguments)
 
-  monkeypatch.setattr(prepare_module.encode, "encode_all", spy)
+  monkeypatch.setattr(job_module.encode, "encode_all", spy)
   prepare(_job("a.jsonl", "b.txt"))
   assert encoded == ["b.txt"]
   assert _texts() == ["one", "two"]
