@@ -1,6 +1,6 @@
 """A directory of a run: `python -m launch.export --config=... --workdir=... --output=DIR`.
 
-Writes the parameters of the run's newest checkpoint as a Hugging Face RecurrentGemma, which
+Writes the parameters of the run's newest checkpoint as a Hugging Face directory, which
 `transformers` opens and a run begins with (--config.init_from=DIR). The ids at which it stops and
 with which it pads are those of the run's token store. Exit status: 0 written, 2 refused.
 """
@@ -14,7 +14,7 @@ from absl import flags, logging
 from data import pipeline
 from launch.console import log_for_people, refuse, writing
 from launch.overrides import run_app
-from models.huggingface import recurrentgemma as recurrentgemma_hf
+from models.huggingface import directory
 from train.config import Run
 from train.trained import newest
 
@@ -29,7 +29,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
     words = pipeline.vocabulary(run.data)
     _, step, params = newest(run, _WORKDIR.value)
     with writing(pathlib.Path(_OUTPUT.value)):
-      recurrentgemma_hf.save(
+      directory.save(
         _OUTPUT.value,
         run.model,
         jax.device_get(params),

@@ -24,8 +24,8 @@ class Run:
   layers compute) or "float32", for twice the bytes. Sums on a device and of microbatches are
   float32.
   z_loss multiplies the mean of log(Z)^2. eval_every and total_steps are in optimizer steps.
-  init_from: a Hugging Face RecurrentGemma directory with the parameters to begin with, on every
-  process. It is read only where there is no checkpoint to go on from.
+  init_from: a Hugging Face directory with the parameters to begin with, on every process. It is
+  read only where there is no checkpoint to go on from.
   """
 
   name: str

@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from models.decoder import KERNELS, DecoderConfig
-from models.huggingface import recurrentgemma as recurrentgemma_hf
+from models.huggingface import directory
 from train import program as programs
 from train.config import flatten
 from train.program import Program
@@ -32,14 +32,14 @@ def initial_state(program: Program) -> TrainState:
   if run.init_from is None:
     return programs.initialize(program)
   # First: to compile and draw the rest takes minutes, and this may be refused.
-  config, params = recurrentgemma_hf.load(run.init_from, param_dtype=run.model.param_dtype)
+  config, params = directory.load(run.init_from, param_dtype=run.model.param_dtype)
   _check_same(run.model, config, run.init_from)
   state = programs.initialize(program)
   logging.info("parameters from %s", run.init_from)
   return state._replace(params=jax.tree.map(_laid_out, params, program.shardings.params))
 
 
-def _check_same(ours: DecoderConfig, theirs: DecoderConfig, directory: str) -> None:
+def _check_same(ours: DecoderConfig, theirs: DecoderConfig, place: str) -> None:
   here, there = _decisive(ours), _decisive(theirs)
   missing = "(not there)"
   different = [
@@ -49,7 +49,7 @@ def _check_same(ours: DecoderConfig, theirs: DecoderConfig, directory: str) -> N
   ]
   if different:
     raise ValueError(
-      f"init_from {directory} is of another model: {'; '.join(different)}. Set --config.model to "
+      f"init_from {place} is of another model: {'; '.join(different)}. Set --config.model to "
       "what is there, or give another directory"
     )
 

@@ -1,133 +1,188 @@
-"""Hugging Face RecurrentGemma directories in and out: config.json and safetensors files.
+"""RecurrentGemma as Hugging Face has it: its config.json and its tensors' names.
 
-Both directions use one list: `_tensors` names, by Hugging Face's names and in its shapes, views of
-our parameters; loading writes into the views and saving reads them, so neither can forget a tensor
-or turn it another way than the other. What cannot be said in the other format is refused by name.
+Every key of config.json is either followed, or has one value that we can follow, or has no bearing
+on the logits; anything else is refused by name. transformers' own traps: intermediate_size is twice
+the width of the MLP, num_attention_heads is the number of gate blocks as well, block_types is a
+cycle.
 
 Two things to know before comparing with `transformers`: it has no document masks, and where a row
 is longer than the window its attention sees other keys than ours: one less in 5.23.0, all before in
 4.40.2 and 4.57.1 without a cache. For T <= window both agree.
 """
 
-import json
-import os
-import pathlib
-import shutil
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from models import decoder
+from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Params
-from models.huggingface import recurrentgemma_config
-from models.layers import rg_lru
+from models.huggingface.name_map import NameMap, Settings, the_only
+from models.layers import attention, gated_mlp, rg_lru
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-# The dtype that holds every value of a stored one.
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
-
-
-def load(
-  directory: str | os.PathLike[str], *, param_dtype: DType | Literal["as_stored"] = "as_stored"
-) -> tuple[DecoderConfig, Params]:
-  """The model in `directory`: its config, and its parameters as numpy arrays on the host.
-
-  Lay them out with `jax.device_put`; nothing is put on a device here.
-
-  "as_stored" gives the matrices in the dtype of the files, float32 for float16, which we do not
-  compute in; "float32" or "bfloat16" converts them.
-  Norms, gate biases and decay are float32 always. Activations get the matrices' dtype; change that
-  with `dataclasses.replace(config, dtype=...)`. ValueError names what is missing, unknown or wrong.
-  """
-  directory = pathlib.Path(directory)
-  settings = _read_json(directory / "config.json")
-  stored = _stored_tensors(directory)
-  if "embed_tokens.weight" in stored:  # the model without its head, which is tied anyway
-    stored = {f"model.{name}": tensor for name, tensor in stored.items()}
-  embedding = stored.get("model.embed_tokens.weight")
-  stored_dtype = _DTYPES.get(embedding.dtype, "float32") if embedding else "float32"
-  dtype: Any = stored_dtype if param_dtype == "as_stored" else param_dtype
-  config = recurrentgemma_config.from_json(settings, source=directory / "config.json", dtype=dtype)
-  shapes = decoder.build(config).shapes
-  params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-  views = _tensors(config, params)
-  _check_names(directory, set(views), set(stored) - {"lm_head.weight"})
-  for name, view in views.items():
-    tensor = stored[name].read(view.shape)
-    # Not by their sizes: float16 has as many bytes as bfloat16 and more bits of precision.
-    if param_dtype == "as_stored" and view.dtype == "bfloat16" != _DTYPES[stored[name].dtype]:
-      raise ValueError(
-        f"{stored[name].path}: {name} is {tensor.dtype} where the embedding is {stored_dtype}; "
-        "give load(param_dtype='float32') to keep every bit, or 'bfloat16' to round"
-      )
-    view[...] = tensor
-  if "lm_head.weight" in stored:
-    unembed_VD = stored["lm_head.weight"].read(views["model.embed_tokens.weight"].shape)
-    embed_VD = stored["model.embed_tokens.weight"].read(unembed_VD.shape)
-    if not np.array_equal(unembed_VD, embed_VD, equal_nan=True):
-      raise ValueError(
-        f"{directory}: lm_head.weight differs from model.embed_tokens.weight; only a tied "
-        "unembedding can be loaded"
-      )
-  return config, params
+# What every RecurrentGemma has; another value would be another function than ours.
+_FIXED = {
+  "hidden_activation": "gelu_pytorch_tanh",
+  "num_key_value_heads": 1,
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10_000.0,
+  "partial_rotary_factor": 0.5,
+  "rope_scaling": None,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+  "embeddings_scale_by_sqrt_dim": True,
+  "tie_word_embeddings": True,
+}
+# Read by attention alone: without it transformers writes its defaults, other than ours.
+_OF_ATTENTION = {
+  "num_key_value_heads", "attention_bias", "attention_dropout",
+  "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters",
+}  # fmt: skip
+_READ = {
+  "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+  "num_attention_heads", "head_dim", "lru_width", "conv1d_width", "attention_window_size",
+  "logits_soft_cap", "block_types", "_block_types",
+}  # fmt: skip
+_UNUSED = {"w_init_variance_scale", "final_w_init_variance_scale"}
 
 
-def save(
-  directory: str | os.PathLike[str],
-  config: DecoderConfig,
-  params: Params,
-  *,
-  bos_token_id: int | None = None,
-  eos_token_id: int | None = None,
-  pad_token_id: int | None = None,
-  max_shard_bytes: int = 4 * 2**30,
-) -> None:
-  """Writes `directory`, which must not exist or be empty: whole, or not at all.
-
-  Every array keeps its dtype, but for a bfloat16 model whose float32 arrays are all bfloat16 values
-  still, as `load` gave them: they are written as such, so that what was loaded is saved again bit
-  for bit. The token ids, None for a vocabulary without such a token, are what
-  `generate` in transformers stops at and pads with. ValueError if RecurrentGemma cannot express the
-  config, or the parameters are not the config's.
-  """
-  directory = pathlib.Path(directory).resolve()  # what a link names is replaced, not the link
-  settings = recurrentgemma_config.to_json(config) | {
-    "bos_token_id": bos_token_id,
-    "eos_token_id": eos_token_id,
-    "pad_token_id": pad_token_id,
-  }
-  _check_params(config, params)
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise ValueError(f"save: {directory} exists and is not an empty directory; give a new one")
-  if directory == pathlib.Path.cwd():
-    raise ValueError(f"save: {directory} is the working directory; give a new one")
-  views = _narrowed(config, _tensors(config, jax.tree.map(np.asarray, params)))
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-  partial.mkdir()
-  try:
-    (partial / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    _write_shards(partial, views, max_shard_bytes)
-    os.replace(partial, directory)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _narrowed(config: DecoderConfig, views: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The tensors in the config's dtype if that loses no bit of any, else as they are."""
-  narrow = {name: view.astype(config.param_dtype, copy=False) for name, view in views.items()}
-  is_exact = all(
-    (narrow[name] == view).all() for name, view in views.items() if view.dtype != config.param_dtype
+def _from_json(settings: Settings, *, dtype: DType) -> DecoderConfig:
+  kinds = settings.get("block_types", settings.get("_block_types"))
+  if not isinstance(kinds, list) or not kinds:
+    raise ValueError(
+      f"{settings.source}: block_types {kinds!r} must be a list of at least one kind"
+    )
+  _check_fixed(settings, unread=_OF_ATTENTION if "attention" not in kinds else set())
+  width, num_heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
+  if settings.values.get("head_dim", width // num_heads) != width // num_heads:
+    raise ValueError(
+      f"{settings.source}: head_dim {settings.values['head_dim']!r} must be hidden_size // "
+      f"num_attention_heads, {width // num_heads}"
+    )
+  if settings.integer("intermediate_size") % 2:
+    raise ValueError(
+      f"{settings.source}: intermediate_size {settings.integer('intermediate_size')} must be even: "
+      "it is twice the width of the MLP"
+    )
+  num_blocks = settings.integer("num_hidden_layers")
+  mlp = gated_mlp.Config(mlp_width=settings.integer("intermediate_size") // 2)
+  return DecoderConfig(
+    vocab_size=settings.integer("vocab_size"),
+    width=width,
+    num_blocks=num_blocks,
+    pattern=tuple(
+      BlockConfig(mixer=_mixer(settings, kind), mlp=mlp)
+      for kind in _shortest_cycle(kinds, num_blocks)
+    ),
+    embedding_scale="sqrt_width",
+    logit_cap=settings.number("logits_soft_cap"),
+    dtype=dtype,
+    param_dtype=dtype,
   )
-  return narrow if is_exact else views
+
+
+def _check_fixed(settings: Settings, *, unread: set[str]) -> None:
+  values = {key: value for key, value in settings.values.items() if key not in unread}
+  rope = values.get("rope_parameters", {})
+  if isinstance(rope, dict | None):  # transformers fills in what is left out
+    values |= {"rope_parameters": _FIXED["rope_parameters"] | (rope or {})}
+  if "num_key_value_heads" not in unread:
+    # Absent, transformers takes another value than ours.
+    values.setdefault("num_key_value_heads", None)
+  settings._replace(values=values).check("RecurrentGemma", fixed=_FIXED, read=_READ, unused=_UNUSED)
+
+
+def _mixer(settings: Settings, kind: Any) -> rg_lru.Config | attention.Config:
+  width, num_heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
+  match kind:
+    case "recurrent":
+      rnn_width = width if settings.get("lru_width") is None else settings.integer("lru_width")
+      if rnn_width % num_heads:
+        raise ValueError(
+          f"{settings.source}: lru_width {rnn_width} must be divisible by num_attention_heads, "
+          f"{num_heads}: the gates have that many blocks"
+        )
+      return rg_lru.Config(
+        rnn_width=rnn_width,
+        num_gate_blocks=num_heads,
+        conv_taps=settings.integer("conv1d_width"),
+        decay_init="recurrentgemma",
+      )
+    case "attention":
+      if width < num_heads or width // num_heads % 4:
+        raise ValueError(
+          f"{settings.source}: num_attention_heads {num_heads} makes heads of "
+          f"{width // num_heads} (hidden_size {width}); only multiples of 4 can be loaded: half is "
+          "rotated, in pairs"
+        )
+      return attention.Config(
+        num_heads=num_heads,
+        head_size=width // num_heads,
+        window=settings.integer("attention_window_size"),
+      )
+  raise ValueError(
+    f"{settings.source}: block_types has {kind!r}; known are 'recurrent' and 'attention'"
+  )
+
+
+def _shortest_cycle(kinds: list[str], num_blocks: int) -> list[str]:
+  """`kinds`, or what it repeats where it spells out every block: that can be scanned."""
+  if len(kinds) != num_blocks:
+    return kinds
+  return next(
+    kinds[:length]
+    for length in range(1, num_blocks + 1)
+    if all(kind == kinds[index % length] for index, kind in enumerate(kinds))
+  )
+
+
+def _to_json(config: DecoderConfig) -> dict[str, Any]:
+  if config.embedding_scale != "sqrt_width":
+    raise ValueError(
+      f"embedding_scale {config.embedding_scale!r}: it always multiplies embeddings by sqrt(width)"
+    )
+  if config.logit_cap is None:
+    raise ValueError("logit_cap None: it always caps its logits")
+  mixers = [block.mixer for block in config.pattern]
+  recurrent = [mixer for mixer in mixers if isinstance(mixer, rg_lru.Config)]
+  local = [mixer for mixer in mixers if isinstance(mixer, attention.Config)]
+  num_heads = the_only(
+    "num_gate_blocks and num_heads",
+    [mixer.num_gate_blocks for mixer in recurrent] + [mixer.num_heads for mixer in local],
+  )
+  if config.width // num_heads < 1:
+    raise ValueError(f"width {config.width}: with {num_heads} gate blocks its heads are empty")
+  for mixer in local:
+    if mixer.head_size != config.width // num_heads:
+      raise ValueError(
+        f"head_size {mixer.head_size}: its own is width // num_heads, {config.width // num_heads}"
+      )
+    if mixer.window is None:
+      raise ValueError("window None (global attention): its own is local")
+  mlp_width = the_only("mlp_width", [block.mlp.mlp_width for block in config.pattern])
+  settings: dict[str, Any] = {key: value for key, value in _FIXED.items() if value is not None}
+  settings |= {
+    "block_types": [
+      "recurrent" if isinstance(mixer, rg_lru.Config) else "attention" for mixer in mixers
+    ],
+    "head_dim": config.width // num_heads,
+    "hidden_size": config.width,
+    "intermediate_size": 2 * mlp_width,
+    "logits_soft_cap": float(config.logit_cap),  # transformers refuses 30 where it means 30.0
+    "num_attention_heads": num_heads,
+    "num_hidden_layers": config.num_blocks,
+    "vocab_size": config.vocab_size,
+  }
+  if recurrent:
+    settings["lru_width"] = the_only("rnn_width", [mixer.rnn_width for mixer in recurrent])
+    settings["conv1d_width"] = the_only("conv_taps", [mixer.conv_taps for mixer in recurrent])
+  if local:
+    settings["attention_window_size"] = the_only("window", [mixer.window for mixer in local])
+  return settings
 
 
 def _tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
-  """Views of every parameter under its Hugging Face name, in its Hugging Face shape."""
   views = {
     "model.embed_tokens.weight": params["embedding"]["table_VD"],
     "model.final_norm.weight": params["final_norm"]["scale_D"],
@@ -179,126 +234,12 @@ def _attention(p: Params) -> dict[str, np.ndarray]:
   }
 
 
-class _Stored(NamedTuple):
-  """One tensor of a file, not yet read."""
-
-  path: pathlib.Path
-  name: str
-  dtype: str
-
-  def read(self, shape: tuple[int, ...]) -> np.ndarray:
-    """Its values; ValueError unless it has `shape` and a dtype that we know."""
-    if self.dtype not in _DTYPES:
-      raise ValueError(f"{self.path}: {self.name} is {self.dtype}; known are {sorted(_DTYPES)}")
-    with safetensors.safe_open(self.path, framework="np") as file:
-      stored_shape = tuple(file.get_slice(self.name).get_shape())
-      if stored_shape != shape:
-        raise ValueError(
-          f"{self.path}: {self.name} has shape {stored_shape}, config.json asks for {shape}"
-        )
-      return file.get_tensor(self.name)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    raise ValueError(f"load: {path} does not exist; give a directory that holds {path.name}")
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
-  return value
-
-
-def _stored_tensors(directory: pathlib.Path) -> dict[str, _Stored]:
-  """Every tensor of the directory's files, by name; an index must name just what the files hold."""
-  single, index = directory / _SINGLE, directory / _INDEX
-  if single.exists() == index.exists():
-    found = sorted(path.name for path in directory.iterdir())
-    raise ValueError(f"{directory}: must hold either {_SINGLE} or {_INDEX}; holds {found}")
-  if single.exists():
-    return _tensors_of_file(single)
-  weight_map = _read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict):
-    raise ValueError(f"{index}: weight_map is missing")
-  for name, file in weight_map.items():
-    if not isinstance(file, str):
-      raise ValueError(f"{index}: weight_map has {file!r} for {name}; it must name a file")
-    # All of them first: a file that is there would seem to hold tensors of the one that is not.
-    if not (directory / file).is_file():
-      raise ValueError(f"{index}: names {file}, which does not exist")
-  stored: dict[str, _Stored] = {}
-  for file in sorted(set(weight_map.values())):
-    of_file = _tensors_of_file(directory / file)
-    indexed = {name for name, where in weight_map.items() if where == file}
-    _check_names(directory / file, indexed, set(of_file), source=_INDEX)
-    stored |= of_file
-  return stored
-
-
-def _tensors_of_file(path: pathlib.Path) -> dict[str, _Stored]:
-  try:
-    with safetensors.safe_open(path, framework="np") as file:
-      names = file.keys()
-      return {name: _Stored(path, name, file.get_slice(name).get_dtype()) for name in names}
-  except safetensors.SafetensorError as error:
-    raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-
-
-def _check_names(
-  place: pathlib.Path, expected: set[str], found: set[str], *, source: str = "config.json"
-) -> None:
-  for problem, names in (("missing", expected - found), ("not of the model", found - expected)):
-    if names:
-      raise ValueError(
-        f"{place}: tensors {problem} (by {source}): {', '.join(sorted(names)[:8])}"
-        + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-      )
-
-
-def _check_params(config: DecoderConfig, params: Params) -> None:
-  expected = jax.tree_util.tree_leaves_with_path(decoder.build(config).shapes)
-  given = dict(jax.tree_util.tree_leaves_with_path(params))
-  if given.keys() != {path for path, _ in expected}:
-    different = sorted(jax.tree_util.keystr(p) for p in given.keys() ^ {p for p, _ in expected})
-    raise ValueError(f"save: the config and the parameters do not both have {different}")
-  for path, shape in expected:
-    leaf = given[path]
-    if (leaf.shape, leaf.dtype) != (shape.shape, shape.dtype):
-      raise ValueError(
-        f"save: parameter {jax.tree_util.keystr(path)} is {leaf.dtype} {leaf.shape}, the config "
-        f"asks for {shape.dtype} {shape.shape}"
-      )
-
-
-def _write_shards(
-  directory: pathlib.Path, views: dict[str, np.ndarray], max_shard_bytes: int
-) -> None:
-  """One file, or several and an index where one would be larger than `max_shard_bytes`."""
-  shards: list[list[str]] = [[]]
-  size = 0
-  for name, view in views.items():
-    if shards[-1] and size + view.nbytes > max_shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(name)
-    size += view.nbytes
-  files = [_SINGLE]
-  if len(shards) > 1:
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    index = {
-      "metadata": {"total_size": sum(view.nbytes for view in views.values())},
-      "weight_map": {name: file for file, names in zip(files, shards) for name in names},
-    }
-    (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-  for file, names in zip(files, shards):
-    try:
-      safetensors.numpy.save_file(
-        {name: np.ascontiguousarray(views[name]) for name in names},
-        directory / file,
-        metadata={"format": "pt"},  # transformers reads no other
-      )
-    except safetensors.SafetensorError as error:
-      # Its own error for a full disk.
-      raise OSError(f"{directory / file}: {error}") from error
+NAME_MAP = NameMap(
+  family="RecurrentGemma",
+  model_type="recurrent_gemma",
+  architecture="RecurrentGemmaForCausalLM",
+  mixers=(rg_lru.Config, attention.Config),
+  from_json=_from_json,
+  to_json=_to_json,
+  tensors=_tensors,
+)

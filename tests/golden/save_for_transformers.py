@@ -4,7 +4,7 @@
   ~/oracle/bin/python tests/golden/check_saved_with_transformers.py
 
 Run both when `save` changes what it writes: the second opens the directories in transformers and
-records its logits. models/huggingface/test_recurrentgemma_hf.py asks `save` for the same bytes.
+records its logits. models/huggingface/test_hf_directory.py asks `save` for the same bytes.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 
 from models import decoder, griffin, hawk
 from models.decoder import DecoderConfig, Params
-from models.huggingface import recurrentgemma as recurrentgemma_hf
+from models.huggingface.directory import save
 
 FOLDER = pathlib.Path(__file__).parent / "recurrentgemma_hf"
 _GRIFFIN = griffin.griffin(
@@ -48,12 +48,10 @@ CONFIGS = {
 MAX_SHARD_BYTES = {"ours": 2**30, "ours_bfloat16": 30_000, "ours_hawk": 2**30}
 
 
-def save(directory: pathlib.Path, name: str) -> Params:
+def write(directory: pathlib.Path, name: str) -> Params:
   """Writes the directory called `name`; gives back its parameters."""
   params = spread_params(CONFIGS[name], seed=5)
-  recurrentgemma_hf.save(
-    directory, CONFIGS[name], params, eos_token_id=1, max_shard_bytes=MAX_SHARD_BYTES[name]
-  )
+  save(directory, CONFIGS[name], params, eos_token_id=1, max_file_bytes=MAX_SHARD_BYTES[name])
   return params
 
 
@@ -80,4 +78,4 @@ def spread_params(config: DecoderConfig, *, seed: int) -> Params:
 if __name__ == "__main__":
   for directory_name in CONFIGS:
     shutil.rmtree(FOLDER / directory_name, ignore_errors=True)
-    save(FOLDER / directory_name, directory_name)
+    write(FOLDER / directory_name, directory_name)

@@ -12,7 +12,7 @@ import pytest
 
 from data import vocabulary
 from models import decoder
-from models.huggingface import recurrentgemma as recurrentgemma_hf
+from models.huggingface.directory import save
 from models.layers import rg_lru
 from sharding.mesh import MeshShape
 from tests import tiny
@@ -48,7 +48,7 @@ def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp("saved")
   run = _run(folder)
   params = jax.device_get(jax.jit(decoder.build(run.model).init)(jax.random.key(7)))
-  recurrentgemma_hf.save(folder / "hf", run.model, params)
+  save(folder / "hf", run.model, params)
   return _Saved(folder, params, str(folder / "hf"))
 
 
@@ -104,8 +104,8 @@ def test_a_full_disk_is_the_disks_error_and_leaves_nothing(saved, tmp_path):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
   try:
-    with pytest.raises(OSError, match=r"model\.safetensors: .*File too large"):
-      recurrentgemma_hf.save(tmp_path / "hf", _run(saved.folder).model, saved.params)
+    with pytest.raises(OSError, match=r"File too large: .*model\.safetensors"):
+      save(tmp_path / "hf", _run(saved.folder).model, saved.params)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert not list(tmp_path.iterdir())
