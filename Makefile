@@ -63,7 +63,7 @@ ifeq ($(strip $(ARGS)),)
 	@echo 'A page of it:   $(RUN) -m launch.report runs/smoke'
 	@echo 'Text from it:   $(RUN) -m launch.generate --config=configs/smoke.py --workdir=runs/smoke --prompt=HAMLET'
 	@echo 'Train longer:   $(RUN) -m launch.train --config=configs/smoke.py --workdir=runs/smoke --config.total_steps=2000'
-	@echo 'Your own text:  see "Train your own" in README.md'
+	@echo 'Your own text:  see docs/data.md and docs/training.md'
 else
 	@$(RUN) -m launch.train $(ARGS)
 endif

@@ -40,7 +40,7 @@ def _duration(seconds: float) -> str:
   return str(datetime.timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "?"
 
 
-# In the order of the console line. The README explains each from here.
+# In the order of the console line; docs/training.md has them as a table.
 FIELDS = (
   Field(
     "train/loss",
@@ -236,7 +236,7 @@ def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
 
 
 def fields_table() -> str:
-  """FIELDS as a Markdown table, for the README."""
+  """FIELDS as a Markdown table, for docs/training.md."""
   rows: Iterable[str] = (
     f"| {field.label or ''} | `{field.name}` | {field.meaning} |" for field in FIELDS
   )
