@@ -1,10 +1,10 @@
 """What the TPU compiler makes of a recurrent block: `python -m models.layers.rg_lru_program v5e`.
 
-One JSON line for each width of a published size, forward alone and with all gradients, the gates by
-each implementation of kernels/block_diagonal: bytes that the compiled program accesses, those that
-only move an activation to another layout, and the compiler's own estimate of the cycles of all but
-the Pallas kernels, for which python -m kernels.rg_lru.cycles has it. No chip is needed and none is
-timed. On CPU, with libtpu there.
+One JSON line for each of three published sizes, forward alone and with all gradients, the gates
+by each implementation of kernels/block_diagonal: bytes that the compiled program accesses, bytes
+that only move an activation to another layout, and the compiler's own estimate of the cycles of
+everything except the Pallas kernels (python -m kernels.rg_lru.cycles estimates those). It runs on a
+CPU with libtpu installed; nothing is timed.
 """
 
 import re
@@ -19,12 +19,12 @@ from jax.sharding import SingleDeviceSharding
 from kernels import block_diagonal
 from kernels.compiler_record import print_record
 from models.layers import rg_lru, segments
+from models.sizes import SIZES
 from sharding import machine
 from sharding.program_text import Instruction, arrays_of, computations_of, size_of
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-# Width of the model and of the recurrence: configs/griffin.py, 1b, 7b and 14b.
-_WIDTHS = ((2048, 2560), (4096, 4096), (5120, 5632))
+_SIZES = ("1b", "7b", "14b")
 _BATCH, _TIME = 8, 2048
 # What a fusion that computes nothing consists of.
 _MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
@@ -90,7 +90,7 @@ def moves(text: str, least_bytes: int) -> list[Instruction]:
 def main(chips: list[str]) -> None:
   for chip in chips or list(TOPOLOGIES):
     device = machine.of_topology(TOPOLOGIES[chip]).devices()[0]
-    for width, rnn_width in _WIDTHS:
+    for width, rnn_width in ((SIZES[name].width, SIZES[name].rnn_width) for name in _SIZES):
       for backward in (False, True):
         for gates in block_diagonal.IMPLEMENTATIONS:
           config = rg_lru.Config(rnn_width=rnn_width, scan="pallas_tpu", gates=gates)
