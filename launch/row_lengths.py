@@ -115,7 +115,7 @@ def measured(
     "parameters_without_embedding": count_params(run.model).rest,
     **dataclasses.asdict(layout_of(run, program.mesh.size)),
     "layers": run.model.layers,
-    "kernels": dict(resolved_kernels(run.model, program.platform)._asdict()),
+    "kernels": resolved_kernels(run.model, program.platform),
     "how": "measured",
     **step_times.speed(program, compiled, timed),
     "compile_seconds": compile_seconds,

@@ -19,7 +19,6 @@ Exit status: 0 all runs are done (or submitted), 1 some failed, 2 a command that
 stopped by a signal: start me again.
 """
 
-import json
 import pathlib
 import shlex
 import shutil
@@ -36,13 +35,20 @@ from launch.pages.sweep_text import Estimate, changes_lines, plan_lines, status_
 from sharding import machine as machines
 from sharding.machine import Machine
 from train.checkpoint.folder import steps
-from train.config import flatten
 from train.job.exit_status import STOPPED
 from train.job.signals import StopRequest
 from train.planning import plan as plans
 from train.scaling import runner as sweep_runner
 from train.scaling.runner import Runner
-from train.scaling.sweep import STATE, Point, State, compare, measured_speed, new_record
+from train.scaling.sweep import (
+  STATE,
+  Point,
+  State,
+  compare,
+  measured_speed,
+  new_record,
+  settings_of,
+)
 from train.workdir.lock import Lock
 
 _CONFIG = flags.DEFINE_string("config", None, "FILE.py[:ARG] with get_sweep.", required=True)
@@ -222,10 +228,7 @@ def _has_begun(state: State, name: str) -> bool:
 def _updated(state: State, points: Sequence[Point]) -> tuple[State, list[str]]:
   """The state with the grid as it is now, in its order, and what has changed as lines; ValueError
   where a run has something to lose."""
-  settings = {
-    point.name: json.loads(json.dumps(flatten(point.run), default=repr)) for point in points
-  }
-  known, changes = state.runs, compare(state.runs, settings)
+  known, changes = state.runs, compare(state.runs, points)
   started = [name for name in changes.altered if state.run_folder(name).exists()]
   if started and not _REDO.value:
     told = "; ".join(f"{name}: {', '.join(changes.altered[name][:4])}" for name in started[:3])
@@ -242,9 +245,9 @@ def _updated(state: State, points: Sequence[Point]) -> tuple[State, list[str]]:
   for point in points:
     same = point.name in known and point.name not in changes.altered
     state.runs[point.name] = (
-      {**known[point.name], "in_grid": True, "settings": settings[point.name]}
+      {**known[point.name], "in_grid": True, "settings": settings_of(point.run)}
       if same
-      else new_record(point, settings[point.name])
+      else new_record(point)
     )
   gone = {name: record for name, record in known.items() if name not in state.runs}
   state.runs |= {name: {**record, "in_grid": False} for name, record in gone.items()}

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models import observe
+from models import kernel_fields, observe
 from models.block import BlockConfig
 from models.layers import segments as segments_lib
 from models.layers.cut import cut_steps
@@ -37,10 +37,6 @@ Params = dict[str, Any]
 Remat = Literal["none", "block", "matmuls"]
 DType = Literal["float32", "bfloat16"]
 EmbeddingScale = Literal["none", "sqrt_width"]
-
-
-# Fields of mixers that name a kernel, and change no parameter.
-KERNELS = ("scan", "gates", "conv", "implementation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +71,9 @@ class DecoderConfig:
     if not self.pattern:
       raise ValueError("DecoderConfig: pattern is empty; give at least one BlockConfig")
     for index, (block, after) in enumerate(itertools.pairwise(self.pattern)):
-      named = _kernels(block), _kernels(after)
-      if named[0] != named[1] and _without(block, named[0]) == _without(after, named[1]):
+      same = kernel_fields.without_kernels(block) == kernel_fields.without_kernels(after)
+      if same and block != after:
+        named = _kernels(block), _kernels(after)
         raise ValueError(
           f"DecoderConfig: pattern[{index}] and pattern[{index + 1}] are the same block, whose "
           f"parameters are stacked, but name other kernels: {named[0]} and {named[1]}; name the "
@@ -104,16 +101,21 @@ class DecoderConfig:
     """
     return self.remat == "block" and len(self.pattern) > 1
 
+  def resolved(self) -> "DecoderConfig":
+    """This config with the kernels that run on the target platform (kernels/dispatch.py) named."""
+    return kernel_fields.resolved(self, self.dtype)
+
+  def kernels(self) -> dict[str, str]:
+    """Op -> implementation on the target platform, of the first block that has the op."""
+    found: dict[str, str] = {}
+    for field in kernel_fields.marked(self.resolved()):
+      found.setdefault(field.op, field.name)
+    return found
+
 
 def _kernels(block: BlockConfig) -> dict[str, str]:
-  """The kernels that its mixer names, by field."""
-  names = {field.name for field in dataclasses.fields(block.mixer)}  # pyright: ignore
-  return {name: getattr(block.mixer, name) for name in KERNELS if name in names}
-
-
-def _without(block: BlockConfig, kernels: dict[str, str]) -> BlockConfig:
-  mixer = dataclasses.replace(block.mixer, **dict.fromkeys(kernels, "auto"))  # pyright: ignore
-  return dataclasses.replace(block, mixer=mixer)
+  """The kernels that a block names, by field."""
+  return {field.path: field.name for field in kernel_fields.marked(block)}
 
 
 _CHOICES = {

@@ -7,22 +7,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from models.decoder import KERNELS, DecoderConfig
+from models import kernel_fields
+from models.decoder import DecoderConfig
 from models.huggingface import directory
 from train import program as programs
 from train.config import flatten
 from train.program import Program
 from train.state import TrainState
 
-# What of a model's config its parameters do not depend on.
-_FREE = (
-  "dtype",
-  "param_dtype",
-  "remat",
-  "layers",
-  "*.decay_init",
-  *(f"*.{kernel}" for kernel in KERNELS),
-)
+# What of a model's config its parameters do not depend on, beside kernels.
+_FREE = ("dtype", "param_dtype", "remat", "layers", "*.decay_init")
 
 
 def initial_state(program: Program) -> TrainState:
@@ -57,7 +51,7 @@ def _check_same(ours: DecoderConfig, theirs: DecoderConfig, place: str) -> None:
 def _decisive(config: DecoderConfig) -> dict[str, Any]:
   return {
     path: value
-    for path, value in flatten(config).items()
+    for path, value in flatten(kernel_fields.without_kernels(config)).items()
     if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _FREE)
   }
 

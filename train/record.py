@@ -9,15 +9,15 @@ import platform
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from data.token_store import read_manifest
-from kernels import block_diagonal, causal_conv, local_attention, rg_lru
-from models.decoder import KERNELS, Model
+from models import kernel_fields
+from models.decoder import Model
 from sharding import xla_flags
 from train.config import Run
 
-# Paths of settings that leave the model and its batches as they are. All others may not change.
+# Paths of settings that leave the model and its batches as they are, as those of a record's kernels
+# do. All others may not change.
 MAY_CHANGE = (
   "name",
   "init_from",  # read before the first step only
@@ -37,7 +37,6 @@ MAY_CHANGE = (
   "xla_flags*",
   "model.remat",
   "model.layers",
-  *(f"model.*.{kernel}" for kernel in KERNELS),
   "data.at_end",  # the batches up to the end are the same
   "data.num_epochs",
   "data.eval_source",
@@ -55,23 +54,14 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
 
   identity: path -> value of every setting; kernels by the name of what runs, XLA flags as they are
   for the devices at hand, token stores by their content and not by where they lie.
+  kernels: which paths of identity name a kernel.
   versions and devices are for people.
   """
+  # The name of what runs, not "auto": it may mean another kernel on the next machine.
+  run = dataclasses.replace(run, model=run.model.resolved())
   identity = {
     path: value for path, value in _settings(run).items() if not path.startswith("data.sources")
   }
-  for path, value in identity.items():
-    # The name of what ran, not "auto": it may mean another kernel on the next machine.
-    if path.endswith(".mixer.scan"):
-      identity[path] = rg_lru.resolve(value)
-    elif path.endswith(".mixer.gates"):
-      itemsize = jnp.dtype(identity["model.dtype"]).itemsize
-      identity[path] = block_diagonal.resolve(value, itemsize=itemsize)
-    elif path.endswith(".mixer.conv"):
-      identity[path] = causal_conv.resolve(value)
-    elif path.endswith(".mixer.implementation"):
-      head_size = identity[path.removesuffix("implementation") + "head_size"]
-      identity[path] = local_attention.resolve(value, head_size=head_size)
   device_kind = jax.devices()[0].device_kind
   for name, value in run.xla_flags.resolved(xla_flags.key_of(device_kind)).items():
     identity[f"xla_flags.{name}"] = value
@@ -84,6 +74,7 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
   identity["model.parameters"] = _fingerprint(model)
   record = {
     "identity": identity,
+    "kernels": [f"model.{field.path}" for field in kernel_fields.marked(run.model)],
     "sources": [path for path, _ in run.data.sources],
     "versions": {
       "python": platform.python_version(),
@@ -101,12 +92,14 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
 def compare_records(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """Lines "path: was -> is" for what differs and may; ValueError for what may not change."""
   then, current = saved["identity"], now["identity"]
+  # Records from before kernels were marked have no such list.
+  kernels = {*saved.get("kernels", ()), *now["kernels"]}
   allowed, refused = [], []
   for path in sorted({*then, *current}):
     was, is_now = then.get(path, "(not there)"), current.get(path, "(not there)")
     if was == is_now:
       continue
-    may_change = any(fnmatch.fnmatchcase(path, pattern) for pattern in MAY_CHANGE)
+    may_change = path in kernels or any(fnmatch.fnmatchcase(path, one) for one in MAY_CHANGE)
     may_change = may_change and path not in _FIXED
     (allowed if may_change else refused).append((path, was, is_now))
   if refused:

@@ -25,5 +25,7 @@ def newest(run: Run, workdir: str) -> tuple[Program, int, Any]:
 
 
 def _of_model(record: dict[str, Any]) -> dict[str, Any]:
-  identity = record["identity"]
-  return {"identity": {path: identity[path] for path in identity if path.startswith("model.")}}
+  of_model = {
+    path: value for path, value in record["identity"].items() if path.startswith("model.")
+  }
+  return {**record, "identity": of_model}

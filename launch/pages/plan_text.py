@@ -150,7 +150,7 @@ def header(plan: Plan) -> Iterable[str]:
     f"{run.zero_stage}, remat {run.model.remat}, {parts(run.num_microbatches)} of {rows} x "
     f"{run.data.row_length} tokens"
   )
-  kernels = ", ".join(f"{name} {which}" for name, which in plan.kernels.items() if which != "none")
+  kernels = ", ".join(f"{name} {which}" for name, which in plan.kernels.items())
   yield f"  kernels: {kernels}"
   flags = ", ".join(f"{name}={value}" for name, value in plan.xla_flags.items()) or "none"
   yield f"  XLA flags: {flags}"

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import halo, local_attention
+from models.kernel_fields import kernel_field
 from models.layers.projection import add_bias, project
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
@@ -36,7 +37,7 @@ class Config:
   num_heads: int
   head_size: int
   window: int | None
-  implementation: str = "auto"
+  implementation: str = kernel_field("local_attention")
 
   def __post_init__(self):
     for name in ("num_heads", "head_size"):
@@ -49,6 +50,11 @@ class Config:
       )
     if self.window is not None and self.window < 1:
       raise ValueError(f"attention.Config: window {self.window} must be at least 1, or None")
+
+  def kernels(self, dtype: str) -> dict[str, str]:
+    del dtype
+    name = local_attention.resolve(self.implementation, head_size=self.head_size)
+    return {"implementation": name}
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "Attention":
     return Attention(self, width, num_blocks=num_blocks, rngs=rngs)

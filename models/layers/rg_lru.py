@@ -27,6 +27,7 @@ from flax import nnx
 from kernels import block_diagonal, causal_conv, halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
+from models.kernel_fields import kernel_field
 from models.layers.gelu import gated_gelu
 from models.layers.projection import add_bias, branch_products, project
 from models.layers.rg_lru_statistics import statistics
@@ -53,9 +54,9 @@ class Config:
   num_gate_blocks: int = 16
   conv_taps: int = 4
   decay_init: DecayInit = "paper"
-  scan: str = "auto"
-  gates: str = "auto"
-  conv: str = "auto"
+  scan: str = kernel_field("rg_lru")
+  gates: str = kernel_field("block_diagonal")
+  conv: str = kernel_field("causal_conv")
 
   def __post_init__(self):
     for name in ("rnn_width", "num_gate_blocks", "conv_taps"):
@@ -70,6 +71,13 @@ class Config:
       raise ValueError(
         f"rg_lru.Config: decay_init {self.decay_init!r} is none of {sorted(DECAY_INITS)}"
       )
+
+  def kernels(self, dtype: str) -> dict[str, str]:
+    return {
+      "scan": rg_lru.resolve(self.scan),
+      "gates": block_diagonal.resolve(self.gates, itemsize=jnp.dtype(dtype).itemsize),
+      "conv": causal_conv.resolve(self.conv),
+    }
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "RecurrentBlock":
     return RecurrentBlock(self, width, num_blocks=num_blocks, rngs=rngs)

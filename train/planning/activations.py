@@ -8,10 +8,10 @@ operand after. A kernel that an op has for itself keeps what is inside it out of
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from models.block import BlockConfig
-from models.decoder import DecoderConfig
 from models.layers import attention, rg_lru
 
 _FLOAT32 = 4
@@ -26,31 +26,6 @@ _MLP_WORKING = 9
 _STREAM_WORKING = 6
 _UNFUSED_WORKING = 15
 _FUSED_WORKING = 11
-
-
-class Kernels(NamedTuple):
-  """The implementations that "auto" stands for on the platform that is planned for."""
-
-  rg_lru: str
-  local_attention: str
-  block_diagonal: str
-  causal_conv: str
-
-  def of(self, model: DecoderConfig) -> DecoderConfig:
-    """`model` with these named in its blocks."""
-    pattern = []
-    for block in model.pattern:
-      match block.mixer:
-        case rg_lru.Config() as mixer:
-          mixer = dataclasses.replace(
-            mixer, scan=self.rg_lru, gates=self.block_diagonal, conv=self.causal_conv
-          )
-        case attention.Config() as mixer:
-          mixer = dataclasses.replace(mixer, implementation=self.local_attention)
-        case mixer:
-          raise TypeError(f"Kernels: no kernel is known for {type(mixer).__qualname__}")
-      pattern.append(dataclasses.replace(block, mixer=mixer))
-    return dataclasses.replace(model, pattern=tuple(pattern))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +69,7 @@ def of_block(
   tensor: int,
   sequence: int,
   itemsize: int,
-  kernels: Kernels,
+  kernels: Mapping[str, str],
   is_unrolled: bool = False,
 ) -> Activations:
   """The activations of one block whose wide dimensions are split over `tensor` devices, and rows
@@ -146,7 +121,7 @@ def _recurrent(
   width: int,
   tensor: int,
   itemsize: int,
-  kernels: Kernels,
+  kernels: Mapping[str, str],
   *,
   splits_rows: bool,
   is_unrolled: bool,
@@ -160,7 +135,7 @@ def _recurrent(
   what the Triton kernels of gates and convolution give out.
   """
   a, r = itemsize, mixer.rnn_width / tensor
-  is_fused = kernels.rg_lru not in UNFUSED_SCANS
+  is_fused = kernels["rg_lru"] not in UNFUSED_SCANS
   gates = 2 * r * (a if is_fused else _FLOAT32)
   rg = a * 2 * r + gates
   if not is_fused:
@@ -170,7 +145,7 @@ def _recurrent(
   elementwise = a * (2 * r + 3 * r) + rg
   kept = 1
   if is_unrolled:
-    kept += 2 * (kernels.block_diagonal == "pallas_gpu") + (kernels.causal_conv != "shifts")
+    kept += 2 * (kernels["block_diagonal"] == "pallas_gpu") + (kernels["causal_conv"] != "shifts")
   return _Part(
     products=a * (2 * r + width),
     batched=a * kept * r,
@@ -187,7 +162,7 @@ def _attention(
   tensor: int,
   sequence: int,
   itemsize: int,
-  kernels: Kernels,
+  kernels: Mapping[str, str],
 ) -> _Part:
   """q: D -> N H; k and v: D -> 2 H; rotation: N H -> N H; attention: N H -> N H; out: N H -> D.
 
@@ -198,7 +173,7 @@ def _attention(
   keys_values = 2 * mixer.head_size
   reach = row_length if mixer.window is None else min(row_length, mixer.window + 128)
   logits = 0.0
-  if kernels.local_attention in _UNFUSED_ATTENTION:
+  if kernels["local_attention"] in _UNFUSED_ATTENTION:
     logits = mixer.num_heads / tensor * reach * (2 * _FLOAT32 + 2 * a)
   gathered = keys_values * sequence if mixer.window is None and sequence > 1 else 0
   elementwise = a * 2 * heads + a * 2 * heads + logits

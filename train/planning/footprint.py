@@ -12,16 +12,14 @@ from typing import NamedTuple
 
 import jax
 
-from kernels import block_diagonal, causal_conv, dispatch, local_attention, rg_lru
+from kernels import dispatch
 from models import decoder
 from models.decoder import DecoderConfig
-from models.layers import attention
-from models.layers import rg_lru as recurrent
 from sharding import logical
 from sharding.logical import Axes, Table
 from sharding.mesh import MeshShape
 from train.config import Run
-from train.planning.activations import Activations, Kernels, of_block
+from train.planning.activations import Activations, of_block
 from train.program import ZERO_STAGES
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -66,22 +64,10 @@ class Footprint:
     return self.gradients + self.activations + self.weights
 
 
-def resolved_kernels(config: DecoderConfig, platform: str) -> Kernels:
-  """What the first block of each kind runs on `platform`; "none" where there is no such block."""
-  found = dict.fromkeys(Kernels._fields, "none")
+def resolved_kernels(config: DecoderConfig, platform: str) -> dict[str, str]:
+  """Op -> what the first block that has it runs on `platform`."""
   with dispatch.targeting(platform):
-    for block in config.pattern:
-      match block.mixer:
-        case recurrent.Config() as mixer:
-          found["rg_lru"] = rg_lru.resolve(mixer.scan)
-          itemsize = _BYTES[config.dtype]
-          found["block_diagonal"] = block_diagonal.resolve(mixer.gates, itemsize=itemsize)
-          found["causal_conv"] = causal_conv.resolve(mixer.conv)
-        case attention.Config() as mixer:
-          found["local_attention"] = local_attention.resolve(
-            mixer.implementation, head_size=mixer.head_size
-          )
-  return Kernels(**found)
+    return config.kernels()
 
 
 def footprint(run: Run, mesh: MeshShape, *, platform: str) -> Footprint:

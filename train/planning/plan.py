@@ -252,7 +252,7 @@ def _plan(
     run=run,
     machine=machine,
     mesh=mesh,
-    kernels=dict(resolved_kernels(run.model, platform)._asdict()),
+    kernels=resolved_kernels(run.model, platform),
     xla_flags=run.xla_flags.resolved(machine.chip.key),
     parameters=sum(math.prod(leaf.shape) for leaf in leaves(run.model, platform)),
     memory=memory,

@@ -109,7 +109,7 @@ def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
 def _visited(run: Run, platform: str) -> float:
   """Keys in the blocks that attention's kernel visits, over those that queries see. The shares of
   the peak that are published for GPUs are of the latter."""
-  if resolved_kernels(run.model, platform).local_attention != "splash_tpu":
+  if resolved_kernels(run.model, platform).get("local_attention") != "splash_tpu":
     return 1.0
   seen = visited = 0.0
   for block in run.model.blocks:
@@ -191,7 +191,7 @@ def _between_shards(run: Run, mesh: MeshShape, platform: str) -> Iterator[_Sent]
     _Sent("collective-permute", 1, rows * _INT32),
     _Sent("all-gather", 1, mesh.sequence * 2 * rows * _INT32),
   ]
-  is_fused = resolved_kernels(run.model, platform).rg_lru not in UNFUSED_SCANS
+  is_fused = resolved_kernels(run.model, platform).get("rg_lru") not in UNFUSED_SCANS
   for mixer in dict.fromkeys(block.mixer for block in run.model.blocks):
     match mixer:
       case rg_lru.Config():

@@ -9,15 +9,15 @@ import fnmatch
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from data import token_store
 from data.bucket import is_url
-from models.decoder import KERNELS
+from models import kernel_fields
 from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
-from train.config import Run
+from train.config import Run, flatten
 from train.planning.footprint import footprint
 from train.telemetry.metrics import JSONL
 from train.workdir.jsonl import read_jsonl
@@ -25,8 +25,8 @@ from train.workdir.whole_file import write_whole
 
 STATE = "sweep.json"
 FORMAT = "sweep 1"
-# Settings of a run that leave its result as it is, but for rounding: they may change at any time.
-# Kernels differ by rounding, as meshes do. XLA flags may do more, and are no such setting.
+# Settings of a run that leave its result as it is, but for rounding: they may change at any time,
+# and so may kernels. XLA flags may do more, and are no such setting.
 NO_EFFECT = (
   "name",
   "mesh*",
@@ -43,7 +43,6 @@ NO_EFFECT = (
   "watchdog*",
   "model.remat",
   "model.layers",
-  *(f"model.*.{kernel}" for kernel in KERNELS),
   "data.read_threads",
   "data.prefetch_batches",
 )
@@ -171,35 +170,43 @@ class Changes(NamedTuple):
   altered: dict[str, list[str]]
 
 
-def compare(runs: Mapping[str, Record], settings: Mapping[str, Mapping[str, Any]]) -> Changes:
-  """What is new in `settings`, the grid as it is now, by run and path of the setting."""
+def settings_of(run: Run) -> dict[str, Any]:
+  """Path -> value of every setting, as JSON gives it back."""
+  return json.loads(json.dumps(flatten(run), default=repr))
+
+
+def compare(runs: Mapping[str, Record], points: Sequence[Point]) -> Changes:
+  """What is new in `points`, the grid as it is now, by run and path of the setting."""
   known = {name for name, record in runs.items() if record["in_grid"]}
+  names = [point.name for point in points]
   altered = {}
-  for name in settings:
-    if name in runs and (lines := _differences(runs[name]["settings"], settings[name])):
-      altered[name] = lines
+  for point in points:
+    if point.name in runs and (lines := _differences(runs[point.name]["settings"], point.run)):
+      altered[point.name] = lines
   return Changes(
-    added=[name for name in settings if name not in known],
-    removed=[name for name in known if name not in settings],
+    added=[name for name in names if name not in known],
+    removed=[name for name in known if name not in names],
     altered=altered,
   )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], run: Run) -> list[str]:
+  now = settings_of(run)
+  kernels = {f"model.{field.path}" for field in kernel_fields.marked(run.model)}
   return [
     f"{path} {before.get(path)!r} -> {now.get(path)!r}"
-    for path in sorted({*before, *now})
+    for path in sorted({*before, *now} - kernels)
     if before.get(path) != now.get(path)
     and not any(fnmatch.fnmatchcase(path, pattern) for pattern in NO_EFFECT)
   ]
 
 
-def new_record(point: Point, settings: Mapping[str, Any]) -> Record:
+def new_record(point: Point) -> Record:
   return {
     "family": point.family,
     "budget": point.budget,
     **facts(point.run)._asdict(),
-    "settings": dict(settings),
+    "settings": settings_of(point.run),
     "attempts": 0,
     "seconds": 0.0,
     "submitted": None,

@@ -18,7 +18,6 @@ from sharding.topology import chip_named
 from tests import tiny
 from tests.commands import ROOT
 from tests.fake_gcs import serving
-from train.config import flatten
 from train.scaling.sweep import (
   Point,
   State,
@@ -28,6 +27,7 @@ from train.scaling.sweep import (
   measured_speed,
   new_record,
   read_result,
+  settings_of,
 )
 from train.workdir.jsonl import read_jsonl
 from train.workdir.lock import Lock
@@ -235,16 +235,18 @@ def test_a_changed_grid_says_what_changed_and_loses_no_result(sweep):
 
 
 def test_settings_without_effect_on_the_result_may_change():
-  changes = compare(
-    {"a": {"in_grid": True, "settings": dict.fromkeys((*_WITHOUT_EFFECT, *_WITH_EFFECT), 1)}},
-    {"a": {**dict.fromkeys(_WITHOUT_EFFECT, 2), **dict.fromkeys(_WITH_EFFECT, 1)}},
-  )
-  assert changes == ([], [], {})
-  settings = flatten(load("configs/griffin.py:1b"))
-  assert not {*_WITHOUT_EFFECT, *_WITH_EFFECT} - settings.keys()
+  run = load("configs/griffin.py:1b")
+  point = Point(name="a", family="griffin", budget=None, run=run)
+
+  def compared_with(*paths):
+    before = settings_of(run)
+    assert set(paths) <= before.keys()
+    record = {"in_grid": True, "settings": {**before, **dict.fromkeys(paths, "before")}}
+    return compare({"a": record}, [point])
+
+  assert compared_with(*_WITHOUT_EFFECT) == ([], [], {})
   for path in _WITH_EFFECT:
-    changes = compare({"a": {"in_grid": True, "settings": {path: 1}}}, {"a": {path: 2}})
-    assert changes.altered == {"a": [f"{path} 1 -> 2"]}
+    assert compared_with(path).altered == {"a": [f"{path} 'before' -> {settings_of(run)[path]!r}"]}
 
 
 _WITHOUT_EFFECT = ("metrics.log_every", "mesh.fsdp", "statistics.every", "watchdog.step_minutes")
