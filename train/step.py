@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step: pure functions, jitted in train/loop.py."""
+"""One optimizer step and one evaluation step: pure functions, compiled by train/program.py."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ NO_LIMITS = Limits(np.float32(np.inf), np.float32(np.inf))
 
 
 class StepMetrics(NamedTuple):
-  """What a step tells: float32 scalars on the device, and a norm per parameter for diagnosis."""
+  """What a step reports: float32 scalars on the device, and a norm per parameter for diagnosis."""
 
   loss: jax.Array  # nats per target, without the z-loss
   z_loss: jax.Array  # mean of log_z^2, before its coefficient
