@@ -236,6 +236,12 @@ def vocabulary(config: DataConfig) -> VocabularyRecord:
   return _same_vocabulary(config)
 
 
+def vocabulary_file(config: DataConfig) -> bytes:
+  """The file of that vocabulary, from the first store that keeps it; empty if none does."""
+  _same_vocabulary(config)
+  return next(filter(None, map(token_store.vocabulary_file, _paths(config))), b"")
+
+
 def fingerprints(config: DataConfig) -> dict[str, str]:
   """Path -> fingerprint of each store, the held-out one too; reads manifests only."""
   return {path: token_store.read_manifest(path).fingerprint for path in _paths(config)}

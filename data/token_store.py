@@ -4,6 +4,8 @@
                         tokens in blocks of 2^13, each with a CRC: a row is read alone, a damaged
                         one is refused
   STORE/starts/         zarr 3, int64: where each document starts in `tokens`
+  STORE/vocabulary_file the vocabulary's file as it was given: a tokenizer.json or SentencePiece
+                        model; not there for bytes, nor in older stores
   STORE/manifest.json   vocabulary, counts, sizes, digests; written last: without it, no store
 
 A path is local, or a URL that TensorStore reads (gs://bucket/folder/store). The tokens of all
@@ -33,6 +35,7 @@ _CACHE_BYTES = 1 << 26
 # A store up to this size is held in memory, which also checks all of it when it is opened.
 IN_MEMORY_BYTES = 1 << 30
 _ARRAYS = ("starts", "tokens")
+_VOCABULARY = "vocabulary_file"
 _ARRAY_FILE = re.compile(r"zarr\.json|c/\d+")
 
 
@@ -91,6 +94,20 @@ def read_manifest(path: str) -> Manifest:
           "truncated or edited; prepare the store again"
         )
   return manifest
+
+
+def vocabulary_file(path: str) -> bytes:
+  """The file of the vocabulary that the store at `path` was made with; empty if it keeps none."""
+  content = _kvstore(path).read(_VOCABULARY).result()
+  if content.state != "value":
+    return b""
+  digest = hashlib.sha256(content.value).hexdigest()
+  if digest != read_manifest(path).vocabulary.fingerprint:
+    raise ValueError(
+      f"token store {path}: {_VOCABULARY} is not the vocabulary of the tokens: it was edited; copy "
+      "the original file there, or delete it"
+    )
+  return bytes(content.value)
 
 
 class TokenStore:
@@ -180,10 +197,16 @@ class Writer:
   """Writes a store document by document; it is complete after close() and not before."""
 
   def __init__(
-    self, path: str, vocabulary: VocabularyRecord, *, origin: dict[str, Any] | None = None
+    self,
+    path: str,
+    vocabulary: VocabularyRecord,
+    *,
+    vocabulary_file: bytes = b"",
+    origin: dict[str, Any] | None = None,
   ):
     self._path = path
     self._vocabulary = vocabulary
+    self._vocabulary_file = vocabulary_file
     self._origin = origin or {}
     self._num_tokens = self._text_bytes = self._num_unknown = 0
     self._starts: list[np.ndarray] = []
@@ -243,6 +266,8 @@ class Writer:
       files=_sizes(self._path),
       origin=self._origin,
     )
+    if self._vocabulary_file:
+      _kvstore(self._path).write(_VOCABULARY, self._vocabulary_file).result()
     _kvstore(self._path).write("manifest.json", manifest.to_json().encode()).result()
     return manifest
 

@@ -58,9 +58,13 @@ class VocabularyRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-  """A vocabulary that can encode; `unknown` is the id that stands for text it cannot, if any."""
+  """A vocabulary that can encode; `unknown` is the id that stands for text it cannot, if any.
+
+  file: the content of its file, whose sha256 is the record's fingerprint; empty for bytes.
+  """
 
   record: VocabularyRecord
+  file: bytes
   unknown: int | None
   encode_text: Callable[[str], Sequence[int] | np.ndarray]
   decode_ids: Callable[[list[int]], str]
@@ -143,6 +147,22 @@ def load(
   )
 
 
+def read_file(path: str, record: VocabularyRecord) -> bytes:
+  """The content of the file that `record` was made of; ValueError if `path` is another."""
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise ValueError(f"vocabulary {path!r}: no such file")
+  content = file.read_bytes()
+  if record.kind == "huggingface":
+    content = content.replace(b"\r\n", b"\n")  # as it was read for the fingerprint
+  if hashlib.sha256(content).hexdigest() != record.fingerprint:
+    raise ValueError(
+      f"vocabulary {path!r} is not the one that the token store was made with ({record.kind} of "
+      f"{record.size} ids, fingerprint {record.fingerprint[:12]})"
+    )
+  return content
+
+
 def _byte() -> Vocabulary:
   record = VocabularyRecord(
     kind="byte",
@@ -154,6 +174,7 @@ def _byte() -> Vocabulary:
   )
   return Vocabulary(
     record=record,
+    file=b"",
     unknown=None,
     encode_text=lambda text: np.frombuffer(text.encode("utf-8"), np.uint8),
     decode_ids=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
@@ -209,6 +230,7 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
 
   return Vocabulary(
     record=record,
+    file=content.encode(),
     # A Unigram model gives the id, the others the token.
     unknown=model.get("unk_id", ids.get(model.get("unk_token"))),
     encode_text=encode_text,
@@ -276,6 +298,7 @@ def _sentencepiece(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
   )
   return Vocabulary(
     record=record,
+    file=content,
     unknown=processor.unk_id(),
     encode_text=processor.EncodeAsIds,
     decode_ids=processor.DecodeIds,

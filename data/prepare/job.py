@@ -59,7 +59,8 @@ def prepare(job: Job) -> None:
   if job.seqio is not None:
     _prepare_seqio(job, job.seqio)
     return
-  record = job.settings.load().record
+  words = job.settings.load()
+  record = words.record
   settings = {"text_field": job.settings.text_field, "errors": job.settings.errors}
   folders = [path for path in (job.output, job.holdout_output, str(job.work_dir)) if path]
   inputs = [origins.file(path) for path in documents.find(job.inputs, made=folders)]
@@ -71,7 +72,7 @@ def prepare(job: Job) -> None:
     for file in origin["inputs"]:
       pieces = [part.digest for piece, part in made if piece.path == file["path"]]
       file["digest"] = origins.join_digests(pieces)
-    _assemble(job, record, [part for _, part in made], origin)
+    _assemble(job, record, words.file, [part for _, part in made], origin)
 
 
 def _check_places(job: Job) -> None:
@@ -156,7 +157,8 @@ def _prepare_seqio(job: Job, source: SeqioSource) -> None:
         else:
           writer.note(Document("", f"{source.task} document {number}", False))
       part = writer.close(digest="")
-    _assemble(job, record, [part], origin)
+    words = seqio_tasks.vocabulary_file(provider, feature=source.feature)
+    _assemble(job, record, words, [part], origin)
 
 
 def _encode(job: Job, record: VocabularyRecord, origin: dict[str, Any]) -> list[tuple[Piece, Part]]:
@@ -195,7 +197,13 @@ def _encode(job: Job, record: VocabularyRecord, origin: dict[str, Any]) -> list[
   return made
 
 
-def _assemble(job: Job, record: VocabularyRecord, made: list[Part], origin: dict[str, Any]) -> None:
+def _assemble(
+  job: Job,
+  record: VocabularyRecord,
+  vocabulary_file: bytes,
+  made: list[Part],
+  origin: dict[str, Any],
+) -> None:
   """Writes the stores, the held-out one first: the other's manifest says that all is done."""
   num_documents = sum(part.num_documents for part in made)
   _warn("empty documents left out", made, "empty")
@@ -214,18 +222,25 @@ def _assemble(job: Job, record: VocabularyRecord, made: list[Part], origin: dict
     # With another --work_dir or --output, another prepare may have made a store here meanwhile.
     if _is_done(job, origin):
       return
-    _write_stores(job, record, made, origin)
+    _write_stores(job, record, vocabulary_file, made, origin)
   _report("is made", job)
 
 
 def _write_stores(
-  job: Job, record: VocabularyRecord, made: list[Part], origin: dict[str, Any]
+  job: Job,
+  record: VocabularyRecord,
+  vocabulary_file: bytes,
+  made: list[Part],
+  origin: dict[str, Any],
 ) -> None:
+  def writer(path: str) -> Writer:
+    return Writer(path, record, vocabulary_file=vocabulary_file, origin=origin)
+
   if job.holdout_output:
     # It is there if the last attempt was killed between the two manifests.
     token_store.remove(job.holdout_output)
-  train = Writer(job.output, record, origin=origin)
-  holdout = Writer(job.holdout_output, record, origin=origin) if job.holdout_output else None
+  train = writer(job.output)
+  holdout = writer(job.holdout_output) if job.holdout_output else None
   num_tokens = sum(part.num_tokens for part in made)
   with tqdm.tqdm(desc="store", total=num_tokens, unit="tok", unit_scale=True, disable=None) as bar:
     parts.assemble(

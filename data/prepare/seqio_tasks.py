@@ -67,6 +67,14 @@ def record(provider: Provider, *, feature: str) -> VocabularyRecord:
   )
 
 
+def vocabulary_file(provider: Provider, *, feature: str) -> bytes:
+  """The SentencePiece model that alone makes the ids of a feature; empty if none does."""
+  words = provider.output_features[feature].vocabulary
+  if isinstance(words, seqio.SentencePieceVocabulary) and not words.extra_ids:
+    return tf.io.gfile.GFile(words.sentencepiece_model_file, "rb").read()
+  return b""
+
+
 def documents(
   provider: Provider, *, split: str, feature: str, num_documents: int
 ) -> Iterator[tuple[np.ndarray, int]]:

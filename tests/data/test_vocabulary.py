@@ -145,6 +145,22 @@ def test_the_fingerprint_follows_the_content(huggingface, tmp_path):
   assert vocabulary.load(str(changed)).record.fingerprint != original.fingerprint
 
 
+def test_the_file_of_a_record_is_told_from_others(huggingface, sentencepiece_model, tmp_path):
+  windows = tmp_path / "tokenizer.json"
+  windows.write_bytes(huggingface.read_bytes().replace(b"\n", b"\r\n"))
+  for path, of in (
+    (huggingface, huggingface),
+    (windows, huggingface),
+    (sentencepiece_model, sentencepiece_model),
+  ):
+    words = vocabulary.load(str(of))
+    assert vocabulary.read_file(str(path), words.record) == words.file
+  with pytest.raises(ValueError, match="is not the one that the token store was made with"):
+    vocabulary.read_file(str(sentencepiece_model), vocabulary.load(str(huggingface)).record)
+  with pytest.raises(ValueError, match="no such file"):
+    vocabulary.read_file(str(tmp_path / "none"), vocabulary.load(str(huggingface)).record)
+
+
 def test_a_long_document_is_not_cut_by_the_tokenizers_own_limit(huggingface, tmp_path):
   tokenizer = tokenizers.Tokenizer.from_file(str(huggingface))
   tokenizer.enable_truncation(4)

@@ -1,20 +1,31 @@
-"""Opens in transformers what our `save` wrote: tests/golden/recurrentgemma_hf/ours*.
+"""Opens in transformers what we write: recurrentgemma_hf/ours* and tokenizers_hf/.
 
 Fails if a tensor is missing, unexpected or of another shape, or if the config reads otherwise than
-meant; records the logits, computed in float32, in ours_logits.npz. When to run it is said in
-save_for_transformers.py; the environment is that of make_recurrentgemma_hf.py.
+meant; records the logits, computed in float32, in ours_logits.npz, and the ids of the tokenizers in
+ids.json. When to run it is said in save_for_transformers.py and make_tokenizers_hf.py; the
+environment is that of make_recurrentgemma_hf.py.
 """
 
+import json
 import pathlib
+import shutil
+import tempfile
 
 import numpy as np
 import torch
 import transformers
 
 FOLDER = pathlib.Path(__file__).parent / "recurrentgemma_hf"
+TOKENIZERS = pathlib.Path(__file__).parent / "tokenizers_hf"
+TEXTS = ["Friends, Romans", " déjà  vu\t— 日本 🎭\n", "don't", "a\x00b"]
 
 
 def main():
+  models()
+  tokenizers()
+
+
+def models():
   arrays = {}
   for name in ("ours", "ours_bfloat16", "ours_hawk"):
     stored = transformers.RecurrentGemmaForCausalLM.from_pretrained(FOLDER / name)
@@ -57,6 +68,27 @@ def check(name, config):
   for key, value in meant.items():
     got = getattr(config, key)
     assert got == value, f"{name}: {key} reads {got!r}, meant {value!r}"
+
+
+def tokenizers():
+  """The ids are the same whatever model lies beside the tokenizer."""
+  recorded = {}
+  for folder in sorted(path for path in TOKENIZERS.iterdir() if path.is_dir()):
+    for model_type in ("recurrent_gemma", "llama"):
+      with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        (pathlib.Path(place) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        words = transformers.AutoTokenizer.from_pretrained(place)
+        found = {
+          "special": [words.bos_token_id, words.eos_token_id, words.pad_token_id],
+          "texts": {text: words(text)["input_ids"] for text in TEXTS},
+        }
+        for text, ids in found["texts"].items():
+          assert words.decode(ids, skip_special_tokens=True) == text, (folder, text)
+        assert recorded.setdefault(folder.name, found) == found, (folder, model_type)
+    print(folder.name, "opened as", type(words).__name__)
+  text = json.dumps(recorded, indent=1, sort_keys=True, ensure_ascii=False)
+  (TOKENIZERS / "ids.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

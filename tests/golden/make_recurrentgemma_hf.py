@@ -1,7 +1,7 @@
 """Writes tests/golden/recurrentgemma_hf/: tiny directories that `transformers` saved, with logits.
 
   python3.11 -m venv ~/oracle
-  ~/oracle/bin/pip install "torch==2.13.0" "transformers==5.23.0" "numpy>=2.2"
+  ~/oracle/bin/pip install "torch==2.13.0" "transformers==5.24.0" "numpy>=2.2"
   ~/oracle/bin/python tests/golden/make_recurrentgemma_hf.py
 
 single/ is float32 in one file; sharded/ the same model in bfloat16, in several files with an index;

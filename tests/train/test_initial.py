@@ -133,6 +133,9 @@ def test_what_a_run_leaves_another_begins_with(commands, tmp_path):
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
   ids = [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
   assert ids == [words.bos, words.eos, words.pad]
+  assert config["max_position_embeddings"] == 16
+  tokenizer = vocabulary.load(str(tmp_path / "hf" / "tokenizer.json"))
+  assert tokenizer.encode("aé").tolist() == vocabulary.load("byte").encode("aé").tolist()
   status, told = run("launch.export", first, output)
   assert status == 2
   assert "is not an empty directory" in told.splitlines()[-1]

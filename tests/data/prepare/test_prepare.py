@@ -317,6 +317,20 @@ def test_unknown_tokens_of_a_unigram_model_are_counted():
   assert token_store.read_manifest("store").num_unknown == 1
 
 
+def test_stores_keep_the_file_of_their_vocabulary():
+  _jsonl("a.jsonl", ["a", "a"])
+  settings = _tokenizer({"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0], ["a", -1.0]]})
+  prepare(_job("a.jsonl", settings=settings, holdout_every=2, holdout_output="held"))
+  content = pathlib.Path("tokenizer.json").read_bytes()
+  assert token_store.vocabulary_file("store") == token_store.vocabulary_file("held") == content
+  pathlib.Path("held/vocabulary_file").write_bytes(content + b" ")
+  with pytest.raises(ValueError, match="held: vocabulary_file is not the vocabulary of the tokens"):
+    token_store.vocabulary_file("held")
+  _jsonl("b.jsonl", ["a"])
+  prepare(_job("b.jsonl", output="bytes"))
+  assert token_store.vocabulary_file("bytes") == b""
+
+
 def test_a_finished_store_is_left_alone_and_says_so(caplog):
   _jsonl("a.jsonl", ["one", "two", "three"])
   job = _job("a.jsonl", holdout_every=2, holdout_output="held")

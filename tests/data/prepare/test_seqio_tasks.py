@@ -197,6 +197,8 @@ def test_a_sentencepiece_task_can_be_mixed_with_text_of_the_same_model(exported)
   record = token_store.read_manifest(str(folder / "pieces")).vocabulary
   loaded = vocabulary.load(str(folder / "bpe.model"), bos_token="none")
   assert record == loaded.record
+  assert token_store.vocabulary_file(str(folder / "pieces")) == loaded.file
+  assert token_store.vocabulary_file(str(folder / "few")) == b""
 
 
 def test_a_mixture_says_what_its_epoch_leaves_out(exported):
