@@ -30,7 +30,7 @@ from models.layers.cut import cut_steps
 from models.layers.embedding import Embedding, cap_logits
 from models.layers.norms import RMSNorm
 from models.layers.segments import Segments, SegmentState
-from models.param import axes_of
+from models.param import declared_of
 from sharding import logical
 
 Params = dict[str, Any]
@@ -144,6 +144,8 @@ class Model(NamedTuple):
 
   config: DecoderConfig
   axes: Params  # the names of each parameter's dimensions, in the tree of the parameters
+  float32: Params  # whether it is float32 whatever the config's dtypes
+  decays: Params  # whether weight decay applies to it
   shapes: Params  # the ShapeDtypeStruct of each parameter
   init: Callable[[jax.Array], Params]  # (key)
   apply: Callable[..., tuple[jax.Array, jax.Array]]  # (params, tokens_BT, segments_BT) -> x, E
@@ -159,7 +161,9 @@ def build(config: DecoderConfig) -> Model:
   shapes = jax.eval_shape(decoder.init, jax.random.key(0))
   return Model(
     config,
-    decoder.axes,
+    jax.tree.map(lambda one: one.axes, decoder.declared),
+    jax.tree.map(lambda one: one.float32, decoder.declared),
+    jax.tree.map(lambda one: one.decays, decoder.declared),
     shapes,
     decoder.init,
     decoder.apply,
@@ -175,7 +179,11 @@ class _Part(NamedTuple):
 
   init: Callable[[jax.Array], Params]
   merge: Callable[[Params], Any]
-  axes: Params
+  declared: Params  # what models/param.py: Declared says of each
+
+  @property
+  def axes(self) -> Params:
+    return jax.tree.map(lambda one: one.axes, self.declared)
 
 
 def _part(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: str) -> _Part:
@@ -185,10 +193,7 @@ def _part(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: str) -> _Part:
   def init(key: jax.Array) -> Params:
     params = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param))
     return jax.tree.map(
-      lambda w, axes: w.astype(jnp.float32 if _stays_float32(axes) else param_dtype),
-      params,
-      part_axes,
-      is_leaf=lambda leaf: not isinstance(leaf, dict),
+      lambda w, one: w.astype(jnp.float32 if one.float32 else param_dtype), params, declared
     )
 
   def merge(params: Params) -> Any:
@@ -197,18 +202,13 @@ def _part(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: str) -> _Part:
     return nnx.merge(graph, state)
 
   variables = nnx.to_flat_state(abstract)
-  part_axes: Params = {}
+  declared: Params = {}
   for path, variable in variables:
-    inner = part_axes
+    inner = declared
     for name in path[:-1]:
       inner = inner.setdefault(str(name), {})
-    inner[str(path[-1])] = axes_of(variable)
-  return _Part(init, merge, part_axes)
-
-
-def _stays_float32(axes: tuple[str, ...]) -> bool:
-  """Norm scales, biases and decays: few, and read where bfloat16 is too coarse."""
-  return sum(name != "branch" for name in axes) == 1 or axes == ("gate_block", "branch", "gate_out")
+    inner[str(path[-1])] = declared_of(variable)
+  return _Part(init, merge, declared)
 
 
 class _Run(NamedTuple):
@@ -242,11 +242,11 @@ class _Decoder:
       lambda rngs: Embedding(config.vocab_size, config.width, rngs=rngs), config.param_dtype
     )
     self.final_norm = _part(lambda rngs: RMSNorm(config.width, rngs=rngs), config.param_dtype)
-    self.axes: Params = {
-      "embedding": self.embedding.axes,
-      "groups": {run.name: _prefix(run.part.axes, 2) for run in self.group_runs},
-      "remainder": {run.name: _prefix(run.part.axes, 1) for run in self.left_runs},
-      "final_norm": self.final_norm.axes,
+    self.declared: Params = {
+      "embedding": self.embedding.declared,
+      "groups": {run.name: _stacked(run.part.declared, 2) for run in self.group_runs},
+      "remainder": {run.name: _stacked(run.part.declared, 1) for run in self.left_runs},
+      "final_norm": self.final_norm.declared,
     }
 
   def init(self, key: jax.Array) -> Params:
@@ -322,7 +322,7 @@ class _Decoder:
       _check_rows_are_whole()
       _check_is_of_rows(state, tokens_BT)
       segments, after = segments_lib.segments(segments_BT, state.segments)
-    embedding = self.embedding.merge(self._used(params["embedding"], self.embedding.axes))
+    embedding = self.embedding.merge(self._used(params["embedding"], self.embedding))
     x_BTD = embedding(tokens_BT, jnp.dtype(self.config.dtype))
     if self.config.embedding_scale == "sqrt_width":
       # Rounded to bfloat16 first, as the released weights were trained with.
@@ -345,14 +345,13 @@ class _Decoder:
       groups = params["groups"]
       if self.config.layers == "unroll":
         # Cast before a group is cut out, so that what is kept for the backward pass is the cast.
-        axes = {run.name: run.part.axes for run in self.group_runs}
-        groups = self._cast(groups, axes)
+        groups = self._cast(groups, {run.name: run.part.declared for run in self.group_runs})
       x_BTD, new_groups = self._scan(group, x_BTD, (groups, group_states))
     x_BTD, new_left = self._scan_runs(
       self.left_runs, x_BTD, params["remainder"], segments, left_states
     )
 
-    norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm.axes))
+    norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm))
     x_BTD = norm(x_BTD)
     unembed_VD = embedding.table_VD[...].astype(x_BTD.dtype)
     return x_BTD, unembed_VD, after, {"groups": new_groups, "remainder": new_left}
@@ -373,7 +372,7 @@ class _Decoder:
 
       def block(x_BTD: jax.Array, xs: Any, run: _Run = run) -> tuple[jax.Array, Any]:
         block_params, state = xs
-        module = run.part.merge(self._used(block_params, run.part.axes))
+        module = run.part.merge(self._used(block_params, run.part))
         with observe.block() as seen:
           x_BTD, state = module(x_BTD, segments, state)
           if observe.is_on():
@@ -439,18 +438,15 @@ class _Decoder:
       outputs.append(output)
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-  def _used(self, params: Params, axes: Params) -> Params:
-    """Parameters as the layers use them: matrices in the activations' dtype, gathered over ZeRO's
-    axis. The cast comes first, so that half the bytes travel."""
-    return logical.gathered(self._cast(params, axes), axes)
+  def _used(self, params: Params, part: _Part) -> Params:
+    """Parameters as the layers use them: in the activations' dtype, but for those declared float32,
+    and gathered over ZeRO's axis. The cast comes first, so that half the bytes travel."""
+    return logical.gathered(self._cast(params, part.declared), part.axes)
 
-  def _cast(self, params: Params, axes: Params) -> Params:
-    """Matrices in the activations' dtype; `axes` are those of one block, of a stack too."""
-
-    def cast(w: jax.Array, names: tuple[str, ...]) -> jax.Array:
-      return w if _stays_float32(names) else w.astype(self.config.dtype)
-
-    return jax.tree.map(cast, params, axes, is_leaf=lambda leaf: not isinstance(leaf, dict))
+  def _cast(self, params: Params, declared: Params) -> Params:
+    return jax.tree.map(
+      lambda w, one: w if one.float32 else w.astype(self.config.dtype), params, declared
+    )
 
 
 def _row_segments(segments_BT: jax.Array) -> Segments:
@@ -487,12 +483,9 @@ def _check_is_of_rows(state: State, tokens_BT: jax.Array) -> None:
     )
 
 
-def _prefix(axes: Params, num_layer_axes: int) -> Params:
-  return jax.tree.map(
-    lambda names: ("layers",) * num_layer_axes + names,
-    axes,
-    is_leaf=lambda leaf: isinstance(leaf, tuple),
-  )
+def _stacked(declared: Params, num_layer_axes: int) -> Params:
+  stacked = ("layers",) * num_layer_axes
+  return jax.tree.map(lambda one: dataclasses.replace(one, axes=stacked + one.axes), declared)
 
 
 def split_blocks(config: DecoderConfig, params: Params) -> list[Params]:

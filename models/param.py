@@ -1,5 +1,6 @@
 """A trainable array whose dimensions say what they are."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,17 +10,37 @@ from flax import nnx
 Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Declared:
+  """What a parameter is, as `param` was told."""
+
+  axes: tuple[str, ...]
+  float32: bool
+  decays: bool
+
+
 def param(
-  init: Initializer, shape: Sequence[int], axes: Sequence[str], *, rngs: nnx.Rngs
+  init: Initializer,
+  shape: Sequence[int],
+  axes: Sequence[str],
+  *,
+  float32: bool = False,
+  decays: bool = True,
+  rngs: nnx.Rngs,
 ) -> nnx.Param:
-  """A float32 parameter of `shape`; `axes` names what each dimension is (see sharding/rules.py)."""
+  """A parameter of `shape`; `axes` names what each dimension is (see sharding/rules.py).
+
+  float32: it is stored and read in float32 whatever the model's dtypes: norms, biases and decays,
+  few, and read where bfloat16 is too coarse. decays: whether weight decay applies to it.
+  """
   assert len(shape) == len(axes), f"shape {tuple(shape)} and axes {tuple(axes)} differ in length"
-  return nnx.Param(init(rngs.params(), shape), axes=tuple(axes))
+  declared = Declared(axes=tuple(axes), float32=float32, decays=decays)
+  return nnx.Param(init(rngs.params(), shape), declared=declared)
 
 
-def axes_of(variable: nnx.Variable) -> tuple[str, ...]:
-  """The names of the dimensions of one parameter."""
-  return variable.get_metadata("axes")
+def declared_of(variable: nnx.Variable) -> Declared:
+  """What one parameter was declared to be."""
+  return variable.get_metadata("declared")
 
 
 def normal(variance: float) -> Initializer:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from data.rows import Batch
 from models.decoder import DecoderConfig, Model, split_blocks
-from train.optimizer import AdamW, decay_mask
+from train.optimizer import AdamW
 from train.state import TrainState
 from train.step import microbatches, square_norm
 
@@ -74,7 +74,7 @@ def statistics_step(
     part = jax.tree.map(lambda x: x[0], microbatches(batch, num_microbatches))
   seen = model.observe(state.params, part.tokens_BT, part.segments_BT)
   update = optimizer.last_update(
-    state.opt_state, state.params, total_steps=total_steps, decay_mask=decay_mask(model.axes)
+    state.opt_state, state.params, total_steps=total_steps, decay_mask=model.decays
   )
 
   def square_norms(tree: Any) -> Any:

@@ -19,11 +19,6 @@ import optax
 GradientTransformation: TypeAlias = optax.GradientTransformation
 apply_updates = optax.apply_updates
 
-# Names that count how often a parameter is there, rather than what it is.
-_STACKING = ("layers", "branch")
-# Names that parameters may have, besides those; an axis of another name is decided here first.
-_AXES = ("vocab", "embed", "mlp", "heads", "head", "rnn", "gate_block", "gate_in", "gate_out")
-_AXES += ("tap", "norm")
 # bfloat16 has 8 bits: beyond this b * x rounds back to x, and the mean never falls again.
 _MAX_BFLOAT16_BETA = 1 - 2**-8
 
@@ -240,29 +235,6 @@ class _Leaf(NamedTuple):
 
 def _take(leaves: Any, index: int) -> Any:
   return jax.tree.map(lambda leaf: leaf[index], leaves, is_leaf=lambda x: isinstance(x, _Leaf))
-
-
-def decay_mask(axes: Any) -> Any:
-  """A bool for every parameter, True where weight decay applies, from the names of its dimensions.
-
-  Matrices decay, the convolution's taps among them. The embedding ("vocab"), the gates
-  ("gate_block") and what has one dimension per layer and branch (biases, norms, the recurrence's
-  decay) do not. An axis name that is not known here raises, naming the parameter.
-  """
-
-  def one(path: Any, names: tuple[str, ...]) -> bool:
-    unknown = [name for name in names if name not in (*_AXES, *_STACKING)]
-    if unknown:
-      parameter = jax.tree_util.keystr(path, simple=True, separator="/")
-      raise ValueError(
-        f"decay_mask: {parameter} has axes {names} and {unknown[0]!r} is none of "
-        f"{', '.join((*_AXES, *_STACKING))}; add it to train/optimizer.py once you know whether "
-        "it decays"
-      )
-    own = [name for name in names if name not in _STACKING]
-    return len(own) > 1 and "vocab" not in own and "gate_block" not in own
-
-  return jax.tree_util.tree_map_with_path(one, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def global_norm(square_norms: Any) -> jax.Array:

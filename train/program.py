@@ -24,7 +24,7 @@ from sharding.mesh import RowShare, make_mesh, row_share
 from train.config import Run
 from train.layer_statistics import statistics_step
 from train.loss import row_losses
-from train.optimizer import GradientTransformation, decay_mask
+from train.optimizer import GradientTransformation
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.step import Limits, eval_step, train_step
 
@@ -62,7 +62,7 @@ def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
   xla_flags.log_once(chip, tuple(flags.items()))
   with dispatch.targeting(platform, device_kind=device.device_kind):
     model = decoder.build(run.model)
-  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
+  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=model.decays)
   shardings = state_shardings(model, mesh=mesh, rules=table)
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

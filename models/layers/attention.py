@@ -88,7 +88,7 @@ class Attention(nnx.Module):
       ("heads", "head", "embed"),
       rngs=rngs,
     )
-    self.b_out_D = param(zeros, (width,), ("norm",), rngs=rngs)
+    self.b_out_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> AttentionState:
     """Room for `window` tokens, or for `context` tokens where attention is global."""

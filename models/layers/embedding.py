@@ -15,7 +15,9 @@ class Embedding(nnx.Module):
   """Tokens to vectors by a [vocab_size, width] table, normal with variance 1 / width."""
 
   def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-    self.table_VD = param(normal(1.0 / width), (vocab_size, width), ("vocab", "embed"), rngs=rngs)
+    self.table_VD = param(
+      normal(1.0 / width), (vocab_size, width), ("vocab", "embed"), decays=False, rngs=rngs
+    )
 
   def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The tokens' rows of the table, in `dtype`."""

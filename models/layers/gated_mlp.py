@@ -36,12 +36,14 @@ class GatedMLP(nnx.Module):
     self.w_up_D2F = param(
       normal(1.0 / width), (width, 2, mlp_width), ("embed", "branch", "mlp"), rngs=rngs
     )
-    self.b_up_2F = param(zeros, (2, mlp_width), ("branch", "mlp"), rngs=rngs)
+    self.b_up_2F = param(
+      zeros, (2, mlp_width), ("branch", "mlp"), float32=True, decays=False, rngs=rngs
+    )
     # 2 / num_blocks: the residual stream keeps its scale at any depth.
     self.w_down_FD = param(
       normal(2.0 / (num_blocks * mlp_width)), (mlp_width, width), ("mlp", "embed"), rngs=rngs
     )
-    self.b_down_D = param(zeros, (width,), ("norm",), rngs=rngs)
+    self.b_down_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = x_BTD.dtype

@@ -13,7 +13,7 @@ class RMSNorm(nnx.Module):
   """x / rms(x) * (1 + scale): statistics in float32, the result in the dtype of x."""
 
   def __init__(self, width: int, *, rngs: nnx.Rngs):
-    self.scale_D = param(zeros, (width,), ("norm",), rngs=rngs)
+    self.scale_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     # Float32: a mean of squares over thousands of channels has no bits to spare in bfloat16.

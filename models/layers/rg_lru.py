@@ -104,25 +104,35 @@ class RecurrentBlock(nnx.Module):
     self.w_in_D2R = param(
       normal(1.0 / width), (width, 2, rnn_width), ("embed", "branch", "rnn"), rngs=rngs
     )
-    self.b_in_2R = param(zeros, (2, rnn_width), ("branch", "rnn"), rngs=rngs)
+    self.b_in_2R = param(
+      zeros, (2, rnn_width), ("branch", "rnn"), float32=True, decays=False, rngs=rngs
+    )
     self.w_conv_KR = param(
       normal(0.01 / 4), (config.conv_taps, rnn_width), ("tap", "rnn"), rngs=rngs
     )
-    self.b_conv_R = param(zeros, (rnn_width,), ("rnn",), rngs=rngs)
+    self.b_conv_R = param(zeros, (rnn_width,), ("rnn",), float32=True, decays=False, rngs=rngs)
     self.w_gates_GI2J = param(
       normal(1.0 / block_width),
       (blocks, block_width, 2, block_width),
       ("gate_block", "gate_in", "branch", "gate_out"),
+      decays=False,
       rngs=rngs,
     )
     self.b_gates_G2J = param(
-      zeros, (blocks, 2, block_width), ("gate_block", "branch", "gate_out"), rngs=rngs
+      zeros,
+      (blocks, 2, block_width),
+      ("gate_block", "branch", "gate_out"),
+      float32=True,
+      decays=False,
+      rngs=rngs,
     )
-    self.decay_R = param(DECAY_INITS[config.decay_init], (rnn_width,), ("rnn",), rngs=rngs)
+    self.decay_R = param(
+      DECAY_INITS[config.decay_init], (rnn_width,), ("rnn",), float32=True, decays=False, rngs=rngs
+    )
     self.w_out_RD = param(
       normal(2.0 / (num_blocks * rnn_width)), (rnn_width, width), ("rnn", "embed"), rngs=rngs
     )
-    self.b_out_D = param(zeros, (width,), ("norm",), rngs=rngs)
+    self.b_out_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> RecurrentState:
     """Zeros; the size does not depend on `context`."""

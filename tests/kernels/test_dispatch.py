@@ -8,7 +8,6 @@ import pytest
 from kernels import block_diagonal, causal_conv, dispatch, linear_scan, local_attention, rg_lru
 from models import decoder
 from tests import tiny
-from train.optimizer import decay_mask
 from train.state import abstract_state
 
 _AVAILABLE = ("a", "b")
@@ -68,7 +67,7 @@ def test_a_state_for_another_platform_asks_for_no_kernel_of_this_one(caplog, tmp
   run = tiny.run(tmp_path)
   with dispatch.targeting("tpu"):
     model = decoder.build(run.model)
-  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=decay_mask(model.axes))
+  tx = run.optimizer.build(total_steps=run.total_steps, decay_mask=model.decays)
   dispatch._log_once.cache_clear()
   with caplog.at_level(logging.INFO, logger="absl"):
     state = abstract_state(model, tx)

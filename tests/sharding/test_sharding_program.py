@@ -21,7 +21,7 @@ from models.griffin import griffin
 from sharding import collectives, logical, rules
 from sharding.mesh import MeshShape, make_mesh
 from tests.jaxprs import equations
-from train.optimizer import AdamW, Constant, decay_mask
+from train.optimizer import AdamW, Constant
 from train.state import TrainState, abstract_state, init_state, state_shardings
 from train.step import NO_LIMITS, train_step
 
@@ -77,7 +77,7 @@ def _model(remat="none", dtype="float32", width=_WIDTH):
 
 def _optimizer(model):
   return AdamW(peak_lr=1e-2, warmup_steps=0, schedule=Constant()).build(
-    total_steps=10, decay_mask=decay_mask(model.axes)
+    total_steps=10, decay_mask=model.decays
   )
 
 

@@ -1,4 +1,4 @@
-"""AdamW: equal to optax, the decay of every parameter by name, schedules, bfloat16 moments."""
+"""AdamW: equal to optax, schedules, bfloat16 moments."""
 
 import itertools
 
@@ -8,9 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from models import decoder
-from models.griffin import griffin
-from models.transformer import mqa_transformer
 from train.optimizer import (
   AdamW,
   AdamWState,
@@ -18,28 +15,8 @@ from train.optimizer import (
   Cosine,
   WarmupStableDecay,
   clip_factor,
-  decay_mask,
   global_norm,
 )
-
-# Every kind of parameter that models/ declares, and whether it decays.
-DECAYS = {
-  ("vocab", "embed"): False,  # embedding
-  ("norm",): False,  # norm scales, biases of width
-  ("embed", "branch", "rnn"): True,  # both linear branches
-  ("branch", "rnn"): False,  # their biases
-  ("tap", "rnn"): True,  # convolution
-  ("rnn",): False,  # its bias; the decay parameter
-  ("gate_block", "gate_in", "branch", "gate_out"): False,
-  ("gate_block", "branch", "gate_out"): False,
-  ("rnn", "embed"): True,
-  ("embed", "branch", "mlp"): True,
-  ("branch", "mlp"): False,
-  ("mlp", "embed"): True,
-  ("embed", "heads", "head"): True,
-  ("embed", "branch", "head"): True,
-  ("heads", "head", "embed"): True,
-}
 
 
 def _params(seed: int) -> dict:
@@ -131,31 +108,6 @@ def test_state_is_a_plain_tree_whose_moments_optax_finds():
     transform_non_params=lambda _: "-",
   )
   assert names == AdamWState("-", {"w_DF": "w", "b_F": "b"}, {"w_DF": "w", "b_F": "b"})
-
-
-@pytest.mark.parametrize("layers", [(), ("layers",), ("layers", "layers")])
-def test_every_kind_of_parameter_is_decided_by_its_names(layers):
-  axes = {"/".join(names): (*layers, *names) for names in DECAYS}
-  assert decay_mask(axes) == {"/".join(names): decays for names, decays in DECAYS.items()}
-
-
-@pytest.mark.parametrize("family", [griffin, mqa_transformer])
-def test_every_parameter_of_a_model_is_decided(family):
-  sizes = {"vocab_size": 16, "width": 8, "num_blocks": 5, "num_heads": 2, "head_size": 4}
-  if family is griffin:
-    sizes |= {"rnn_width": 16, "window": 4}
-  model = decoder.build(family(**sizes, mlp_width=24, dtype="float32"))
-  mask = decay_mask(model.axes)
-  for path, decays in jax.tree_util.tree_leaves_with_path(mask):
-    name = path[-1].key
-    expected = name.startswith("w_") and name != "w_gates_GI2J"
-    assert decays == expected, jax.tree_util.keystr(path)
-  assert jax.tree.structure(mask) == jax.tree.structure(model.shapes)
-
-
-def test_an_unknown_axis_is_an_error_that_names_the_parameter():
-  with pytest.raises(ValueError, match=r"groups/0/w_new has axes .*'state' is none of vocab"):
-    decay_mask({"groups": [{"w_new": ("layers", "state", "rnn")}]})
 
 
 def test_learning_rate_rises_linearly_then_falls_to_its_end():

@@ -21,7 +21,7 @@ from tests import tiny
 from tests.tolerances import assert_close
 from train import program as programs
 from train.layer_statistics import LAYER_FIELDS, StatisticsConfig, by_layer
-from train.optimizer import AdamW, apply_updates, decay_mask
+from train.optimizer import AdamW, apply_updates
 from train.telemetry.goodput import KINDS
 
 
@@ -67,7 +67,7 @@ def test_norms_are_those_of_each_blocks_arrays(griffin):
   program, state, _, square_norms, columns = griffin
   config = program.run.model
   last_update = functools.partial(
-    program.run.optimizer.last_update, total_steps=8, decay_mask=decay_mask(program.model.axes)
+    program.run.optimizer.last_update, total_steps=8, decay_mask=program.model.decays
   )
   update = jax.jit(last_update)(state.opt_state, state.params)
 

@@ -17,7 +17,6 @@ from tests import tiny
 from tests.tolerances import assert_close
 from train import bad_steps
 from train import program as programs
-from train.optimizer import decay_mask
 from train.step import NO_LIMITS, Limits
 
 
@@ -101,7 +100,7 @@ def test_steps_are_those_of_optax_on_the_mean_of_all_targets(tmp_path):
     optax.adamw(
       lambda count: rate(count + 1),
       **{name: getattr(optimizer, name) for name in ("b1", "b2", "eps", "weight_decay")},
-      mask=decay_mask(model.axes),
+      mask=model.decays,
     ),
   )
 

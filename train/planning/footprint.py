@@ -30,8 +30,9 @@ _BLOCKS = 5
 
 
 class Leaf(NamedTuple):
-  """A parameter: its names, shape and stored bytes of a number."""
+  """A parameter: its name, those of its dimensions, shape and stored bytes of a number."""
 
+  name: str
   axes: Axes
   shape: tuple[int, ...]
   itemsize: int
@@ -159,17 +160,22 @@ def leaves(config: DecoderConfig, platform: str) -> tuple[Leaf, ...]:
 def _leaves(config: DecoderConfig, platform: str) -> tuple[Leaf, ...]:
   with dispatch.targeting(platform):
     model = decoder.build(config)
-  shapes, structure = jax.tree.flatten(model.shapes)
+  shapes, structure = jax.tree_util.tree_flatten_with_path(model.shapes)
   axes = structure.flatten_up_to(model.axes)
   return tuple(
-    Leaf(names, leaf.shape, leaf.dtype.itemsize) for names, leaf in zip(axes, shapes, strict=True)
+    Leaf(
+      jax.tree_util.keystr(path, simple=True, separator="/"),
+      names,
+      leaf.shape,
+      leaf.dtype.itemsize,
+    )
+    for (path, leaf), names in zip(shapes, axes, strict=True)
   )
 
 
 def _shards(leaf: Leaf, table: Table, mesh: MeshShape) -> int:
   """Over how many devices a parameter is split."""
-  name = " x ".join(map(str, leaf.axes))
-  layout = logical.spec(leaf.axes, table, shape=leaf.shape, mesh=mesh.abstract, name=name)
+  layout = logical.spec(leaf.axes, table, shape=leaf.shape, mesh=mesh.abstract, name=leaf.name)
   return math.prod(
     getattr(mesh, axis)
     for entry in layout
