@@ -24,7 +24,7 @@ from kernels.local_attention import splash_tpu
 # Of the largest value of an array. bfloat16: inputs are exact; what a kernel keeps and gives out is
 # rounded, by 2^-9 each time. float32: exponentials of accelerators are good to 1e-5.
 _ALLOWED = {"bfloat16": 2e-2, "float32": 1e-3}
-# Nearly all of the time is compilation: near 4 s a line, 108 lines, on an H100's host.
+# Nearly all of the time is compilation: near 4 s a line, 117 lines, on an H100's host.
 _COMPILERS = min(8, os.cpu_count() or 1)
 
 
@@ -50,8 +50,8 @@ def cases(shapes: tuple[tuple[int, int, int], ...], heads: tuple[int, ...]) -> I
         yield _linear_scan(shape, dtype, reverse)
       yield _causal_conv(shape, dtype)
   for size in heads:
-    for window in (200, None):
-      yield _local_attention((2, 523, 4, size), window)
+    for kv_heads, window in ((1, 200), (1, None), (2, 200)):
+      yield _local_attention((2, 523, 4, size), kv_heads, window)
   # Few tokens, and so many that programs for Hopper keep the weights.
   yield _block_diagonal((2, 301, 512), 4)
   yield _block_diagonal((1, 2101, 2560), 16)
@@ -146,15 +146,15 @@ def _linear_scan(shape: tuple[int, int, int], dtype: str, reverse: bool) -> Case
   return Case("linear_scan", text, dtype, names, arrays, call, implementations, "reference")
 
 
-def _local_attention(shape: tuple[int, int, int, int], window: int | None) -> Case:
+def _local_attention(shape: tuple[int, int, int, int], kv_heads: int, window: int | None) -> Case:
   batch, time, _, size = shape
   documents_BT = _documents(batch, time)
 
-  def call(implementation, q_BTNH, k_BSH, v_BSH):
-    arrays = (q_BTNH, k_BSH, v_BSH, documents_BT, documents_BT)
+  def call(implementation, q_BTNH, k_BSEH, v_BSEH):
+    arrays = (q_BTNH, k_BSEH, v_BSEH, documents_BT, documents_BT)
     return local_attention.local_attention(*arrays, window=window, implementation=implementation)
 
-  keys = (batch, time, size)
+  keys = (batch, time, kv_heads, size)
   arrays = (
     _normal(0, shape, "bfloat16"), _normal(1, keys, "bfloat16"), _normal(2, keys, "bfloat16")
   )  # fmt: skip
@@ -163,7 +163,7 @@ def _local_attention(shape: tuple[int, int, int, int], window: int | None) -> Ca
     for name in local_attention.IMPLEMENTATIONS
     if name != "splash_tpu" or size % splash_tpu.LANES == 0
   )
-  text = f"{shape}, window {window}"
+  text = f"{shape}, {kv_heads} kv, window {window}"
   return Case(
     "local_attention", text, "bfloat16", ("q", "k", "v"), arrays, call, implementations, "reference"
   )

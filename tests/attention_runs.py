@@ -8,14 +8,17 @@ from kernels import local_attention
 from tests.draws import Draws
 
 
-def inputs(*, time, size, start_probability, batch=1, history=0, heads=2, dtype="float32"):
+def inputs(
+  *, time, size, start_probability, batch=1, history=0, heads=2, kv_heads=1, dtype="float32"
+):
   """q, k, v and the documents of queries and of keys; a token begins one with that probability."""
   draws = Draws()
   q_BTNH = draws.normal(batch, time, heads, size, dtype=dtype)
-  k_BSH, v_BSH = (draws.normal(batch, history + time, size, dtype=dtype) for _ in range(2))
+  keys = (batch, history + time, kv_heads, size)
+  k_BSEH, v_BSEH = (draws.normal(*keys, dtype=dtype) for _ in range(2))
   starts = np.random.default_rng(0).random((batch, history + time)) < start_probability
   documents_BS = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-  return q_BTNH, k_BSH, v_BSH, documents_BS[:, history:], documents_BS
+  return q_BTNH, k_BSEH, v_BSEH, documents_BS[:, history:], documents_BS
 
 
 def run(implementation, arrays, window):

@@ -1,7 +1,10 @@
-"""Causal multi-query attention within documents and a window: many query heads, one key-value head.
+"""Causal attention within documents and a window: many query heads, one or more key-value heads.
 
-  o_BTNH = local_attention(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window=1024,
+  o_BTNH = local_attention(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, window=1024,
                            implementation="auto")
+
+E divides N: query head n uses key-value head n // (N / E). E = 1 is multi-query attention, E = N
+multi-head attention; no implementation makes a copy of k or v for each query head.
 
 Keys are aligned with queries at the end: query t is row S - T + t, and the first S - T keys belong
 to an earlier chunk of a split row. Query t sees key s if both carry the same document number and
@@ -82,8 +85,8 @@ def tracks_varying(implementation: str) -> bool:
 
 def local_attention(
   q_BTNH: jax.Array,
-  k_BSH: jax.Array,
-  v_BSH: jax.Array,
+  k_BSEH: jax.Array,
+  v_BSEH: jax.Array,
   q_documents_BT: jax.Array,
   k_documents_BS: jax.Array,
   *,
@@ -91,16 +94,20 @@ def local_attention(
   implementation: str,
 ) -> jax.Array:
   """Attention as the module says, [batch, time, heads, head size] in the dtype of q."""
-  if q_BTNH.ndim != 4 or k_BSH.ndim != 3 or not q_BTNH.shape[1]:
+  if q_BTNH.ndim != 4 or k_BSEH.ndim != 4 or not q_BTNH.shape[1]:
     raise ValueError(
       f"local_attention: q {q_BTNH.shape} must be [batch, time, heads, head size] and k "
-      f"{k_BSH.shape} [batch, keys, head size], with at least one query"
+      f"{k_BSEH.shape} [batch, keys, key-value heads, head size], with at least one query"
     )
-  batch, time, _, head_size = q_BTNH.shape
-  keys = k_BSH.shape[1]
+  batch, time, heads, head_size = q_BTNH.shape
+  keys, kv_heads = k_BSEH.shape[1:3]
+  if not kv_heads or heads % kv_heads:
+    raise ValueError(
+      f"local_attention: {heads} query heads are not divisible by {kv_heads} key-value heads"
+    )
   expected = {
-    "k": (k_BSH.shape, (batch, keys, head_size)),
-    "v": (v_BSH.shape, (batch, keys, head_size)),
+    "k": (k_BSEH.shape, (batch, keys, kv_heads, head_size)),
+    "v": (v_BSEH.shape, (batch, keys, kv_heads, head_size)),
     "q_documents": (q_documents_BT.shape, (batch, time)),
     "k_documents": (k_documents_BS.shape, (batch, keys)),
   }
@@ -115,7 +122,7 @@ def local_attention(
   if name == "splash_tpu" and time < splash_tpu.LANES:
     name = "banded"
     _log_few_queries(time)
-  arrays = varying_alike(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
+  arrays = varying_alike(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
   return _ATTENTIONS[name](*arrays, window=window)
 
 

@@ -3,7 +3,8 @@
 Letters of this file: C queries of a block, M keys of a band; P is T or S filled up so that every
 block is whole. The backward pass forms the weights again from the logits and their log-sum-exp, as
 flash attention does (arXiv:2205.14135): kept are q, k, v, the output and one number per query and
-head. Logits of one block alone exist at a time: on a CPU they stay in its cache.
+head. Logits of one block alone exist at a time: on a CPU they stay in its cache. Below `attention`
+there is one key-value head, and N are its query heads.
 """
 
 import functools
@@ -12,6 +13,8 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from kernels.local_attention.kv_heads import attend_each
 
 # Finite, so that a query that fills up a block and sees nothing has weights and no NaN; exp of it
 # is exactly 0.
@@ -53,20 +56,24 @@ class _Layout(NamedTuple):
 
 def attention(
   q_BTNH: jax.Array,
-  k_BSH: jax.Array,
-  v_BSH: jax.Array,
+  k_BSEH: jax.Array,
+  v_BSEH: jax.Array,
   q_documents_BT: jax.Array,
   k_documents_BS: jax.Array,
   *,
   window: int | None,
 ) -> jax.Array:
   """As kernels/local_attention says; logits exist for one block of queries at a time."""
-  time, keys = q_BTNH.shape[1], k_BSH.shape[1]
+  time, keys = q_BTNH.shape[1], k_BSEH.shape[1]
   window = keys if window is None else min(window, keys)
   # Smaller blocks reach fewer keys in vain; larger ones are fewer products.
   block = min(time, _MAX_BLOCK, max(16, window // 4))
-  arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
-  return cast(jax.Array, _attend(*arrays, _Layout(time, keys, window, block)))
+  layout = _Layout(time, keys, window, block)
+
+  def attend(*arrays: jax.Array) -> jax.Array:
+    return cast(jax.Array, _attend(*arrays, layout))
+
+  return attend_each(attend, q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -45,7 +45,7 @@ def pair_cycles(chip: str, head_size: int) -> tuple[float, float, int]:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   q_BTNH = array((1, _TIME, _HEADS, head_size), jnp.bfloat16)
-  k_BSH, documents_BT = array((1, _TIME, head_size), jnp.bfloat16), array((1, _TIME), jnp.int32)
+  k_BSEH, documents_BT = array((1, _TIME, 1, head_size), jnp.bfloat16), array((1, _TIME), jnp.int32)
 
   def loss(*arrays):
     return jnp.sum(splash_tpu.attention(*arrays, window=None).astype(jnp.float32))
@@ -55,7 +55,7 @@ def pair_cycles(chip: str, head_size: int) -> tuple[float, float, int]:
   library.pl = types.SimpleNamespace(**{**vars(plain), "when": _When(plain.when)})
   try:
     cycles = estimated_cycles(
-      jax.grad(loss, (0, 1, 2)), (q_BTNH, k_BSH, k_BSH, documents_BT, documents_BT)
+      jax.grad(loss, (0, 1, 2)), (q_BTNH, k_BSEH, k_BSEH, documents_BT, documents_BT)
     )
   finally:
     library.pl = plain

@@ -2,9 +2,10 @@
 
 Letters of this file: C queries of a block, M keys of a block. A program has a block of queries of
 one head and goes over the keys that it can reach, a block at a time; backward, another one has a
-block of keys and goes over the queries that reach it, of a group of heads, so that the gradients of
-the one key and value are summed in float32 registers; sums of groups are added outside. Logits of
-one block alone exist. Of blocks whose keys are all near, the documents alone are compared.
+block of keys of one key-value head and goes over the queries that reach it, of a group G of that
+head's query heads, so that the gradients of the key and value that they share are summed in float32
+registers; sums of groups are added outside. Logits of one block alone exist. Of blocks whose keys
+are all near, the documents alone are compared.
 
 On an H100 (docs/h100_attention.jsonl): 315 TFLOP/s forward and 258 backward at rows of 2048, 16
 heads of 128. cuDNN's kernels, which know no documents, reach 437 and 315 there. Up to head size 128
@@ -39,6 +40,7 @@ class _Layout(NamedTuple):
   time: int
   keys: int
   heads: int
+  kv_heads: int
   size: int
   window: int
   query_block: int
@@ -54,11 +56,17 @@ class _Layout(NamedTuple):
     """The row of query 0 among the keys."""
     return self.keys - self.time
 
+  def kv_head(self, head):
+    """The key-value head of a query head."""
+    if self.kv_heads == 1:
+      return jnp.zeros((), jnp.int32)
+    return jax.lax.div(head, jnp.int32(self.heads // self.kv_heads))
+
 
 def attention(
   q_BTNH: jax.Array,
-  k_BSH: jax.Array,
-  v_BSH: jax.Array,
+  k_BSEH: jax.Array,
+  v_BSEH: jax.Array,
   q_documents_BT: jax.Array,
   k_documents_BS: jax.Array,
   *,
@@ -66,24 +74,24 @@ def attention(
 ) -> jax.Array:
   """As kernels/local_attention says, for HEAD_SIZES; interpreted, slowly, on CPU."""
   _, time, heads, size = q_BTNH.shape
-  keys = k_BSH.shape[1]
+  keys, kv_heads = k_BSEH.shape[1:3]
   if size not in HEAD_SIZES:
     raise ValueError(f"local_attention: head size {size} is none of pallas_gpu's, {HEAD_SIZES}")
   window = keys if window is None else min(window, keys)
   # Two blocks each of keys and values, and two of queries, have to fit shared memory.
   block = _BLOCK if size * q_BTNH.dtype.itemsize <= 256 * 2 else _BLOCK // 2
-  layout = _Layout(time, keys, heads, size, window, block, block)
-  arrays = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
+  layout = _Layout(time, keys, heads, kv_heads, size, window, block, block)
+  arrays = (q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
   return cast(jax.Array, _attend(*arrays, layout))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
-  return _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout)[0]
+def _attend(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, layout):
+  return _forward(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, layout)[0]
 
 
-def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
-  inputs = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
+def _forward(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, layout):
+  inputs = (q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
   batch = q_BTNH.shape[0]
   o_BTNH, log_sum_BNT = _call(
     _outputs,
@@ -103,7 +111,7 @@ def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
 
 def _backward(layout, kept, do_BTNH):
   *inputs, o_BTNH, log_sum_BNT = kept
-  q_BTNH, k_BSH, *_ = inputs
+  q_BTNH, k_BSEH, *_ = inputs
   # sum_m w_m dw_m, from the output: o is what the weights make of v.
   mean_BNT = jnp.einsum("BTNH,BTNH->BNT", do_BTNH.astype(jnp.float32), o_BTNH.astype(jnp.float32))
   arrays = (*inputs, do_BTNH, log_sum_BNT, mean_BNT)
@@ -120,22 +128,23 @@ def _backward(layout, kept, do_BTNH):
   )
   layout = layout._replace(query_block=layout.query_block // 2)
   key_blocks = pl.cdiv(layout.keys, layout.key_block)
-  groups = _head_groups(layout.heads, programs=key_blocks * batch)
-  shape = (batch, groups, layout.keys, layout.size)
-  dtype = k_BSH.dtype if groups == 1 else jnp.float32
-  dk_BGSH, dv_BGSH = _call(
+  kv_heads = layout.kv_heads
+  groups = _head_groups(layout.heads // kv_heads, programs=key_blocks * kv_heads * batch)
+  shape = (batch, groups, layout.keys, kv_heads, layout.size)
+  dtype = k_BSEH.dtype if groups == 1 else jnp.float32
+  dk_BGSEH, dv_BGSEH = _call(
     _key_gradients,
     arrays,
     2 * (jax.ShapeDtypeStruct(shape, dtype),),
-    (key_blocks, groups, batch),
+    (key_blocks, kv_heads * groups, batch),
     layout,
     # Two sums [M, H] lie in their registers.
     num_warps=4 if layout.size <= 128 else 8,
     num_stages=_stages(q_BTNH),
     name="local_attention_backward_keys",
   )
-  dk_BSH, dv_BSH = (jnp.sum(x, axis=1).astype(k_BSH.dtype) for x in (dk_BGSH, dv_BGSH))
-  return dq_BTNH, dk_BSH, dv_BSH, None, None
+  dk_BSEH, dv_BSEH = (jnp.sum(x, axis=1).astype(k_BSEH.dtype) for x in (dk_BGSEH, dv_BGSEH))
+  return dq_BTNH, dk_BSEH, dv_BSEH, None, None
 
 
 def _stages(q_BTNH: jax.Array) -> int:
@@ -144,7 +153,8 @@ def _stages(q_BTNH: jax.Array) -> int:
 
 
 def _head_groups(heads: int, *, programs: int) -> int:
-  """Into how many groups the heads of a block of keys are dealt: as few as give enough programs."""
+  """Into how many groups the query heads of a block of keys are dealt: as few as give enough
+  programs."""
   divisors = (groups for groups in range(1, heads + 1) if heads % groups == 0)
   return next((groups for groups in divisors if groups * programs >= _PROGRAMS), heads)
 
@@ -182,13 +192,13 @@ def _call(kernel, arrays, like, grid, layout, *, num_warps, num_stages, name):
 
 
 def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout, math):
-  scale = layout.scale
+  scale, kv_head = layout.scale, layout.kv_head(pl.program_id(1))
   queries = _Queries.of(pl.program_id(2), pl.program_id(1), pl.program_id(0), layout)
   q_CH, documents_C = queries.load(q_ref), queries.load_documents(qd_ref)
 
   def one_block(index, carry, *, is_inner):
     o_CH, largest_C, sum_C = carry
-    keys = _Keys.of(queries.row, index, layout)
+    keys = _Keys.of(queries.row, kv_head, index, layout)
     k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
     visible_CM = documents_C[:, None] == documents_M[None]
     if not is_inner:
@@ -213,14 +223,14 @@ def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout,
 def _query_gradients(
   q_ref, k_ref, v_ref, qd_ref, kd_ref, do_ref, log_sum_ref, mean_ref, dq_ref, *, layout, math
 ):
-  scale = layout.scale
+  scale, kv_head = layout.scale, layout.kv_head(pl.program_id(1))
   queries = _Queries.of(pl.program_id(2), pl.program_id(1), pl.program_id(0), layout)
   q_CH, documents_C = queries.load(q_ref), queries.load_documents(qd_ref)
   do_CH, log_sum_C = queries.load(do_ref), queries.load_number(log_sum_ref)
   mean_C = queries.load_number(mean_ref)
 
   def one_block(index, dq_CH, *, is_inner):
-    keys = _Keys.of(queries.row, index, layout)
+    keys = _Keys.of(queries.row, kv_head, index, layout)
     k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
     visible_CM = documents_C[:, None] == documents_M[None]
     if not is_inner:
@@ -250,8 +260,11 @@ def _key_gradients(
   layout,
   math,
 ):
-  scale = layout.scale
-  keys = _Keys.of(pl.program_id(2), pl.program_id(0), layout)
+  scale, groups = layout.scale, dk_ref.shape[1]
+  # The query heads that this program sums over: groups of one key-value head follow each other.
+  heads = layout.heads // (layout.kv_heads * groups)
+  first = pl.program_id(1) * heads
+  keys = _Keys.of(pl.program_id(2), layout.kv_head(first), pl.program_id(0), layout)
   k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
   blocks = keys.query_blocks(layout)
 
@@ -274,9 +287,10 @@ def _key_gradients(
   def one_head(head, carry):
     return _over_blocks(blocks, functools.partial(one_block, head=head), carry)
 
-  group, heads = pl.program_id(1), layout.heads // dk_ref.shape[1]
+  group = pl.program_id(1)
+  if layout.kv_heads > 1:
+    group = jax.lax.rem(group, jnp.int32(groups))
   zeros_MH = jnp.zeros((layout.key_block, layout.size), jnp.float32)
-  first = group * heads
   dk_MH, dv_MH = jax.lax.fori_loop(first, first + heads, one_head, (zeros_MH, zeros_MH))
   keys.store(dk_ref, group, dk_MH * layout.size**-0.5)
   keys.store(dv_ref, group, dv_MH)
@@ -371,20 +385,21 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-  """A block of keys of one row; what is not there is loaded as 0."""
+  """A block of keys of one row and key-value head; what is not there is loaded as 0."""
 
   row: Any
+  head: Any
   span: Any
   index_M: jax.Array
   is_real_M: jax.Array
   first: Any
 
   @classmethod
-  def of(cls, row, index, layout):
+  def of(cls, row, head, index, layout):
     block = layout.key_block
     first = index * block
     index_M = first + jax.lax.iota(jnp.int32, block)
-    return cls(row, pl.ds(first, block), index_M, index_M < layout.keys, first)
+    return cls(row, head, pl.ds(first, block), index_M, index_M < layout.keys, first)
 
   def query_blocks(self, layout):
     """Blocks of queries that reach these keys; what fills up the last is zero and gives zero."""
@@ -401,11 +416,12 @@ class _Keys(NamedTuple):
     return jnp.broadcast_to(self.is_real_M[:, None], (self.is_real_M.shape[0], size))
 
   def load(self, ref):
-    return plgpu.load(ref.at[self.row, self.span, :], mask=self._mask(ref.shape[2]), other=0)
+    mask_MH = self._mask(ref.shape[3])
+    return plgpu.load(ref.at[self.row, self.span, self.head, :], mask=mask_MH, other=0)
 
   def store(self, ref, group, x_MH):
-    mask_MH = self._mask(ref.shape[3])
-    plgpu.store(ref.at[self.row, group, self.span, :], x_MH.astype(ref.dtype), mask=mask_MH)
+    place, mask_MH = (self.row, group, self.span, self.head), self._mask(ref.shape[4])
+    plgpu.store(ref.at[(*place, slice(None))], x_MH.astype(ref.dtype), mask=mask_MH)
 
   def load_documents(self, ref):
     return plgpu.load(ref.at[self.row, self.span], mask=self.is_real_M, other=0)

@@ -6,22 +6,27 @@ import jax.numpy as jnp
 
 def attention(
   q_BTNH: jax.Array,
-  k_BSH: jax.Array,
-  v_BSH: jax.Array,
+  k_BSEH: jax.Array,
+  v_BSEH: jax.Array,
   q_documents_BT: jax.Array,
   k_documents_BS: jax.Array,
   *,
   window: int | None,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(H) where visible) v, in float32; the result in q's dtype."""
-  time, keys, head_size = q_BTNH.shape[1], k_BSH.shape[1], q_BTNH.shape[3]
+  batch, time, heads, head_size = q_BTNH.shape
+  keys, kv_heads = k_BSEH.shape[1:3]
+  q_BTEQH = q_BTNH.reshape(batch, time, kv_heads, heads // kv_heads, head_size)
   distance_TS = (keys - time + jnp.arange(time))[:, None] - jnp.arange(keys)[None]
   visible_TS = distance_TS >= 0
   if window is not None:
     visible_TS &= distance_TS <= window
   visible_BTS = visible_TS & (q_documents_BT[:, :, None] == k_documents_BS[:, None])
-  logits_BTNS = jnp.einsum("BTNH,BSH->BTNS", q_BTNH, k_BSH, preferred_element_type=jnp.float32)
-  logits_BTNS = jnp.where(visible_BTS[:, :, None], logits_BTNS * head_size**-0.5, -jnp.inf)
-  weights_BTNS = jax.nn.softmax(logits_BTNS, axis=-1)
-  o_BTNH = jnp.einsum("BTNS,BSH->BTNH", weights_BTNS, v_BSH.astype(jnp.float32))
-  return o_BTNH.astype(q_BTNH.dtype)
+  visible_BT11S = visible_BTS[:, :, None, None]
+  logits_BTEQS = jnp.einsum(
+    "BTEQH,BSEH->BTEQS", q_BTEQH, k_BSEH, preferred_element_type=jnp.float32
+  )
+  logits_BTEQS = jnp.where(visible_BT11S, logits_BTEQS * head_size**-0.5, -jnp.inf)
+  weights_BTEQS = jax.nn.softmax(logits_BTEQS, axis=-1)
+  o_BTEQH = jnp.einsum("BTEQS,BSEH->BTEQH", weights_BTEQS, v_BSEH.astype(jnp.float32))
+  return o_BTEQH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)

@@ -3,7 +3,8 @@
 Letters of this file: Q and P are T and S filled up to whole blocks. The library's kernels visit the
 blocks of keys that the band reaches and no others; logits of one block alone exist, in VMEM. What
 fills up lies behind the last token, where causality hides it. The library scales nothing: q is
-scaled here, and rounded to its dtype once more (exact where the root of H is a power of two).
+scaled here, and rounded to its dtype once more (exact where the root of H is a power of two). Of
+several key-value heads each is a call of the kernels for one, by one more dimension of their grid.
 """
 
 import functools
@@ -15,6 +16,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from kernels.local_attention.kv_heads import attend_each
+
 # Rows of the smallest block, and what its head sizes are multiples of: a vector register's lanes.
 LANES = 128
 # The size that public training configurations take for every block of these kernels, and halves of
@@ -24,8 +27,8 @@ _BLOCKS = (512, 256, LANES)
 
 def attention(
   q_BTNH: jax.Array,
-  k_BSH: jax.Array,
-  v_BSH: jax.Array,
+  k_BSEH: jax.Array,
+  v_BSEH: jax.Array,
   q_documents_BT: jax.Array,
   k_documents_BS: jax.Array,
   *,
@@ -37,23 +40,27 @@ def attention(
   `interpret` runs the kernels without a TPU, slowly.
   """
   _, time, heads, head_size = q_BTNH.shape
-  keys = k_BSH.shape[1]
+  keys, kv_heads = k_BSEH.shape[1:3]
   if head_size % LANES:
     raise ValueError(
       f"local_attention: head size {head_size} is no multiple of {LANES}, which splash_tpu needs"
     )
   blocks = (block_size(time, window), block_size(keys, window))
   filled = (_round_up(time, blocks[0]), _round_up(keys, blocks[1]))
-  kernel = _kernel(filled, heads, window, keys - time, blocks, interpret)
-  q_BNTH = (q_BTNH * head_size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
-  documents = splash.SegmentIds(
-    _fill(q_documents_BT, filled[0], axis=1), _fill(k_documents_BS, filled[1], axis=1)
-  )
-  k_BPH, v_BPH = (_fill(x_BSH, filled[1], axis=1) for x_BSH in (k_BSH, v_BSH))
-  o_BNQH = jax.vmap(kernel)(_fill(q_BNTH, filled[0], axis=2), k_BPH, v_BPH, documents)
-  # Without save_residuals the library returns the output alone.
-  o_BNQH = cast(jax.Array, o_BNQH)
-  return o_BNQH[:, :, :time].swapaxes(1, 2)
+  kernel = _kernel(filled, heads // kv_heads, window, keys - time, blocks, interpret)
+
+  def attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS):
+    q_BNTH = (q_BTNH * head_size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
+    documents = splash.SegmentIds(
+      _fill(q_documents_BT, filled[0], axis=1), _fill(k_documents_BS, filled[1], axis=1)
+    )
+    k_BPH, v_BPH = (_fill(x_BSH, filled[1], axis=1) for x_BSH in (k_BSH, v_BSH))
+    o_BNQH = jax.vmap(kernel)(_fill(q_BNTH, filled[0], axis=2), k_BPH, v_BPH, documents)
+    # Without save_residuals the library returns the output alone.
+    o_BNQH = cast(jax.Array, o_BNQH)
+    return o_BNQH[:, :, :time].swapaxes(1, 2)
+
+  return attend_each(attend, q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
 
 
 def block_size(length: int, window: int | None) -> int:

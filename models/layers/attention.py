@@ -63,8 +63,8 @@ class Config:
 class AttentionState(NamedTuple):
   """The keys and values (rotated already) that later queries may see, newest last."""
 
-  k_BWH: jax.Array
-  v_BWH: jax.Array
+  k_BWEH: jax.Array
+  v_BWEH: jax.Array
   document_BW: jax.Array
 
 
@@ -97,8 +97,8 @@ class Attention(nnx.Module):
         f"attention: context {context} must be at least 1: so many tokens can global attention see"
       )
     size = context if self.window is None else self.window
-    empty_BWH = jnp.zeros((batch, size, self.head_size), dtype)
-    return AttentionState(empty_BWH, empty_BWH, jnp.full((batch, size), NO_DOCUMENT, jnp.int32))
+    empty_BWEH = jnp.zeros((batch, size, 1, self.head_size), dtype)
+    return AttentionState(empty_BWEH, empty_BWEH, jnp.full((batch, size), NO_DOCUMENT, jnp.int32))
 
   def __call__(
     self, x_BTD: jax.Array, segments: Segments, state: AttentionState | None
@@ -108,50 +108,50 @@ class Attention(nnx.Module):
       q_BTNH = project(x_BTD, self.w_q_DNH[...].astype(dtype))
       kv_BT2H = project(x_BTD, self.w_kv_D2H[...].astype(dtype))
       q_BTNH = apply_rope(q_BTNH, segments.position_BT)
-      k_BSH = apply_rope(kv_BT2H[:, :, :1], segments.position_BT)[:, :, 0]
+      k_BSEH = apply_rope(kv_BT2H[:, :, :1], segments.position_BT)
       # To be kept instead of the product, which its gradient does not need.
       q_BTNH = checkpoint_name(q_BTNH, "rotated")
-      v_BSH = kv_BT2H[:, :, 1]
+      v_BSEH = kv_BT2H[:, :, 1:]
       document_BS = segments.document_BT
       if state is not None:
-        size = state.k_BWH.shape[1]
-        k_BSH = jnp.concatenate([state.k_BWH, k_BSH], axis=1)
-        v_BSH = jnp.concatenate([state.v_BWH, v_BSH], axis=1)
+        size = state.k_BWEH.shape[1]
+        k_BSEH = jnp.concatenate([state.k_BWEH, k_BSEH], axis=1)
+        v_BSEH = jnp.concatenate([state.v_BWEH, v_BSEH], axis=1)
         document_BS = jnp.concatenate([state.document_BW, document_BS], axis=1)
-        state = AttentionState(k_BSH[:, -size:], v_BSH[:, -size:], document_BS[:, -size:])
+        state = AttentionState(k_BSEH[:, -size:], v_BSEH[:, -size:], document_BS[:, -size:])
       # Split by heads here, the gradients of the one key and value are summed over the shards once;
       # left to the partitioner they are summed block by block, in float32.
       attend = logical.on_shards(
         functools.partial(_attend, window=self.window, implementation=self.implementation),
         in_axes=(
           ("batch", "time", "heads", "head"),
-          ("batch", "time", "head"),
-          ("batch", "time", "head"),
+          ("batch", "time", None, "head"),
+          ("batch", "time", None, "head"),
           ("batch", "time"),
           ("batch", "time"),
         ),
         out_axes=("batch", "time", "heads", "head"),
         check_vma=local_attention.tracks_varying(self.implementation),
       )
-      y_BTNH = attend(q_BTNH, k_BSH, v_BSH, segments.document_BT, document_BS)
+      y_BTNH = attend(q_BTNH, k_BSEH, v_BSEH, segments.document_BT, document_BS)
       y_BTD = project(y_BTNH, self.w_out_NHD[...].astype(dtype), inputs=2)
       return add_bias(y_BTD, self.b_out_D[...]), state
 
 
-def _attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window, implementation):
+def _attend(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, *, window, implementation):
   """Attention of one shard's queries to the keys of its row that they can reach."""
-  keys = (k_BSH, v_BSH, k_documents_BS)
+  keys = (k_BSEH, v_BSEH, k_documents_BS)
   axis_name = logical.mesh_axis("time")
   if axis_name is not None:
     before = _all_keys_before if window is None else functools.partial(_keys_before, window=window)
     keys = tuple(
       jnp.concatenate(parts, axis=1) for parts in zip(before(*keys, axis_name=axis_name), keys)
     )
-  k_BSH, v_BSH, k_documents_BS = keys
+  k_BSEH, v_BSEH, k_documents_BS = keys
   return local_attention.local_attention(
     q_BTNH,
-    k_BSH,
-    v_BSH,
+    k_BSEH,
+    v_BSEH,
     q_documents_BT,
     k_documents_BS,
     window=window,
@@ -159,15 +159,15 @@ def _attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, *, window, imp
   )
 
 
-def _keys_before(k_BSH, v_BSH, documents_BS, *, window, axis_name):
+def _keys_before(k_BSEH, v_BSEH, documents_BS, *, window, axis_name):
   """The `window` keys before this shard; those before the row belong to no document."""
   # Farther back than all shards but one there is no token.
   count = min(window, (jax.lax.axis_size(axis_name) - 1) * documents_BS.shape[1])
   before = functools.partial(halo.tokens_before, count=count, axis_name=axis_name)
-  return before(k_BSH), before(v_BSH), before(documents_BS, fill=NO_DOCUMENT)
+  return before(k_BSEH), before(v_BSEH), before(documents_BS, fill=NO_DOCUMENT)
 
 
-def _all_keys_before(k_BSH, v_BSH, documents_BS, *, axis_name):
+def _all_keys_before(k_BSEH, v_BSEH, documents_BS, *, axis_name):
   """The keys of all shards, those of this one and later ones hidden: they belong to no document.
 
   A shard's own keys follow them, so that the last key is the last query's own.
@@ -177,4 +177,4 @@ def _all_keys_before(k_BSH, v_BSH, documents_BS, *, axis_name):
   shard_1S = shard_1S // documents_BS.shape[1]
   is_before_1S = shard_1S < jax.lax.axis_index(axis_name)
   documents_BS = jnp.where(is_before_1S, gather(documents_BS), NO_DOCUMENT)
-  return gather(k_BSH), gather(v_BSH), documents_BS
+  return gather(k_BSEH), gather(v_BSEH), documents_BS

@@ -28,9 +28,9 @@ def _attend(*arrays, window, implementation="banded"):
   return local_attention.local_attention(*arrays, window=window, implementation=implementation)
 
 
-def _slow(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window):
+def _slow(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, window):
   """One query at a time, in float64."""
-  q, k, v = (np.float64(np.asarray(x, np.float32)) for x in (q_BTNH, k_BSH, v_BSH))
+  q, k, v = (np.float64(np.asarray(x, np.float32)) for x in (q_BTNH, k_BSEH, v_BSEH))
   q_documents, k_documents = np.asarray(q_documents_BT), np.asarray(k_documents_BS)
   out = np.zeros(q.shape)
   batch, time, heads, size = q.shape
@@ -43,13 +43,15 @@ def _slow(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, window):
         if k_documents[b, s] == q_documents[b, t] and (window is None or row - s <= window)
       ]
       for n in range(heads):
-        logits = k[b, seen] @ q[b, t, n] / np.sqrt(size)
+        shared = n // (heads // k.shape[2])
+        logits = k[b, seen, shared] @ q[b, t, n] / np.sqrt(size)
         weights = np.exp(logits - logits.max())
-        out[b, t, n] = weights @ v[b, seen] / weights.sum()
+        out[b, t, n] = weights @ v[b, seen, shared] / weights.sum()
   return out
 
 
-# Windows beside blocks, rows shorter than the window, single queries, carried keys of any number.
+# Windows beside blocks, rows shorter than the window, single queries, carried keys of any number;
+# one key-value head, some, and one for each query head.
 CASES = [
   {"time": 50, "window": 7},
   {"time": 300, "window": 70, "batch": 1},
@@ -67,6 +69,9 @@ CASES = [
   {"time": 200, "window": None, "batch": 1},
   {"time": 1, "window": None, "history": 12},
   {"time": 30, "window": None, "history": 12},
+  {"time": 40, "window": 9, "history": 30, "heads": 4, "kv_heads": 2},
+  {"time": 50, "window": None, "heads": 3, "kv_heads": 3},
+  {"time": 1, "window": 5, "history": 9, "heads": 6, "kv_heads": 2},
 ]
 
 
@@ -106,9 +111,9 @@ def test_a_query_sees_itself_and_window_tokens_before_it(implementation):
   """Equal keys: the output is the mean of the visible values, which tells how many there are."""
   time, window = 12, 4
   documents = jnp.zeros((1, time), jnp.int32)
-  v_BSH = jnp.arange(time, dtype=jnp.float32)[None, :, None]
+  v_BSEH = jnp.arange(time, dtype=jnp.float32)[None, :, None, None]
   out = _attend(
-    jnp.zeros((1, time, 1, 1)), jnp.zeros((1, time, 1)), v_BSH, documents, documents,
+    jnp.zeros((1, time, 1, 1)), jnp.zeros((1, time, 1, 1)), v_BSEH, documents, documents,
     window=window, implementation=implementation,
   )  # fmt: skip
   expected = [np.mean(range(max(0, t - window), t + 1)) for t in range(time)]
@@ -130,10 +135,10 @@ def test_a_document_does_not_notice_that_another_changes(window, length, impleme
     return jnp.sum((out * weights)[:, mine]), out[:, mine]
 
   run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-  other = jnp.ones((length,), bool).at[mine].set(False)[None, :, None]
+  other = jnp.ones((length,), bool).at[mine].set(False)[None, :, None, None]
   (_, out), grads = run(q, k, v)
   (_, other_out), other_grads = run(
-    jnp.where(other[..., None], 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
+    jnp.where(other, 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
   )
   np.testing.assert_array_equal(out, other_out)
   for grad, other_grad in zip(grads, other_grads, strict=True):
@@ -197,7 +202,7 @@ def _gradient_programs(lengths, *, window, heads=2, size=16):
   """For each row length, the compiled gradient and the flops of its products."""
   programs = {}
   for time in lengths:
-    shapes = ((1, time, heads, size), (1, time, size), (1, time, size))
+    shapes = ((1, time, heads, size), (1, time, 1, size), (1, time, 1, size))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     documents = jax.ShapeDtypeStruct((1, time), jnp.int32)
 
@@ -244,8 +249,11 @@ def test_wrong_shapes_are_refused():
     _attend(q, k, v, q_documents, k_documents, window=0)
   with pytest.raises(ValueError, match=r"q \(2, 50, 8\) must be \[batch, time, heads, head size\]"):
     _attend(q[:, :, 0], k, v, q_documents, k_documents, window=3)
-  with pytest.raises(ValueError, match=r"k \(8,\) \[batch, keys, head size\]"):
+  with pytest.raises(ValueError, match=r"k \(1, 8\) \[batch, keys, key-value heads, head size\]"):
     _attend(q, k[0, 0], v, q_documents, k_documents, window=3)
+  two = jnp.tile(k, (1, 1, 2, 1))
+  with pytest.raises(ValueError, match="3 query heads are not divisible by 2 key-value heads"):
+    _attend(q, two, two, q_documents, k_documents, window=3)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "banded", "pallas_gpu"])

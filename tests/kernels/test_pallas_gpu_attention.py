@@ -27,7 +27,8 @@ def _inputs(**case):
   return attention_runs.inputs(**{"time": 50, "size": 16, "start_probability": 0.05, **case})
 
 
-# Blocks whole and not, windows beside them, keys of an earlier chunk, single queries.
+# Blocks whole and not, windows beside them, keys of an earlier chunk, single queries; one key-value
+# head, some, and one for each query head.
 CASES = [
   {"time": 50, "window": 7, "batch": 2},
   {"time": 64, "window": 32},
@@ -37,6 +38,8 @@ CASES = [
   {"time": 1, "window": 5, "history": 40},
   {"time": 50, "window": None, "heads": 3},
   {"time": 20, "window": None, "history": 21},
+  {"time": 40, "window": 9, "history": 5, "heads": 4, "kv_heads": 2, "batch": 2},
+  {"time": 20, "window": None, "heads": 3, "kv_heads": 3},
 ]
 
 
@@ -49,6 +52,20 @@ def test_values_and_gradients_are_those_of_the_reference(case):
   for actual, expected in zip(
     attention_runs.run("pallas_gpu", arrays, window),
     attention_runs.run("reference", arrays, window),
+    strict=True,
+  ):
+    assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("programs", [1, 10])
+def test_gradients_of_keys_are_those_of_all_query_heads(monkeypatch, programs):
+  """Summed by one program for each of two key-value heads, or by two of two query heads each."""
+  monkeypatch.setattr(pallas_gpu, "_PROGRAMS", programs)
+  arrays = _inputs(time=40, heads=8, kv_heads=2)
+  for actual, expected in zip(
+    attention_runs.run("pallas_gpu", arrays, 9),
+    attention_runs.run("reference", arrays, 9),
     strict=True,
   ):
     assert_close(actual, expected, dtype="float32", reduction=16, floor=1.0)
@@ -75,8 +92,8 @@ def test_a_document_does_not_notice_that_another_changes():
   time, mine = 60, slice(21, 45)
   q, k, v, _, _ = _inputs(time=time)
   documents = jnp.asarray([[1] * 21 + [2] * 24 + [3] * 15], jnp.int32)
-  other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None]
-  weights = jnp.where(other[..., None], 0, Draws(9).normal(*q.shape))
+  other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None, None]
+  weights = jnp.where(other, 0, Draws(9).normal(*q.shape))
 
   def loss(q, k, v):
     out = local_attention.local_attention(
@@ -87,7 +104,7 @@ def test_a_document_does_not_notice_that_another_changes():
   run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
   (_, out), grads = run(q, k, v)
   (_, other_out), other_grads = run(
-    jnp.where(other[..., None], 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
+    jnp.where(other, 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
   )
   np.testing.assert_array_equal(out, other_out)
   for grad, other_grad in zip(grads, other_grads, strict=True):
@@ -135,16 +152,16 @@ def test_a_head_size_that_it_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize(
-  ("time", "history", "heads", "size", "window"),
-  [(4096, 0, 10, 128, 1024), (2048, 2048, 10, 256, 2048), (1000, 0, 4, 64, None)],
+  ("time", "history", "heads", "kv_heads", "size", "window"),
+  [(4096, 0, 10, 1, 128, 1024), (2048, 2048, 10, 1, 256, 2048), (1000, 0, 8, 2, 64, None)],
 )
-def test_it_lowers_for_cuda_without_the_matrix(time, history, heads, size, window):
+def test_it_lowers_for_cuda_without_the_matrix(time, history, heads, kv_heads, size, window):
   keys = time + history
   arrays = [
     jax.ShapeDtypeStruct(shape, dtype)
     for shape, dtype in [
-      ((2, time, heads, size), jnp.bfloat16), ((2, keys, size), jnp.bfloat16),
-      ((2, keys, size), jnp.bfloat16), ((2, time), jnp.int32), ((2, keys), jnp.int32),
+      ((2, time, heads, size), jnp.bfloat16), ((2, keys, kv_heads, size), jnp.bfloat16),
+      ((2, keys, kv_heads, size), jnp.bfloat16), ((2, time), jnp.int32), ((2, keys), jnp.int32),
     ]
   ]  # fmt: skip
 
@@ -161,9 +178,10 @@ def test_it_lowers_for_cuda_without_the_matrix(time, history, heads, size, windo
 
 
 def test_measuring_works_anywhere(capsys):
-  measure.main(["1,20,2,8,4", "1,20,2,8,0"], product_size=64)
+  measure.main(["1,20,2,8,4", "1,20,4,8,0,2"], product_size=64)
   records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [record["window"] for record in records] == [4, None]
+  assert [record["kv_heads"] for record in records] == [1, 2]
   for record in records:
     assert record["product_flops_per_second"] > 0
     (name,) = record["implementations"]  # on a CPU

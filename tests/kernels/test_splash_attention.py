@@ -37,7 +37,7 @@ def _inputs(**case):
 
 
 # Blocks of 128 and of 256, filled up and whole; keys of an earlier chunk, more and fewer than the
-# window; documents that begin inside blocks, or one for all.
+# window; documents that begin inside blocks, or one for all; one key-value head, some, or all.
 CASES = [
   {"time": 200, "window": 70, "batch": 2},
   {"time": 256, "window": 9, "heads": 1},
@@ -45,7 +45,8 @@ CASES = [
   {"time": 300, "window": 70, "history": 70},
   {"time": 140, "window": 300, "history": 290},
   {"time": 256, "window": None, "heads": 1},
-  {"time": 129, "window": None, "history": 40, "size": 256},
+  {"time": 129, "window": None, "history": 40, "size": 256, "kv_heads": 2},
+  {"time": 150, "window": 70, "batch": 2, "heads": 4, "kv_heads": 2},
 ]
 
 
@@ -81,9 +82,10 @@ def test_a_query_sees_itself_and_window_tokens_before_it():
   """Equal keys: the output is the mean of the visible values, which tells how many there are."""
   time, window = 150, 4
   documents = jnp.zeros((1, time), jnp.int32)
-  v_BSH = jnp.broadcast_to(jnp.arange(time, dtype=jnp.float32)[None, :, None], (1, time, 128))
+  v_BSEH = jnp.arange(time, dtype=jnp.float32)[None, :, None, None]
+  v_BSEH = jnp.broadcast_to(v_BSEH, (1, time, 1, 128))
   out = local_attention.local_attention(
-    jnp.zeros((1, time, 1, 128)), jnp.zeros((1, time, 128)), v_BSH, documents, documents,
+    jnp.zeros((1, time, 1, 128)), jnp.zeros((1, time, 1, 128)), v_BSEH, documents, documents,
     window=window, implementation="splash_tpu",
   )  # fmt: skip
   expected = [np.mean(range(max(0, t - window), t + 1)) for t in range(time)]
@@ -94,8 +96,8 @@ def test_a_document_does_not_notice_that_another_changes():
   time, mine = 300, slice(110, 200)
   q, k, v, _, _ = _inputs(time=time)
   documents = jnp.asarray([[1] * 110 + [2] * 90 + [3] * 100], jnp.int32)
-  other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None]
-  weights = jnp.where(other[..., None], 0, Draws(9).normal(*q.shape))
+  other = jnp.ones((time,), bool).at[mine].set(False)[None, :, None, None]
+  weights = jnp.where(other, 0, Draws(9).normal(*q.shape))
 
   def loss(q, k, v):
     out = local_attention.local_attention(
@@ -106,7 +108,7 @@ def test_a_document_does_not_notice_that_another_changes():
   run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
   (_, out), grads = run(q, k, v)
   (_, other_out), other_grads = run(
-    jnp.where(other[..., None], 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
+    jnp.where(other, 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
   )
   np.testing.assert_array_equal(out, other_out)
   for grad, other_grad in zip(grads, other_grads, strict=True):
@@ -216,7 +218,9 @@ def test_the_layer_on_a_mesh_is_the_layer_alone():
     assert_close(actual, expected, dtype="float32", reduction=130, floor=1.0)
 
 
-def _compiled_gradient(monkeypatch, topology, *, time, history, size, window, policy) -> str:
+def _compiled_gradient(
+  monkeypatch, topology, *, time, history, size, window, policy, kv_heads=1
+) -> str:
   """The optimised program of the gradients, batch and heads split over 2 x 2 devices."""
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -228,16 +232,17 @@ def _compiled_gradient(monkeypatch, topology, *, time, history, size, window, po
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, layout))
 
   keys = time + history
+  kv = batch if kv_heads == 1 else heads
   arrays = (
     struct((2, time, 4, size), dtype, heads),
-    struct((2, keys, size), dtype, batch),
-    struct((2, keys, size), dtype, batch),
+    struct((2, keys, kv_heads, size), dtype, kv),
+    struct((2, keys, kv_heads, size), dtype, kv),
     struct((2, time), jnp.int32, batch),
     struct((2, keys), jnp.int32, batch),
   )
   attend = jax.shard_map(
     functools.partial(splash_tpu.attention, window=window),
-    mesh=mesh, in_specs=(heads, batch, batch, batch, batch), out_specs=heads, check_vma=False,
+    mesh=mesh, in_specs=(heads, kv, kv, batch, batch), out_specs=heads, check_vma=False,
   )  # fmt: skip
 
   def loss(*arrays):
@@ -250,21 +255,19 @@ _KERNEL = 'custom_call_target="tpu_custom_call"'
 _KEEPS = jax.checkpoint_policies.save_only_these_names("attention")
 
 
-# The presets' head sizes and windows, rows with and without keys of an earlier chunk.
+# The presets' head sizes and windows, rows with and without keys of an earlier chunk; on two shards
+# of heads one key-value head that both have, or two of their own each.
 @pytest.mark.parametrize(
-  ("topology", "time", "history", "size", "window"),
+  ("topology", "case"),
   [
-    ("v5e:2x2", 4096, 0, 128, 1024),
-    ("v5p:2x2x1", 4096, 2048, 256, 2048),
-    ("v6e:2x2", 4000, 0, 128, None),
+    ("v5e:2x2", {"time": 4096, "history": 0, "size": 128, "window": 1024}),
+    ("v5p:2x2x1", {"time": 4096, "history": 2048, "size": 256, "window": 2048}),
+    ("v6e:2x2", {"time": 4000, "history": 0, "size": 128, "window": None, "kv_heads": 4}),
   ],
 )
-def test_it_compiles_for_a_tpu_without_the_matrix(
-  monkeypatch, topology, time, history, size, window
-):
-  text = _compiled_gradient(
-    monkeypatch, topology, time=time, history=history, size=size, window=window, policy=_KEEPS
-  )
+def test_it_compiles_for_a_tpu_without_the_matrix(monkeypatch, topology, case):
+  time, history, size = case["time"], case["history"], case["size"]
+  text = _compiled_gradient(monkeypatch, topology, policy=_KEEPS, **case)
   assert text.count(_KERNEL) == 3  # the output, the gradient of q, that of k and v
   keys = time + history
   shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
