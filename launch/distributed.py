@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 from absl import flags, logging
-from jax._src import clusters, distributed
 
 from launch import rendezvous
+from train.job import coordination
 from train.job.peers import Peers
 
 _COORDINATOR = flags.DEFINE_string(
@@ -73,7 +73,7 @@ def join() -> Peers:
     shutdown_timeout_seconds=_LEAVE_SECONDS.value,
   )
   peers = Peers(
-    distributed.global_state.client,
+    coordination.client(),
     index=place.index,
     hosts=hosts,
     seconds=_HEARTBEAT_SECONDS.value,
@@ -106,7 +106,7 @@ def _place() -> Place | None:
 
 def _detect(wanted: str) -> Place | None:
   """Asks jax's descriptions of clusters, in its order."""
-  for cluster in clusters.ClusterEnv._cluster_types:
+  for cluster in coordination.cluster_types():
     if wanted != "auto" and cluster.name != wanted:
       continue
     if wanted == "auto" and (cluster.opt_in_only_method or _is_one_pod(cluster.name)):

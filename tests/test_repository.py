@@ -87,6 +87,15 @@ def test_each_dependency_has_one_owner():
   assert not wrong
 
 
+def test_private_names_of_jax_are_in_one_file():
+  using = {
+    path.relative_to(ROOT).as_posix()
+    for path in _files()
+    if any(name.startswith("jax._src") for name in _imports(path))
+  }
+  assert using == {"train/job/coordination.py"}
+
+
 def test_data_never_imports_jax():
   wrong = [
     path.name

@@ -21,7 +21,7 @@ from absl import logging
 from data import pipeline
 from data.mixture import RowAddress
 from data.pipeline import DataConfig, position
-from train.job.first_process import of_first_process
+from train.job.broadcast import broadcast
 from train.step import NO_LIMITS, Limits, StepMetrics
 from train.workdir.whole_file import write_whole
 
@@ -251,7 +251,7 @@ class BadSteps:
     """What process 0 finds noted: with a workdir in a bucket, only its machine has the file."""
     path = self.workdir / PASSED_OVER
     text = path.read_text() if jax.process_index() == 0 and path.exists() else ""
-    if not (text := of_first_process(text)):
+    if not (text := broadcast(text)):
       return []
     try:
       rollbacks = json.loads(text)["rollbacks"]

@@ -24,7 +24,7 @@ from train.bad_steps import BadSteps, named_norms
 from train.checkpoint.checkpoints import restore
 from train.checkpoint.folder import Place, place, read_content, steps
 from train.config import Run
-from train.job.first_process import of_first_process
+from train.job.broadcast import broadcast
 from train.loop import within_the_data
 from train.record import compare_records, run_record
 from train.step import Limits
@@ -157,7 +157,7 @@ class _Found(NamedTuple):
 def _found(workdir: pathlib.Path, step: int) -> _Found:
   """The same on every process, whatever its machine has of the workdir."""
   text = _read_first(workdir, step) if jax.process_index() == 0 else ""
-  told, record, passed_over = json.loads(of_first_process(text))
+  told, record, passed_over = json.loads(broadcast(text))
   return _Found(
     told=None if told is None else float(told),
     record=None if record is None else pathlib.Path(record),

@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax._src import distributed
 
 from data import bucket
+from train.job import coordination
 from train.workdir.lock import InUseError
 
 # A lock that was not renewed for two of these is of a dead process.
@@ -147,18 +147,12 @@ class Writer:
       pending += [store[index].write(data) for index, data in parts]
     for write in pending:
       write.result()
-    self._wait_for_all(f"{arrays} written")
+    coordination.wait_for_all(f"{arrays} written", seconds=self._timeout)
     if jax.process_index() == 0:
       self._before_complete()
       bucket.write(f"{folder.url}.json", content)
       bucket.delete(f"{folder.parent}/{arrays}.tmp")
-    self._wait_for_all(f"{arrays} complete")
-
-  def _wait_for_all(self, what: str) -> None:
-    if jax.process_count() > 1:
-      client = distributed.global_state.client
-      assert client is not None
-      client.wait_at_barrier(what, self._timeout * 1000)
+    coordination.wait_for_all(f"{arrays} complete", seconds=self._timeout)
 
 
 def _ours(array: jax.Array) -> list[Any]:

@@ -22,16 +22,15 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from train.checkpoint import bucket as checkpoint_bucket
 from train.checkpoint import folder as files
 from train.checkpoint.bucket import BucketFolder, BucketLock, Writer
 from train.checkpoint.checksums import checksums, named_leaves
 from train.checkpoint.folder import DamagedCheckpointError, UnreadableError, steps
+from train.job.broadcast import broadcast
 from train.workdir.lock import Lock
 
 Kind = Literal["permanent", "temporary"]
@@ -476,9 +475,7 @@ def _first_line(error: Exception) -> str:
 
 def _of_first_process(value: int) -> int:
   """Process 0's value, on every process; all have arrived when it returns."""
-  if jax.process_count() == 1:
-    return value
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+  return int(broadcast(str(value)))
 
 
 def _is_worth_reading(record: Any) -> bool:
