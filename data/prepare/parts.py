@@ -6,7 +6,6 @@ to the next one, and after a change of a file or of a setting the old ones are s
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -16,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 import numpy as np
-from absl import logging
 
+from data.file_lock import open_locked
 from data.prepare.documents import Document
 from data.token_store import Writer
 
@@ -78,20 +77,12 @@ def held(path: pathlib.Path) -> Iterator[None]:
 def _locked(path: pathlib.Path) -> TextIO:
   while True:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      file.close()
-      raise ValueError(f"{path.parent}: another prepare is at work here; wait for it") from error
-    except OSError as error:
-      logging.warning("%s: no locks here (%s): run one prepare at a time", path.parent, error)
-      return file
-    # One that its holder removed after it was opened here would hold nobody back.
+    # The holder before may remove the folder too, after it was made here.
     with contextlib.suppress(FileNotFoundError):
-      if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        return file
-    file.close()
+      file = open_locked(path)
+      if file is None:
+        raise ValueError(f"{path.parent}: another prepare is at work here; wait for it")
+      return file
 
 
 class PartWriter:

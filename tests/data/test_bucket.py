@@ -15,6 +15,7 @@ from tests.train.checkpoint.test_checkpoint_processes import two_processes
 from train.checkpoint import bucket as checkpoint_bucket
 from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, restore
 from train.checkpoint.folder import DamagedCheckpointError, steps
+from train.workdir import bucket_lock
 
 URL = "gs://bucket/run"
 PLACE = f"{URL}/checkpoints"
@@ -23,7 +24,7 @@ PLACE = f"{URL}/checkpoints"
 @pytest.fixture(scope="module")
 def server():
   with serving() as server, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint_bucket, "HEARTBEAT_SECONDS", 0.1)
+    patch.setattr(bucket_lock, "HEARTBEAT_SECONDS", 0.1)
     yield server
 
 

@@ -3,7 +3,7 @@
   CHECKPOINTS/00000500.json               the record, written last: it makes the checkpoint
   CHECKPOINTS/00000500-1a2b3c4d.tmp       arrays that are being written, or removed, or were left
   CHECKPOINTS/damaged-00000500-TIME.json  set aside because it was damaged
-  CHECKPOINTS/lock                        who writes here, renewed all the time
+  CHECKPOINTS/lock                        who writes here: train/workdir/bucket_lock.py
   CHECKPOINTS_arrays/00000500-1a2b3c4d/   the arrays, zarr 3, a block for each shard
 
 A record names its arrays: a step that is written again never meets the arrays of its former self.
@@ -11,12 +11,7 @@ A record names its arrays: a step that is written again never meets the arrays o
 
 import concurrent.futures
 import json
-import os
-import random
 import re
-import socket
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +21,7 @@ from absl import logging
 
 from data import bucket
 from train.job import coordination
-from train.workdir.lock import InUseError
 
-# A lock that was not renewed for two of these is of a dead process.
-HEARTBEAT_SECONDS = 10.0
 _READ_THREADS = 16
 
 
@@ -163,10 +155,6 @@ def arrays_name(step: int, number: int) -> str:
   return f"{step:08d}-{number:08x}"
 
 
-def random_number() -> int:
-  return random.SystemRandom().getrandbits(31)
-
-
 def restore_arrays(
   folder: BucketFolder, named: dict[str, Any], arrays: str
 ) -> dict[str, jax.Array]:
@@ -181,88 +169,3 @@ def restore_arrays(
 
   with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as threads:
     return dict(zip(named, threads.map(read, named)))
-
-
-class BucketLock:
-  """As train/workdir/lock.py: Lock; when its process dies, held until a renewal is overdue."""
-
-  def __init__(self, directory: BucketFolder):
-    self._place, self._url = str(directory), f"{directory}/lock"
-    self._holder = f"process {os.getpid()} on {socket.gethostname()}, lock {random_number():08x}"
-    self._generation = self._take()
-    self._closed = threading.Event()
-    self._thread = threading.Thread(target=self._renew, name="renew_lock", daemon=True)
-    self._thread.start()
-
-  def check(self) -> None:
-    """Raises InUseError if another run has taken the lock, and perhaps given it back."""
-    holder, generation = self._read()
-    if generation is None:
-      raise InUseError(
-        f"{self._place} was taken by another run ({holder}) while this one ({self._holder}) was "
-        "writing there: this one stops. Stop the other before you start it again, or give it "
-        "another workdir"
-      )
-
-  def close(self) -> None:
-    self._closed.set()
-    self._thread.join()
-    _, generation = self._read()
-    if generation is not None:
-      bucket.delete(self._url, of=generation)
-
-  def _take(self) -> bytes:
-    seen = bucket.generation(self._url)
-    holder = bucket.read(self._url)
-    if holder is not None and not _is_dead(holder.decode()):
-      logging.info("%s was held by %s: waiting whether it is renewed", self._url, holder.decode())
-      time.sleep(2 * HEARTBEAT_SECONDS)
-    taken = self._write(of=seen)
-    if taken is None:
-      holder, _ = self._read()
-      raise InUseError(
-        f"{self._place} is in use by a run ({holder}): wait for it, stop it, or use another workdir"
-      )
-    return taken
-
-  def _write(self, *, of: bytes) -> bytes | None:
-    """The generation of the lock with this one's name in it; None if it is not this one's."""
-    written = bucket.replace(self._url, self._holder.encode(), of=of)
-    if written is None:
-      # A write whose answer was lost is done, and refused when it is tried again.
-      _, written = self._read()
-    return written
-
-  def _read(self) -> tuple[str, bytes | None]:
-    """Who has the lock, and its generation if that is this one."""
-    found = bucket.read_newer(self._url, than=b"")
-    if found is None:
-      return "one that has just ended", None
-    content, generation = found
-    return content.decode(), generation if content == self._holder.encode() else None
-
-  def _renew(self) -> None:
-    while not self._closed.wait(HEARTBEAT_SECONDS):
-      try:
-        renewed = self._write(of=self._generation)
-      except ValueError as error:
-        logging.warning("%s: not renewed (%s)", self._url, error)
-        continue
-      if renewed is None:
-        logging.error("%s was taken by another run: this one must not write any more", self._url)
-        os._exit(1)
-      self._generation = renewed
-
-
-def _is_dead(holder: str) -> bool:
-  """Whether it is known at once: a process of this host that is not there any more."""
-  match = re.fullmatch(r"process (\d+) on ([^,]*).*", holder)
-  if match is None or match[2] != socket.gethostname():
-    return False
-  try:
-    os.kill(int(match[1]), 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:
-    return False
-  return False

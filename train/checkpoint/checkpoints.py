@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -27,10 +28,11 @@ from absl import logging
 
 from train.checkpoint import bucket as checkpoint_bucket
 from train.checkpoint import folder as files
-from train.checkpoint.bucket import BucketFolder, BucketLock, Writer
+from train.checkpoint.bucket import BucketFolder, Writer
 from train.checkpoint.checksums import checksums, named_leaves
 from train.checkpoint.folder import DamagedCheckpointError, UnreadableError, steps
 from train.job.broadcast import broadcast
+from train.workdir.bucket_lock import BucketLock
 from train.workdir.lock import Lock
 
 Kind = Literal["permanent", "temporary"]
@@ -86,7 +88,7 @@ def _no_check(record: dict[str, Any]) -> None:
 
 
 def _lock(directory: files.Place) -> Lock | BucketLock:
-  return BucketLock(directory) if isinstance(directory, BucketFolder) else Lock(directory)
+  return BucketLock(str(directory)) if isinstance(directory, BucketFolder) else Lock(directory)
 
 
 class Restored(NamedTuple):
@@ -296,7 +298,7 @@ class Checkpoints:
     """Where in a bucket the arrays of a new checkpoint go; a folder has them beside the record."""
     if isinstance(self.directory, pathlib.Path):
       return {}
-    number = _of_first_process(checkpoint_bucket.random_number())
+    number = _of_first_process(secrets.randbits(31))
     return {"arrays_at": checkpoint_bucket.arrays_name(step, number)}
 
   def _content(self, step: int) -> dict[str, Any]:

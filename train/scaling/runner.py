@@ -5,7 +5,6 @@ inherits the open file. So a sweep that starts again finds the runs that its kil
 behind, waits for them, and never starts one twice.
 """
 
-import fcntl
 import os
 import pathlib
 import shlex
@@ -17,9 +16,11 @@ from typing import NamedTuple
 
 from absl import logging
 
+from data.file_lock import is_locked, open_locked
 from train.job.exit_status import CANNOT_RUN, STOPPED
 from train.job.signals import StopRequest
 from train.scaling.sweep import Record, State, read_result
+from train.workdir.lock import InUseError
 
 OUTPUT = "output.log"
 _POLL_SECONDS = 0.1
@@ -38,16 +39,7 @@ class _Child(NamedTuple):
 
 def is_running(folder: pathlib.Path) -> bool:
   """Whether a process that holds the run's lock is alive on this machine."""
-  try:
-    file = (folder / "running").open("r+")
-  except FileNotFoundError:
-    return False
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return True
-  return False
+  return is_locked(folder / "running")
 
 
 def collect(state: State) -> None:
@@ -96,8 +88,10 @@ class Runner:
     folder.mkdir(parents=True, exist_ok=True)
     command = self.command(name)
     attempt = self.state.runs[name]["attempts"] + 1
-    with (folder / "running").open("a+") as lock, (folder / OUTPUT).open("ab") as output:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = open_locked(folder / "running")
+    if lock is None:
+      raise InUseError(f"{folder} is in use: a process of an earlier start lives; wait for it")
+    with lock, (folder / OUTPUT).open("ab") as output:
       # In a session of its own: Ctrl-C reaches this process only, which tells its runs to save.
       process = subprocess.Popen(
         command,

@@ -1,14 +1,15 @@
-"""One run at a time writes in a folder."""
+"""One run at a time writes in a folder; for one in a bucket: train/workdir/bucket_lock.py."""
 
 import contextlib
 import datetime
-import fcntl
 import os
 import pathlib
 import socket
 from typing import Literal, TextIO
 
 from absl import logging
+
+from data.file_lock import open_locked
 
 
 class InUseError(ValueError):
@@ -57,21 +58,11 @@ class Lock:
 
   def _taken(self, mode: Literal["a+", "x+"]) -> TextIO:
     """The file, locked, with this process's name in it; "x+" only if there is none."""
-    file = self.path.open(mode)
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      holder = self._read()
-      file.close()
+    file = open_locked(self.path, mode)
+    if file is None:
       raise InUseError(
-        f"{self.path.parent} is in use by a run ({holder}): wait for it, stop it, or use another "
-        "workdir"
-      ) from error
-    except OSError as error:
-      logging.warning(
-        "%s: this file system has no locks (%s): see to it that one job at a time uses it",
-        self.path.parent,
-        error,
+        f"{self.path.parent} is in use by a run ({self._read()}): wait for it, stop it, or use "
+        "another workdir"
       )
     file.truncate(0)
     file.write(self._holder + "\n")

@@ -149,7 +149,7 @@ def test_without_locks_a_prepare_says_so_and_goes_on(tmp_path, monkeypatch, capl
 
   monkeypatch.setattr(fcntl, "flock", refuse)
   with caplog.at_level("WARNING", logger="absl"), parts.held(tmp_path / "lock"):
-    assert f"{tmp_path}: no locks here (locks are not supported)" in caplog.text
+    assert f"{tmp_path}: this file system has no locks (locks are not supported)" in caplog.text
   assert not list(tmp_path.iterdir())
 
 

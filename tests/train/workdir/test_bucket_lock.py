@@ -10,8 +10,8 @@ import pytest
 
 from data import bucket
 from tests.fake_gcs import serving
-from train.checkpoint import bucket as checkpoint_bucket
-from train.checkpoint.bucket import BucketFolder, BucketLock
+from train.workdir import bucket_lock
+from train.workdir.bucket_lock import BucketLock
 from train.workdir.lock import InUseError
 
 PLACE = "gs://bucket/run/checkpoints"
@@ -29,7 +29,7 @@ def server():
 def _empty_and_fast(server, monkeypatch):
   server.refuse = server.lose = None
   server.objects.clear()
-  monkeypatch.setattr(checkpoint_bucket, "HEARTBEAT_SECONDS", 0.1)
+  monkeypatch.setattr(bucket_lock, "HEARTBEAT_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def exits(monkeypatch):
 
 
 def _lock() -> BucketLock:
-  return BucketLock(BucketFolder(PLACE))
+  return BucketLock(PLACE)
 
 
 def _wait_until(condition) -> None:
@@ -101,7 +101,7 @@ def test_a_lock_is_taken_though_the_answer_was_lost(server):
 
 
 def test_a_lock_that_another_has_is_found_out_before_a_save_and_left_there(monkeypatch):
-  monkeypatch.setattr(checkpoint_bucket, "HEARTBEAT_SECONDS", 100)
+  monkeypatch.setattr(bucket_lock, "HEARTBEAT_SECONDS", 100)
   lock = _lock()
   lock.check()
   bucket.write(LOCK, ANOTHER)
@@ -114,7 +114,7 @@ def test_a_lock_that_another_has_is_found_out_before_a_save_and_left_there(monke
 def test_of_two_locks_of_one_process_each_knows_its_own(monkeypatch):
   """As two hosts of one name, whose processes have the same number."""
   lock = _lock()
-  monkeypatch.setattr(checkpoint_bucket, "HEARTBEAT_SECONDS", 0.3)
+  monkeypatch.setattr(bucket_lock, "HEARTBEAT_SECONDS", 0.3)
   with pytest.raises(InUseError, match="in use by a run"):
     _lock()
   lock.check()
@@ -125,7 +125,7 @@ def test_a_holder_is_known_to_be_dead_only_on_its_own_host():
   here = socket.gethostname()
   gone = subprocess.Popen(["true"])
   gone.wait()
-  assert checkpoint_bucket._is_dead(f"process {gone.pid} on {here}, lock 1a2b3c4d")
-  assert checkpoint_bucket._is_dead(f"process {gone.pid} on {here}")
+  assert bucket_lock._is_dead(f"process {gone.pid} on {here}, lock 1a2b3c4d")
+  assert bucket_lock._is_dead(f"process {gone.pid} on {here}")
   for alive in (f"process {os.getpid()} on {here}, lock 1", f"process {gone.pid} on elsewhere", ""):
-    assert not checkpoint_bucket._is_dead(alive)
+    assert not bucket_lock._is_dead(alive)
