@@ -34,7 +34,7 @@ from launch.overrides import ask
 from launch.pages.sweep_text import Estimate, changes_lines, plan_lines, status_lines
 from sharding import machine as machines
 from sharding.machine import Machine
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.job.exit_status import STOPPED
 from train.job.signals import StopRequest
 from train.planning import plan as plans

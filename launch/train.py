@@ -24,7 +24,7 @@ from launch.rendezvous import MissingProcessError
 from train import replay
 from train.bad_steps import BadStepError
 from train.checkpoint.checkpoints import SaveFailedError
-from train.checkpoint.folder import DamagedCheckpointError
+from train.checkpoint.content import DamagedCheckpointError
 from train.config import Run
 from train.job.exit_status import LOST, STOPPED
 from train.job.peers import Peers

@@ -20,8 +20,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from train.checkpoint import checkpoints as checkpoint
-from train.checkpoint import folder as checkpoint_folder
+from train.checkpoint import checkpoints, folder
 from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 
 # To be killed: a temporary checkpoint a hundredth of a second after the last one begins, so that
@@ -71,13 +70,13 @@ def run(directory: str | None, result: str | None, total_steps: int, die_in: str
   else:
     if die_in is not None:
       _die_in(die_in)
-    with Checkpoints(directory, CALM if result else BUSY) as checkpoints:
+    with Checkpoints(directory, CALM if result else BUSY) as saved:
       abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(_init),
         shardings,
       )
-      restored = checkpoints.restore(abstract)
+      restored = saved.restore(abstract)
       state = jax.jit(_init, out_shardings=shardings)() if restored is None else restored.state
       start = int(state.step)
       assert restored is None or start == restored.step == restored.record["step"]
@@ -86,8 +85,8 @@ def run(directory: str | None, result: str | None, total_steps: int, die_in: str
       for step in range(start + 1, total_steps + 1):
         state = jax.block_until_ready(update(state))
         time.sleep(0.0 if result else 0.01)
-        if kind := checkpoints.due(step):
-          checkpoints.save(step, state, {"step": step}, kind=kind)
+        if kind := saved.due(step):
+          saved.save(step, state, {"step": step}, kind=kind)
   if result is not None:
     arrays = {"w_DF": state.params["w_DF"], "mean_F": state.params["mean_F"].view(jnp.uint16)}
     np.savez(result, step=state.step, **arrays)
@@ -107,34 +106,34 @@ def _die_in(place: str) -> None:
 
     return wrapper
 
-  def remove_half(folder: pathlib.Path) -> None:
-    shutil.rmtree(folder / "state")
+  def remove_half(path: pathlib.Path) -> None:
+    shutil.rmtree(path / "state")
 
   match place:
     case "before the arrays are copied":
-      checkpoint.checksums = dying(checkpoint.checksums)
+      checkpoints.checksums = dying(checkpoints.checksums)
     case "before the folder is renamed":
-      Checkpoints._flush = dying(Checkpoints._flush)
+      folder.FolderWriter._flush = dying(folder.FolderWriter._flush)
     case "after the folder is renamed":
-      flush = checkpoint_folder.flush_to_disk
+      flush = folder.flush_to_disk
       in_parent = dying(flush)
 
       def flush_parent(path: pathlib.Path) -> None:
         is_parent = (path / "lock").exists()
         (in_parent if is_parent else flush)(path)
 
-      checkpoint_folder.flush_to_disk = flush_parent
+      folder.flush_to_disk = flush_parent
     case "before an old one is removed":
-      Checkpoints._remove = dying(Checkpoints._remove)
+      folder.FolderWriter.remove = dying(folder.FolderWriter.remove)
     case "while an old one is removed":
-      half, whole = dying(lambda folder: None), checkpoint_folder.remove_tree
+      half, whole = dying(lambda path: None), folder.remove_tree
 
-      def remove(folder: pathlib.Path) -> None:
-        remove_half(folder)
-        half(folder)
-        whole(folder)
+      def remove(path: pathlib.Path) -> None:
+        remove_half(path)
+        half(path)
+        whole(path)
 
-      checkpoint_folder.remove_tree = remove
+      folder.remove_tree = remove
     case _:
       raise ValueError(place)
 

@@ -22,8 +22,7 @@ from sharding.xla_flags import XlaFlags
 from tests import tiny_config
 from train import loss
 from train.bad_steps import BadStepPolicy
-from train.checkpoint import checkpoints as checkpoint
-from train.checkpoint.checkpoints import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from train.config import Run
 
 NAN, SPIKE = 1, 2
@@ -77,15 +76,15 @@ def _break_marked_batches() -> None:
 
 def _from_step(first: int, fault: Callable[[pathlib.Path], None]) -> None:
   """Lets the fault set in when the checkpoint of step `first` is about to be written."""
-  sound = checkpoint.Checkpoints.save
+  sound = Checkpoints.save
 
   def save(self, step, state, record, *, kind):
     if step == first:
       self.wait()
-      fault(self.directory)
+      fault(pathlib.Path(str(self.storage)))
     sound(self, step, state, record, kind=kind)
 
-  checkpoint.Checkpoints.save = save
+  Checkpoints.save = save
 
 
 def _full(directory: pathlib.Path) -> None:

@@ -11,14 +11,14 @@ import time
 
 from data import pipeline
 from train import loop, program
-from train.checkpoint import checkpoints as checkpoint
+from train.checkpoint.folder import FolderWriter
 
 # Where each part is, and its seconds.
 PARTS = {
   "data": (pipeline, "train_batches", 8.0),
   "compile": (program, "compile_step", 8.0),
   "evaluate": (loop, "evaluate", 1.0),
-  "save": (checkpoint.Checkpoints, "_flush", 1.0),
+  "save": (FolderWriter, "_flush", 1.0),
 }
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
 OWNERS = {
   "flax": ("models/",),
   "optax": ("train/optimizer.py",),
-  "orbax": ("train/checkpoint/checkpoints.py",),
+  "orbax": ("train/checkpoint/folder.py",),
   "grain": ("data/",),
   "seqio": ("data/prepare/seqio_tasks.py",),
   "tensorflow": ("data/prepare/seqio_tasks.py",),

@@ -96,7 +96,7 @@ def fit(
       else:
         state, step = restored.state, restored.step
         bad_steps.begin(step, restored.record)
-        logging.info("restored step %d from %s", step, checkpoints.directory)
+        logging.info("restored step %d from %s", step, checkpoints.storage)
       del restored
       if jax.process_index() == 0:
         # Not before: this run may have been refused.

@@ -21,8 +21,8 @@ from data.vocabulary import Vocabulary
 from sharding.mesh import row_share
 from train import program as programs
 from train.bad_steps import BadSteps, named_norms
-from train.checkpoint.checkpoints import restore
-from train.checkpoint.folder import Place, place, read_content, steps
+from train.checkpoint.checkpoints import read_run_record, restore
+from train.checkpoint.storage import steps
 from train.config import Run
 from train.job.broadcast import broadcast
 from train.loop import within_the_data
@@ -71,7 +71,7 @@ def replay(run: Run, workdir: pathlib.Path, step: int, *, saves_to: str | None =
     raise ValueError(f"--replay_step {step} is not a step of the run: 1 .. {run.total_steps}")
   program = programs.build(run)
   found = _found(workdir, step)
-  directory = place(saves_to or workdir / "checkpoints")
+  directory = saves_to or str(workdir / "checkpoints")
   bad_steps = BadSteps(run.bad_steps, workdir, data=run.data, batch_size=run.batch_size)
   state, start = _before(program, directory, bad_steps, step, found.passed_over)
   train_step = programs.compile_step(program, programs.lower_train_step(program))
@@ -180,7 +180,7 @@ def _read_first(workdir: pathlib.Path, step: int) -> str:
 
 def _before(
   program: programs.Program,
-  directory: Place,
+  directory: str,
   bad_steps: BadSteps,
   step: int,
   wanted: list[int] | None,
@@ -196,7 +196,7 @@ def _before(
       logging.info("changed since the checkpoint: %s", change)
 
   for found in reversed([other for other in steps(directory) if other < step]):
-    saved = read_content(directory / f"{found:08d}")["run"]
+    saved = read_run_record(directory, found)
     check(saved)
     if wanted is not None and not _same_so_far(found, saved["bad_steps"]["passed_over"], wanted):
       continue

@@ -4,7 +4,7 @@ from typing import Any
 
 from train import program as programs
 from train.checkpoint.checkpoints import restore
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.config import Run
 from train.program import Program
 from train.record import compare_records, run_record

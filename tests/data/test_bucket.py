@@ -12,9 +12,10 @@ from data import bucket
 from tests import checkpoint_process
 from tests.fake_gcs import _Handler, serving
 from tests.train.checkpoint.test_checkpoint_processes import two_processes
-from train.checkpoint import bucket as checkpoint_bucket
+from train.checkpoint.bucket import BucketFolder, BucketWriter
 from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, restore
-from train.checkpoint.folder import DamagedCheckpointError, steps
+from train.checkpoint.content import DamagedCheckpointError
+from train.checkpoint.storage import steps
 from train.workdir import bucket_lock
 
 URL = "gs://bucket/run"
@@ -99,8 +100,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_leaves_nothing(server):
 
 def test_an_interrupted_removal_is_finished_by_the_next_start(server):
   _write(1, 2)
-  arrays = checkpoint_bucket.BucketFolder(PLACE) / "00000001"
-  arrays.forget()  # and killed before remove_arrays
+  BucketWriter(BucketFolder(PLACE), 1, lambda: None).forget(1)  # and killed before remove_arrays
   _write(3)
   assert steps(PLACE) == [2, 3]
   assert not [name for name in server.names() if "/00000001" in name]

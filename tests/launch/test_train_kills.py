@@ -10,7 +10,7 @@ import pytest
 
 from launch.pages import report_page
 from tests import tiny
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.telemetry import goodput, history
 from train.workdir.jsonl import read_jsonl
 

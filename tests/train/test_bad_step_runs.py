@@ -12,7 +12,7 @@ from tests import faulty_config
 from tests.faulty_config import NAN, SPIKE
 from tests.faulty_runs import Runs, last_line, wait_for
 from tests.tolerances import assert_close
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.workdir.jsonl import read_jsonl
 
 # One worker for all of them: they share the runs of the fixtures.

@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 from train import loop
 from train import program as programs
 from train.bad_steps import BadStepError, BadStepPolicy
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.job.peers import Peers
 from train.workdir.jsonl import read_jsonl
 

@@ -12,6 +12,7 @@ A record names its arrays: a step that is written again never meets the arrays o
 import concurrent.futures
 import json
 import re
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -21,101 +22,113 @@ from absl import logging
 
 from data import bucket
 from train.job import coordination
+from train.job.broadcast import broadcast
+from train.workdir.bucket_lock import BucketLock
 
 _READ_THREADS = 16
 
 
 class BucketFolder:
-  """The place of checkpoints, or of one; it has the methods that checkpoints.py uses of a path."""
+  """As train/checkpoint/storage.py: Storage."""
 
   def __init__(self, url: str):
-    self.url = url.rstrip("/")
-    self.name = self.url.rpartition("/")[2]
-
-  @property
-  def parent(self) -> "BucketFolder":
-    return BucketFolder(self.url.rpartition("/")[0])
-
-  def __truediv__(self, name: str) -> "BucketFolder":
-    return BucketFolder(f"{self.url}/{name}")
+    self._url = url.rstrip("/")
 
   def __str__(self) -> str:
-    return self.url
+    return self._url
 
-  def exists(self) -> bool:
-    return self.read_record() is not None
-
-  def read_record(self) -> bytes | None:
-    return bucket.read(f"{self.url}.json")
+  def at(self, step: int) -> str:
+    return f"{self._url}/{step:08d}"
 
   def steps(self) -> list[int]:
-    found = [re.fullmatch(r"(\d+)\.json", name) for name in bucket.names(self.url)]
+    found = [re.fullmatch(r"(\d+)\.json", name) for name in bucket.names(self._url)]
     return sorted(int(match[1]) for match in found if match)
 
-  def rename(self, target: "BucketFolder") -> None:
-    """Sets a checkpoint aside: what names its arrays has another name."""
-    record = self.read_record()
-    if record is not None:
-      bucket.write(f"{target.url}.json", record)
-      bucket.delete(f"{self.url}.json")
+  def exists(self, step: int) -> bool:
+    return self.read_record(step) is not None
+
+  def read_record(self, step: int) -> bytes | None:
+    return bucket.read(f"{self.at(step)}.json")
+
+  def read_arrays(
+    self, step: int, named: dict[str, jax.ShapeDtypeStruct], content: dict[str, Any]
+  ) -> dict[str, Any]:
+    del step
+    base = self.arrays(content["arrays_at"])
+
+    def read(name: str) -> jax.Array:
+      store, leaf = bucket.open_array(f"{base}/{name}"), named[name]
+      return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.asarray(store[index].read().result())
+      )
+
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as threads:
+      return dict(zip(named, threads.map(read, named)))
+
+  def prepare(self) -> None:
+    pass  # a bucket has no folders to make, and no names that are patterns
+
+  def lock(self) -> BucketLock:
+    return BucketLock(self._url)
+
+  def writer(
+    self, *, timeout_seconds: int, before_complete: Callable[[], object]
+  ) -> "BucketWriter":
+    return BucketWriter(self, timeout_seconds, before_complete)
 
   def arrays(self, name: str) -> str:
-    """The URL of arrays of that name, of the checkpoints in this place."""
-    return f"{self.url}_arrays/{name}"
+    """The URL of the arrays of that name."""
+    return f"{self._url}_arrays/{name}"
 
-  def clean_up(self) -> None:
-    """Removes arrays that no record has: of a save or a removal that was interrupted."""
-    for name in bucket.names(self.url):
-      if not name.endswith(".tmp"):
-        continue
-      arrays = name.removesuffix(".tmp")
-      record = (self / arrays.partition("-")[0]).read_record()
-      if record is None or _arrays_at(record) != arrays:
-        logging.info("removing what an interrupted run left: %s", arrays)
-        bucket.delete_below(self.arrays(arrays))
-      bucket.delete(f"{self.url}/{name}")
+  def mark(self, arrays: str) -> str:
+    """The URL of the mark of arrays that are being written or removed: a start that finds it
+    finishes what was killed."""
+    return f"{self._url}/{arrays}.tmp"
 
-  def forget(self) -> str:
-    """Makes this no checkpoint any more; returns the name of its arrays, for `remove_arrays`."""
-    arrays = _arrays_at(self.read_record() or b"{}")
-    bucket.write(f"{self.parent}/{arrays}.tmp", b"")
-    bucket.delete(f"{self.url}.json")
-    return arrays
-
-  def remove_arrays(self, name: str) -> None:
-    try:
-      bucket.delete_below(self.arrays(name))
-      bucket.delete(f"{self.url}/{name}.tmp")
-    except ValueError as error:
-      # The next start tries again; nothing depends on it but space.
-      logging.error("%s could not be removed: %s", self.arrays(name), error)
+  def marked(self) -> list[str]:
+    """The names of arrays with a mark."""
+    found = [re.fullmatch(r"(\d+-[0-9a-f]+)\.tmp", name) for name in bucket.names(self._url)]
+    return [match[1] for match in found if match]
 
 
-def _arrays_at(record: bytes) -> str:
-  return json.loads(record)["arrays_at"]
+class BucketWriter:
+  """As train/checkpoint/storage.py: Writer; every process writes its own shards."""
 
-
-class Writer:
-  """Writes one checkpoint at a time in the background; every process its own shards."""
-
-  def __init__(self, *, timeout_seconds: int, before_complete: Callable[[], object]):
-    self._timeout, self._before_complete = timeout_seconds, before_complete
+  def __init__(
+    self, folder: BucketFolder, timeout_seconds: int, before_complete: Callable[[], object]
+  ):
+    self._folder, self._timeout = folder, timeout_seconds
+    self._before_complete = before_complete
+    self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "write_checkpoint")
     self._writing: concurrent.futures.Future[None] | None = None
 
-  def save(self, folder: BucketFolder, named: dict[str, jax.Array], content: bytes) -> None:
-    """Returns when the arrays may be overwritten; `content`, the record, has "arrays_at"."""
-    arrays = _arrays_at(content)
+  def clean_up(self) -> None:
+    """Removes arrays that no record has."""
+    for arrays in self._folder.marked():
+      record = self._folder.read_record(int(arrays.partition("-")[0]))
+      if record is None or _arrays_at(record) != arrays:
+        logging.info("removing what an interrupted run left: %s", arrays)
+        bucket.delete_below(self._folder.arrays(arrays))
+      bucket.delete(self._folder.mark(arrays))
+
+  def location(self, step: int) -> dict[str, str]:
+    number = int(broadcast(str(secrets.randbits(31))))
+    return {"arrays_at": f"{step:08d}-{number:08x}"}
+
+  def save(self, step: int, named: dict[str, jax.Array], content: dict[str, Any]) -> None:
+    arrays = content["arrays_at"]
     if jax.process_index() == 0:
-      bucket.write(f"{folder.parent}/{arrays}.tmp", b"")
-    base = folder.parent.arrays(arrays)
+      bucket.write(self._folder.mark(arrays), b"")
+    base = self._folder.arrays(arrays)
     for array in named.values():
       array.copy_to_host_async()
     shards = [
       (f"{base}/{name}", array, [(s.index, np.asarray(s.data)) for s in _ours(array)])
       for name, array in named.items()
     ]
-    self._writing = self._thread.submit(self._write, folder, arrays, shards, content)
+    record = json.dumps(content).encode()
+    self._writing = self._thread.submit(self._write, step, arrays, shards, record)
 
   def check_for_errors(self) -> None:
     if self._writing is not None and self._writing.done():
@@ -126,10 +139,39 @@ class Writer:
     if writing is not None:
       writing.result()
 
+  def make_durable(self) -> None:
+    pass  # an object that appears is durable
+
+  def remove(self, step: int) -> None:
+    self._remover.submit(self.remove_arrays, self.forget(step))
+
+  def set_aside(self, step: int, name: str) -> None:
+    """What names its arrays has another name."""
+    record = self._folder.read_record(step)
+    if record is not None:
+      bucket.write(f"{self._folder}/{name}.json", record)
+      bucket.delete(f"{self._folder.at(step)}.json")
+
   def close(self) -> None:
     self._thread.shutdown(wait=True)
+    self._remover.shutdown(wait=True)
 
-  def _write(self, folder: BucketFolder, arrays: str, shards: list[Any], content: bytes) -> None:
+  def forget(self, step: int) -> str:
+    """Makes it no checkpoint any more; returns the name of its arrays, for `remove_arrays`."""
+    arrays = _arrays_at(self._folder.read_record(step) or b"{}")
+    bucket.write(self._folder.mark(arrays), b"")
+    bucket.delete(f"{self._folder.at(step)}.json")
+    return arrays
+
+  def remove_arrays(self, arrays: str) -> None:
+    try:
+      bucket.delete_below(self._folder.arrays(arrays))
+      bucket.delete(self._folder.mark(arrays))
+    except ValueError as error:
+      # The next start tries again; nothing depends on it but space.
+      logging.error("%s could not be removed: %s", self._folder.arrays(arrays), error)
+
+  def _write(self, step: int, arrays: str, shards: list[Any], record: bytes) -> None:
     pending = []
     for url, array, parts in shards:
       block = array.sharding.shard_shape(array.shape)
@@ -142,8 +184,8 @@ class Writer:
     coordination.wait_for_all(f"{arrays} written", seconds=self._timeout)
     if jax.process_index() == 0:
       self._before_complete()
-      bucket.write(f"{folder.url}.json", content)
-      bucket.delete(f"{folder.parent}/{arrays}.tmp")
+      bucket.write(f"{self._folder.at(step)}.json", record)
+      bucket.delete(self._folder.mark(arrays))
     coordination.wait_for_all(f"{arrays} complete", seconds=self._timeout)
 
 
@@ -151,21 +193,5 @@ def _ours(array: jax.Array) -> list[Any]:
   return [shard for shard in array.addressable_shards if shard.replica_id == 0]
 
 
-def arrays_name(step: int, number: int) -> str:
-  return f"{step:08d}-{number:08x}"
-
-
-def restore_arrays(
-  folder: BucketFolder, named: dict[str, Any], arrays: str
-) -> dict[str, jax.Array]:
-  """The arrays of a checkpoint with shapes, dtypes and shardings of `named`, read in parallel."""
-  base = folder.parent.arrays(arrays)
-
-  def read(name: str) -> jax.Array:
-    store, leaf = bucket.open_array(f"{base}/{name}"), named[name]
-    return jax.make_array_from_callback(
-      leaf.shape, leaf.sharding, lambda index: np.asarray(store[index].read().result())
-    )
-
-  with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as threads:
-    return dict(zip(named, threads.map(read, named)))
+def _arrays_at(record: bytes) -> str:
+  return json.loads(record)["arrays_at"]

@@ -1,39 +1,31 @@
 """Checkpoints: the state, the data position and the run record, complete or not there at all.
 
-  CHECKPOINTS/00000500/state/                Orbax (OCDBT): parameters and optimizer as plain dicts
-  CHECKPOINTS/00000500/record/record.json    step, kind, every array's checksum, the run's record
-  CHECKPOINTS/damaged-00000500/              set aside because it was damaged
-
-A checkpoint is written into 00000500.orbax-checkpoint-tmp, flushed to disk and renamed, and nothing
-older is removed before that: whenever the process is killed, the last complete one is there. The
-folder has to be on a file system that all processes see and that renames folders in one step.
+Whenever the process is killed, the last complete checkpoint is there: nothing older is removed
+before a newer one is complete. What is written where: folder.py, or bucket.py for a URL.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import json
 import os
-import pathlib
-import secrets
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 
-from train.checkpoint import bucket as checkpoint_bucket
-from train.checkpoint import folder as files
-from train.checkpoint.bucket import BucketFolder, Writer
 from train.checkpoint.checksums import checksums, named_leaves
-from train.checkpoint.folder import DamagedCheckpointError, UnreadableError, steps
+from train.checkpoint.content import (
+  FORMAT,
+  DamagedCheckpointError,
+  UnreadableError,
+  check_arrays,
+  describe,
+  first_few,
+  sealed,
+)
+from train.checkpoint.storage import Storage, read_content, storage_at
 from train.job.broadcast import broadcast
-from train.workdir.bucket_lock import BucketLock
-from train.workdir.lock import Lock
 
 Kind = Literal["permanent", "temporary"]
 
@@ -87,10 +79,6 @@ def _no_check(record: dict[str, Any]) -> None:
   del record
 
 
-def _lock(directory: files.Place) -> Lock | BucketLock:
-  return BucketLock(str(directory)) if isinstance(directory, BucketFolder) else Lock(directory)
-
-
 class Restored(NamedTuple):
   """A state in the layout asked for, with the record of the run that saved it."""
 
@@ -114,33 +102,20 @@ class Checkpoints:
     *,
     before_complete: Callable[[], object] = lambda: None,
   ):
-    self._before_complete = before_complete
-    self.directory = files.place(directory)
+    self.storage = storage_at(directory)
     self.config = config
     self._is_first = jax.process_index() == 0
-    _quieten_orbax()
-    if isinstance(self.directory, pathlib.Path):
-      files.check_path(self.directory)
-      self.directory.mkdir(parents=True, exist_ok=True)
-      steps(self.directory)  # before anything is touched: the folder may be another program's
-    self._lock = _lock(self.directory) if self._is_first else None
-    self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
-    if isinstance(self.directory, BucketFolder):
-      if self._is_first:
-        self.directory.clean_up()
-    elif self._is_first:
-      for leftover in _leftovers(self.directory):
-        logging.info("removing what an interrupted run left: %s", leftover.name)
-        if leftover.name.startswith("deleted-"):
-          self._remover.submit(files.remove_tree, leftover)
-        else:
-          # Renamed first: this run may want to write the same step while it is removed.
-          self._remove(leftover)
-    self._kinds = _kinds(self.directory)
+    self.storage.prepare()
+    self._lock = self.storage.lock() if self._is_first else None
+    self._writer = self.storage.writer(
+      timeout_seconds=_SAVE_TIMEOUT_SECONDS, before_complete=before_complete
+    )
+    if self._is_first:
+      self._writer.clean_up()
+    self._kinds = _kinds(self.storage)
     self._pending: int | None = None
     self._ours: set[int] = set()  # steps whose checkpoint holds the state this run had there
     self._last_seconds = time.monotonic()
-    self._checkpointer = self._make_checkpointer()
 
   def latest(self) -> int | None:
     """The newest step with a readable checkpoint, when nothing is being written any more; None
@@ -150,9 +125,9 @@ class Checkpoints:
     on_damage is "previous".
     """
     self.wait()
-    while (step := _of_first_process(max(steps(self.directory), default=-1))) >= 0:
+    while (step := _of_first_process(max(self.storage.steps(), default=-1))) >= 0:
       try:
-        self._content(step)
+        read_content(self.storage, step)
         return step
       except DamagedCheckpointError as error:
         self._pass_over(step, error)
@@ -160,7 +135,7 @@ class Checkpoints:
 
   def record(self, step: int) -> dict[str, Any]:
     """The run record stored with a step; nothing else is read."""
-    return self._content(step)["run"]
+    return read_content(self.storage, step)["run"]
 
   def due(self, step: int) -> Kind | None:
     """What has to be saved after `step` finished steps; call it once after each step."""
@@ -181,44 +156,36 @@ class Checkpoints:
     A step that this run has saved already, or was restored from, is not written twice.
     """
     with self._failing(self._pending):
-      if self._pending is not None and not self._folder(self._pending).exists():
+      if self._pending is not None and not self.storage.exists(self._pending):
         logging.warning(
           "step %d: waiting for the checkpoint of step %d; save less often", step, self._pending
         )
-      self._checkpointer.wait_until_finished()
+      self._writer.wait_until_finished()
     self._settle()
     if step in self._ours:
       logging.info("the checkpoint of step %d is there already", step)
       return
     if self._lock is not None:
       self._lock.check()
-    folder = self._folder(step)
-    if folder.exists():
+    if self.storage.exists(step):
       raise ValueError(
-        f"{folder} exists and is not of this run, which started before it; move it away, or use "
-        "another workdir"
+        f"{self.storage.at(step)} exists and is not of this run, which started before it; move it "
+        "away, or use another workdir"
       )
     named = named_leaves(state)
-    content = files.sealed(
+    content = sealed(
       {
-        **self._arrays_at(step),
-        "format": files.FORMAT,
+        **self._writer.location(step),
+        "format": FORMAT,
         "step": step,
         "kind": kind,
-        "arrays": files.describe(named, checksums(named)),
+        "arrays": describe(named, checksums(named)),
         "run": record,
       }
     )
     with self._failing(step):
       self._pending = step
-      if isinstance(self._checkpointer, Writer):
-        self._checkpointer.save(folder, named, json.dumps(content).encode())
-      else:
-        state_args = ocp.args.StandardSave(files.nested(named))
-        record_args = ocp.args.JsonSave(content)
-        self._checkpointer.save(
-          folder, args=ocp.args.Composite(state=state_args, record=record_args)
-        )
+      self._writer.save(step, named, content)
     self._kinds[step] = kind
     self._ours.add(step)
     self._last_seconds = time.monotonic()
@@ -236,7 +203,7 @@ class Checkpoints:
     newest = self.latest() if step is None else step
     while newest is not None:
       try:
-        restored = restore(self.directory, newest, abstract, check=check, verify=self.config.verify)
+        restored = _restore(self.storage, newest, abstract, check=check, verify=self.config.verify)
         self._ours.add(newest)
         return restored
       except DamagedCheckpointError as error:
@@ -249,7 +216,7 @@ class Checkpoints:
   def wait(self) -> None:
     """Returns when nothing is being written; raises SaveFailedError if that failed."""
     with self._failing(self._pending):
-      self._checkpointer.wait_until_finished()
+      self._writer.wait_until_finished()
     self._settle()
 
   def close(self) -> None:
@@ -257,8 +224,7 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._checkpointer.close()
-      self._remover.shutdown(wait=True)
+      self._writer.close()
       if self._lock is not None:
         self._lock.close()
 
@@ -278,73 +244,29 @@ class Checkpoints:
   def _last_complete(self) -> str:
     """For people, so that it raises nothing: the place may be what has failed."""
     try:
-      complete = steps(self.directory)
+      complete = self.storage.steps()
     except (OSError, ValueError) as error:
       return f"not known ({error})"
     return f"that of step {max(complete)}" if complete else "none"
 
-  def _folder(self, step: int) -> Any:
-    return self.directory / f"{step:08d}"
-
-  def _make_checkpointer(self) -> Writer | ocp.AsyncCheckpointer:
-    if isinstance(self.directory, BucketFolder):
-      return Writer(timeout_seconds=_SAVE_TIMEOUT_SECONDS, before_complete=self._before_complete)
-    options = ocp.AsyncOptions(
-      timeout_secs=_SAVE_TIMEOUT_SECONDS, post_finalization_callback=self._flush
-    )
-    return ocp.AsyncCheckpointer(_handler(), async_options=options)
-
-  def _arrays_at(self, step: int) -> dict[str, str]:
-    """Where in a bucket the arrays of a new checkpoint go; a folder has them beside the record."""
-    if isinstance(self.directory, pathlib.Path):
-      return {}
-    number = _of_first_process(secrets.randbits(31))
-    return {"arrays_at": checkpoint_bucket.arrays_name(step, number)}
-
-  def _content(self, step: int) -> dict[str, Any]:
-    return files.read_content(self._folder(step))
-
   def _settle(self) -> None:
     """Notices that a save has finished or failed, and then removes what it makes superfluous."""
     with self._failing(self._pending):
-      self._checkpointer.check_for_errors()
-    if self._pending is None or not self._folder(self._pending).exists():
+      self._writer.check_for_errors()
+    if self._pending is None or not self.storage.exists(self._pending):
       return
     complete, self._pending = self._pending, None
     logging.info("checkpoint of step %d is complete", complete)
     if self._is_first:
       with self._failing(complete):
-        if isinstance(self.directory, pathlib.Path):
-          files.flush_to_disk(self.directory)
+        self._writer.make_durable()
       for step in superfluous(self._kinds, self.config):
         del self._kinds[step]
-        self._remove(self._folder(step))
-
-  def _flush(self) -> None:
-    """Puts a finished, not yet renamed checkpoint on disk: the rename must not get there first."""
-    assert isinstance(self.directory, pathlib.Path)
-    self._before_complete()
-    for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
-      if self._is_first:
-        files.check_joined(folder)
-      for path, _, names in os.walk(folder):
-        for name in names:
-          files.flush_to_disk(pathlib.Path(path, name))
-        files.flush_to_disk(pathlib.Path(path))
-
-  def _remove(self, folder: files.Place) -> None:
-    """Renames it, so that what is named like a step is never half there, and removes it later."""
-    if isinstance(folder, BucketFolder):
-      self._remover.submit(folder.parent.remove_arrays, folder.forget())
-      return
-    assert isinstance(self.directory, pathlib.Path)
-    doomed = self.directory / f"deleted-{folder.name}-{time.time_ns()}"
-    folder.rename(doomed)
-    self._remover.submit(files.remove_tree, doomed)
+        self._writer.remove(step)
 
   def _pass_over(self, step: int, error: DamagedCheckpointError) -> None:
     """Sets a damaged checkpoint aside if that is asked for, else raises."""
-    before = [other for other in steps(self.directory) if other < step]
+    before = [other for other in self.storage.steps() if other < step]
     instead = f"that of step {max(before)}" if before else "a new start"
     if self.config.on_damage == "refuse":
       raise DamagedCheckpointError(
@@ -355,11 +277,11 @@ class Checkpoints:
         f"{error}. Other processes may be able to read it, so it is not set aside: move the folder "
         f"away to go on from {instead}"
       ) from error
-    aside = self.directory / f"damaged-{step:08d}-{time.time_ns()}"
+    aside = f"damaged-{step:08d}-{time.time_ns()}"
     _of_first_process(0)  # nobody is reading it any more
     if self._is_first:
-      self._folder(step).rename(aside)
-      logging.error("%s. It is now %s; going on from %s", error, aside.name, instead)
+      self._writer.set_aside(step, aside)
+      logging.error("%s. It is now %s; going on from %s", error, aside, instead)
     _of_first_process(0)
     self._kinds.pop(step, None)
     self._ours.discard(step)
@@ -377,7 +299,7 @@ class Checkpoints:
         self._ours.discard(step)
       last = self._last_complete()
       raise SaveFailedError(
-        f"the checkpoint of step {step} could not be written to {self.directory}: "
+        f"the checkpoint of step {step} could not be written to {self.storage}: "
         f"{_first_line(error)}. The last complete one is {last}: free space, or mend what is "
         "named, and start the run again; it goes on from there"
       ) from error
@@ -392,7 +314,7 @@ def superfluous(kinds: dict[int, Kind], config: CheckpointConfig) -> list[int]:
 
 
 def restore(
-  directory: str | os.PathLike[str] | BucketFolder,
+  directory: str | os.PathLike[str],
   step: int,
   abstract: Any,
   *,
@@ -403,13 +325,21 @@ def restore(
 
   Arguments and errors as of Checkpoints.restore.
   """
-  _quieten_orbax()
-  folder = files.place(directory) / f"{step:08d}"
-  content = files.read_content(folder)
+  return _restore(storage_at(directory), step, abstract, check=check, verify=verify)
+
+
+def read_run_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
+  """The run record stored with a step; nothing else is read. Errors as of Checkpoints.restore."""
+  return read_content(storage_at(directory), step)["run"]
+
+
+def _restore(storage: Storage, step: int, abstract: Any, *, check: Check, verify: bool) -> Restored:
+  content = read_content(storage, step)
   check(content["run"])
+  where = storage.at(step)
   named = {name: _placed(leaf) for name, leaf in named_leaves(abstract).items()}
-  files.check_arrays(content["arrays"], named, folder)
-  found = _restore_arrays(folder, named, content)
+  check_arrays(content["arrays"], named, where=where)
+  found = _read_arrays(storage, step, named, content)
   if verify:
     wrong = [
       name
@@ -418,50 +348,32 @@ def restore(
     ]
     if wrong:
       raise DamagedCheckpointError(
-        f"checkpoint {folder} is damaged: {files.first_few(wrong)} changed after it was written "
-        "(checksum)"
+        f"checkpoint {where} is damaged: {first_few(wrong)} changed after it was written (checksum)"
       )
   state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in named])
   return Restored(step, state, content["run"])
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-  return ocp.CompositeCheckpointHandler(
-    state=ocp.StandardCheckpointHandler(),
-    record=ocp.JsonCheckpointHandler(filename="record.json"),
-  )
-
-
-def _restore_arrays(
-  folder: files.Place, named: dict[str, Any], content: dict[str, Any]
+def _read_arrays(
+  storage: Storage, step: int, named: dict[str, jax.ShapeDtypeStruct], content: dict[str, Any]
 ) -> dict[str, Any]:
   try:
-    if isinstance(folder, BucketFolder):
-      return checkpoint_bucket.restore_arrays(folder, named, content["arrays_at"])
-    with ocp.Checkpointer(_handler()) as checkpointer:
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(files.nested(named)))
-      return named_leaves(checkpointer.restore(folder, args=args).state)
+    return storage.read_arrays(step, named, content)
   except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
     raise  # nothing is wrong with the files
   # Orbax and TensorStore raise all kinds for a broken file, bare Exception too.
   except Exception as error:
     raise UnreadableError(
-      f"checkpoint {folder} is damaged: its arrays cannot be read ({_first_line(error)})"
+      f"checkpoint {storage.at(step)} is damaged: its arrays cannot be read ({_first_line(error)})"
     ) from error
 
 
-def _leftovers(directory: pathlib.Path) -> list[pathlib.Path]:
-  """What was half written or half removed; each once, though a name can be of both."""
-  patterns = ("*.orbax-checkpoint-tmp*", "deleted-*")
-  return sorted({path for pattern in patterns for path in directory.glob(pattern)})
-
-
-def _kinds(directory: files.Place) -> dict[int, Kind]:
+def _kinds(storage: Storage) -> dict[int, Kind]:
   """The kind of each readable checkpoint; those that are not are never removed."""
   kinds = {}
-  for step in steps(directory):
+  for step in storage.steps():
     with contextlib.suppress(ValueError):
-      kinds[step] = files.read_content(directory / f"{step:08d}")["kind"]
+      kinds[step] = read_content(storage, step)["kind"]
   return kinds
 
 
@@ -478,26 +390,3 @@ def _first_line(error: Exception) -> str:
 def _of_first_process(value: int) -> int:
   """Process 0's value, on every process; all have arrived when it returns."""
   return int(broadcast(str(value)))
-
-
-def _is_worth_reading(record: Any) -> bool:
-  """Of log records: Orbax tells at INFO level about every thread of every save. Of what it raises
-  the line is enough: who catches it tells of it, and keeps where it came from."""
-  if "/orbax/" not in record.pathname:
-    return True
-  record.exc_info = None
-  return record.levelname != "INFO"
-
-
-@functools.cache
-def _quieten_orbax() -> None:
-  """Of Orbax's lines only what people want to read; and when one read of a restore fails, not a
-  traceback for each other that was under way: they end after Orbax's event loop."""
-  logging.get_absl_logger().addFilter(_is_worth_reading)
-  show = sys.unraisablehook
-
-  def hook(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-      show(unraisable)
-
-  sys.unraisablehook = hook

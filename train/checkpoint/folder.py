@@ -1,160 +1,170 @@
-"""What a checkpoint's folder holds besides its arrays, and how to tell whether it is broken."""
+"""Checkpoints in a folder: Orbax writes them aside, and one is complete when it is renamed.
 
+  CHECKPOINTS/00000500/state/                Orbax (OCDBT): parameters and optimizer as plain dicts
+  CHECKPOINTS/00000500/record/record.json    its content: train/checkpoint/content.py
+  CHECKPOINTS/00000500.orbax-checkpoint-tmp  being written, or left
+  CHECKPOINTS/deleted-00000500-TIME/         being removed, or left
+  CHECKPOINTS/damaged-00000500-TIME/         set aside because it was damaged
+  CHECKPOINTS/lock                           who writes here: train/workdir/lock.py
+
+All is flushed to disk before the rename. The folder has to be on a file system that all processes
+see and that renames folders in one step.
+"""
+
+import concurrent.futures
 import errno
 import functools
-import hashlib
-import json
 import os
 import pathlib
 import shutil
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from absl import logging
 
-from data import bucket
-from train.checkpoint.bucket import BucketFolder
+from train.checkpoint.checksums import named_leaves
+from train.workdir.lock import Lock
 
-FORMAT = "checkpoint 1"
 # Orbax looks for its own files with glob, and does not escape the path above them.
 _PATTERN = frozenset("*?[\\")
 
 
-class DamagedCheckpointError(ValueError):
-  """A checkpoint cannot be read, or is not what was written; the message names what and where."""
+class Folder:
+  """As train/checkpoint/storage.py: Storage."""
 
+  def __init__(self, directory: str):
+    self.path = pathlib.Path(os.path.abspath(directory))
 
-class UnreadableError(DamagedCheckpointError):
-  """Damage that one process may see and another not."""
+  def __str__(self) -> str:
+    return str(self.path)
 
+  def at(self, step: int) -> str:
+    return str(self._of(step))
 
-Place = pathlib.Path | BucketFolder
+  def steps(self) -> list[int]:
+    if not self.path.is_dir():
+      return []
+    names = [path.name for path in self.path.iterdir() if path.name.isdecimal()]
+    for name in names:
+      if name != f"{int(name):08d}":
+        raise ValueError(
+          f"{self.path / name} is no checkpoint of this program, which would name it "
+          f"{int(name):08d}: move it away, or use another workdir"
+        )
+    return sorted(map(int, names))
 
+  def exists(self, step: int) -> bool:
+    return self._of(step).exists()
 
-def place(directory: str | os.PathLike[str] | BucketFolder) -> Place:
-  """Where checkpoints are: an absolute path, or a folder of a bucket if it is a URL."""
-  if isinstance(directory, BucketFolder):
-    return directory
-  name = os.fspath(directory)
-  return BucketFolder(name) if bucket.is_url(name) else pathlib.Path(os.path.abspath(name))
+  def read_record(self, step: int) -> bytes | None:
+    try:
+      return (self._of(step) / "record" / "record.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+      return None
 
+  def read_arrays(
+    self, step: int, named: dict[str, jax.ShapeDtypeStruct], content: dict[str, Any]
+  ) -> dict[str, Any]:
+    del content
+    _quieten_orbax()
+    with ocp.Checkpointer(_handler()) as checkpointer:
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(named)))
+      return named_leaves(checkpointer.restore(self._of(step), args=args).state)
 
-def check_path(directory: pathlib.Path) -> None:
-  """ValueError for a path below which no checkpoint could be read again."""
-  if wrong := sorted(_PATTERN & set(str(directory))):
-    raise ValueError(
-      f"no checkpoint can be written to {directory}: Orbax takes {' and '.join(wrong)} in a path "
-      "for a pattern and would not find what it wrote. Use a workdir without it, also in the names "
-      "of the folders above"
-    )
-
-
-def check_joined(folder: pathlib.Path) -> None:
-  """RuntimeError if what the processes wrote was not joined to arrays that can be read."""
-  for arrays in folder.glob("state*"):
-    if not (arrays / "manifest.ocdbt").exists():
-      raise RuntimeError(f"{arrays} has no manifest.ocdbt: Orbax did not join what was written")
-
-
-def steps(directory: str | os.PathLike[str] | BucketFolder) -> list[int]:
-  """The steps with a folder, ascending; a folder that is still being written has another name.
-
-  ValueError for a step that is not written as ours are: it is of another program.
-  """
-  found = place(directory)
-  if isinstance(found, BucketFolder):
-    return found.steps()
-  if not found.is_dir():
-    return []
-  names = [path.name for path in found.iterdir() if path.name.isdecimal()]
-  for name in names:
-    if name != f"{int(name):08d}":
+  def prepare(self) -> None:
+    if wrong := sorted(_PATTERN & set(str(self.path))):
       raise ValueError(
-        f"{found / name} is no checkpoint of this program, which would name it {int(name):08d}: "
-        "move it away, or use another workdir"
+        f"no checkpoint can be written to {self.path}: Orbax takes {' and '.join(wrong)} in a path "
+        "for a pattern and would not find what it wrote. Use a workdir without it, also in the "
+        "names of the folders above"
       )
-  return sorted(map(int, names))
+    self.path.mkdir(parents=True, exist_ok=True)
+    self.steps()  # raises before anything is touched
+
+  def lock(self) -> Lock:
+    return Lock(self.path)
+
+  def writer(
+    self, *, timeout_seconds: int, before_complete: Callable[[], object]
+  ) -> "FolderWriter":
+    return FolderWriter(self.path, timeout_seconds, before_complete)
+
+  def _of(self, step: int) -> pathlib.Path:
+    return self.path / f"{step:08d}"
 
 
-def read_content(folder: Place) -> dict[str, Any]:
-  """What record.json holds, after checking that it is what was written."""
-  try:
-    content = json.loads(_read_record(folder))
-  except (FileNotFoundError, NotADirectoryError) as error:
-    if not folder.exists():
-      raise ValueError(
-        f"there is no checkpoint {folder}; there are: {steps(folder.parent)}"
-      ) from error
-    raise DamagedCheckpointError(
-      f"checkpoint {folder} is damaged: it has no record/record.json"
-    ) from error
-  except ValueError as error:
-    raise DamagedCheckpointError(
-      f"checkpoint {folder} is damaged: record.json is not JSON"
-    ) from error
-  if not isinstance(content, dict) or content != sealed(content):
-    raise DamagedCheckpointError(
-      f"checkpoint {folder} is damaged: record.json changed after it was written (sha256)"
+class FolderWriter:
+  """As train/checkpoint/storage.py: Writer."""
+
+  def __init__(
+    self, path: pathlib.Path, timeout_seconds: int, before_complete: Callable[[], object]
+  ):
+    _quieten_orbax()
+    self._path, self._before_complete = path, before_complete
+    self._remover = concurrent.futures.ThreadPoolExecutor(1, "remove_checkpoints")
+    options = ocp.AsyncOptions(timeout_secs=timeout_seconds, post_finalization_callback=self._flush)
+    self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=options)
+
+  def clean_up(self) -> None:
+    # Each once, though a name can be of both.
+    patterns = ("*.orbax-checkpoint-tmp*", "deleted-*")
+    for leftover in sorted({path for pattern in patterns for path in self._path.glob(pattern)}):
+      logging.info("removing what an interrupted run left: %s", leftover.name)
+      if leftover.name.startswith("deleted-"):
+        self._remover.submit(remove_tree, leftover)
+      else:
+        # Renamed first: this run may want to write the same step while it is removed.
+        self._discard(leftover)
+
+  def location(self, step: int) -> dict[str, str]:
+    del step
+    return {}  # beside the record
+
+  def save(self, step: int, named: dict[str, jax.Array], content: dict[str, Any]) -> None:
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(_nested(named)), record=ocp.args.JsonSave(content)
     )
-  if content["format"] != FORMAT:
-    raise ValueError(
-      f"checkpoint {folder} has format {content['format']!r}, this code reads {FORMAT!r}"
-    )
-  if content["step"] != int(folder.name):
-    raise DamagedCheckpointError(f"checkpoint {folder} is damaged: it is of step {content['step']}")
-  return content
+    self._checkpointer.save(self._path / f"{step:08d}", args=args)
 
+  def check_for_errors(self) -> None:
+    self._checkpointer.check_for_errors()
 
-def _read_record(folder: Place) -> bytes:
-  if isinstance(folder, pathlib.Path):
-    return (folder / "record" / "record.json").read_bytes()
-  record = folder.read_record()
-  if record is None:
-    raise FileNotFoundError(str(folder))
-  return record
+  def wait_until_finished(self) -> None:
+    self._checkpointer.wait_until_finished()
 
+  def make_durable(self) -> None:
+    flush_to_disk(self._path)
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-  """With the sha256 of all the rest, as JSON gives it back."""
-  rest = {key: value for key, value in content.items() if key != "sha256"}
-  text = json.dumps(rest, sort_keys=True, allow_nan=False)
-  return {**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+  def remove(self, step: int) -> None:
+    self._discard(self._path / f"{step:08d}")
 
+  def set_aside(self, step: int, name: str) -> None:
+    (self._path / f"{step:08d}").rename(self._path / name)
 
-def nested(named: dict[str, Any]) -> dict[str, Any]:
-  """Plain nested dicts: the names in a checkpoint do not depend on our classes."""
-  tree: dict[str, Any] = {}
-  for name, leaf in named.items():
-    *parents, last = name.split("/")
-    functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, tree)[last] = leaf
-  return tree
+  def close(self) -> None:
+    self._checkpointer.close()
+    self._remover.shutdown(wait=True)
 
+  def _discard(self, folder: pathlib.Path) -> None:
+    """Renames it, so that what is named like a step is never half there, and removes it later."""
+    doomed = self._path / f"deleted-{folder.name}-{time.time_ns()}"
+    folder.rename(doomed)
+    self._remover.submit(remove_tree, doomed)
 
-def describe(named: dict[str, jax.Array], sums: dict[str, str]) -> dict[str, list[Any]]:
-  return {name: [list(x.shape), str(x.dtype), sums[name]] for name, x in named.items()}
-
-
-def check_arrays(saved: dict[str, Any], named: dict[str, Any], folder: Place) -> None:
-  """Raises unless the checkpoint has exactly the arrays that the model and optimizer need."""
-  now = {name: (list(x.shape), str(x.dtype)) for name, x in named.items()}
-  then = {name: (shape, dtype) for name, (shape, dtype, _) in saved.items()}
-  wrong = [f"{name} is missing in the checkpoint" for name in now if name not in then]
-  wrong += [f"{name} is only in the checkpoint" for name in then if name not in now]
-  wrong += [
-    f"{name} is {then[name][1]}{then[name][0]} in the checkpoint, {dtype}{shape} now"
-    for name, (shape, dtype) in now.items()
-    if name in then and then[name] != (shape, dtype)
-  ]
-  if wrong:
-    raise ValueError(
-      f"checkpoint {folder} is not of this model and optimizer: {first_few(wrong, '; ')}. Use the "
-      "config it was made with, or another workdir"
-    )
-
-
-def first_few(names: list[str], separator: str = ", ", limit: int = 5) -> str:
-  more = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""
-  return separator.join(names[:limit]) + more
+  def _flush(self) -> None:
+    """Puts a finished, not yet renamed checkpoint on disk: the rename must not get there first."""
+    self._before_complete()
+    for folder in self._path.glob("*.orbax-checkpoint-tmp*"):
+      if jax.process_index() == 0:
+        _check_joined(folder)
+      for path, _, names in os.walk(folder):
+        for name in names:
+          flush_to_disk(pathlib.Path(path, name))
+        flush_to_disk(pathlib.Path(path))
 
 
 def flush_to_disk(path: pathlib.Path) -> None:
@@ -176,3 +186,49 @@ def remove_tree(folder: pathlib.Path) -> None:
   except OSError as error:
     # It has another name than a step, so nothing depends on it but space.
     logging.error("%s could not be removed: %s", folder, error)
+
+
+def _check_joined(folder: pathlib.Path) -> None:
+  """RuntimeError if what the processes wrote was not joined to arrays that can be read."""
+  for arrays in folder.glob("state*"):
+    if not (arrays / "manifest.ocdbt").exists():
+      raise RuntimeError(f"{arrays} has no manifest.ocdbt: Orbax did not join what was written")
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+  return ocp.CompositeCheckpointHandler(
+    state=ocp.StandardCheckpointHandler(),
+    record=ocp.JsonCheckpointHandler(filename="record.json"),
+  )
+
+
+def _nested(named: dict[str, Any]) -> dict[str, Any]:
+  """Plain nested dicts: the names in a checkpoint do not depend on our classes."""
+  tree: dict[str, Any] = {}
+  for name, leaf in named.items():
+    *parents, last = name.split("/")
+    functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, tree)[last] = leaf
+  return tree
+
+
+def _is_worth_reading(record: Any) -> bool:
+  """Of log records: Orbax tells at INFO level about every thread of every save. Of what it raises
+  the line is enough: who catches it tells of it, and keeps where it came from."""
+  if "/orbax/" not in record.pathname:
+    return True
+  record.exc_info = None
+  return record.levelname != "INFO"
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+  """Of Orbax's lines only what people want to read; and when one read of a restore fails, not a
+  traceback for each other that was under way: they end after Orbax's event loop."""
+  logging.get_absl_logger().addFilter(_is_worth_reading)
+  show = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = hook

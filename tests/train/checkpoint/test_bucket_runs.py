@@ -19,7 +19,7 @@ from tests import faulty_config, tiny
 from tests.commands import ROOT, Commands
 from tests.fake_gcs import serving
 from tests.faulty_config import NAN
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.workdir import mirror
 
 URL = "gs://bucket/run"

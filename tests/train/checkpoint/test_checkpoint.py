@@ -16,11 +16,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from train.checkpoint import checkpoints as checkpoint
-from train.checkpoint import folder as checkpoint_folder
-from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
+from train.checkpoint import folder
+from train.checkpoint.checkpoints import (
+  CheckpointConfig,
+  Checkpoints,
+  SaveFailedError,
+  restore,
+  superfluous,
+)
 from train.checkpoint.checksums import checksums, named_leaves
-from train.checkpoint.folder import DamagedCheckpointError, steps
+from train.checkpoint.content import DamagedCheckpointError
+from train.checkpoint.storage import steps
 from train.workdir.lock import InUseError, Lock
 
 P = PartitionSpec
@@ -145,7 +151,7 @@ def test_reading_needs_no_writer_and_leaves_no_trace(directory):
   _write(directory, 3)
   before = sorted(directory.rglob("*"))
   with Checkpoints(directory, CheckpointConfig()):  # a run is training there
-    _assert_equal(checkpoint.restore(directory, 3, _abstract()).state, _state(3))
+    _assert_equal(restore(directory, 3, _abstract()).state, _state(3))
   assert sorted(directory.rglob("*")) == before
 
 
@@ -284,11 +290,11 @@ def test_flipping_any_bit_of_the_files_never_gives_a_wrong_state(directory):
     path.write_bytes(changed)
     refused += 1
     with contextlib.suppress(DamagedCheckpointError):
-      _assert_equal(checkpoint.restore(directory, 3, _abstract()).state, _state(3))
+      _assert_equal(restore(directory, 3, _abstract()).state, _state(3))
       refused -= 1
     path.write_bytes(whole)
   assert refused > 0
-  _assert_equal(checkpoint.restore(directory, 3, _abstract()).state, _state(3))
+  _assert_equal(restore(directory, 3, _abstract()).state, _state(3))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
@@ -346,7 +352,7 @@ def test_a_failed_save_fails_the_run_at_the_next_step(directory, monkeypatch):
 
   checkpoints = Checkpoints(directory, CheckpointConfig())
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint_folder, "flush_to_disk", full)
+    patch.setattr(folder, "flush_to_disk", full)
     checkpoints.save(2, _state(2), {}, kind="permanent")
     with pytest.raises(SaveFailedError, match=r"step 2 could not .*No space left.*of step 1"):
       checkpoints.wait()
@@ -366,13 +372,13 @@ def test_a_path_that_is_a_pattern_is_refused_before_anything_is_written(tmp_path
 
 
 def test_arrays_that_were_not_joined_are_no_checkpoint(directory, monkeypatch):
-  monkeypatch.setattr(checkpoint_folder, "_PATTERN", frozenset())
+  monkeypatch.setattr(folder, "_PATTERN", frozenset())
   patterned = directory / "lr[1e-3]"
   with Checkpoints(patterned, CheckpointConfig()) as checkpoints:
     checkpoints.save(1, _state(1), {}, kind="permanent")
     with pytest.raises(SaveFailedError, match=r"no manifest\.ocdbt"):
       checkpoints.wait()
-  assert checkpoint_folder.steps(patterned) == []
+  assert steps(patterned) == []
 
 
 def test_a_failed_save_that_ends_a_run_is_told_once(directory, monkeypatch, caplog):
@@ -381,7 +387,7 @@ def test_a_failed_save_that_ends_a_run_is_told_once(directory, monkeypatch, capl
   def end_with_a_failed_save():
     with Checkpoints(directory, CheckpointConfig()) as checkpoints:
       checkpoints.save(2, _state(2), {}, kind="permanent")
-      sound = checkpoints._checkpointer.wait_until_finished
+      sound = checkpoints._writer.wait_until_finished
 
       # Orbax raises it again, when the checkpoints are closed.
       def broken():
@@ -389,7 +395,7 @@ def test_a_failed_save_that_ends_a_run_is_told_once(directory, monkeypatch, capl
           raise errors.pop()
         sound()
 
-      monkeypatch.setattr(checkpoints._checkpointer, "wait_until_finished", broken)
+      monkeypatch.setattr(checkpoints._writer, "wait_until_finished", broken)
       checkpoints.wait()
 
   with pytest.raises(SaveFailedError, match="step 2 could not be written"):
@@ -405,7 +411,7 @@ def test_no_call_goes_on_after_a_failed_save(directory, monkeypatch, call):
 
   checkpoints = Checkpoints(directory, CheckpointConfig())
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint_folder, "flush_to_disk", broken)
+    patch.setattr(folder, "flush_to_disk", broken)
     checkpoints.save(2, _state(2), {}, kind="permanent")
     for thread in threading.enumerate():
       if thread.name == "async_save":
@@ -432,7 +438,7 @@ def test_a_step_is_not_written_twice_and_never_over_another_runs(directory):
     checkpoints.save(4, _state(4), {}, kind="temporary")
     checkpoints.save(4, _state(4), {}, kind="permanent")
   assert steps(directory) == [3, 4]
-  _assert_equal(checkpoint.restore(directory, 3, _abstract()).state, _state(3))
+  _assert_equal(restore(directory, 3, _abstract()).state, _state(3))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(directory):
@@ -505,7 +511,7 @@ def test_checkpoints_of_another_program_are_named_and_left_alone(directory, name
 
 def test_steps_and_minutes_decide_what_is_due(directory, monkeypatch):
   now = [100.0]
-  monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr("train.checkpoint.checkpoints.time.monotonic", lambda: now[0])
   config = CheckpointConfig(every_steps=10, temporary_minutes=2.0)
   with Checkpoints(directory, config) as checkpoints:
     assert [checkpoints.due(step) for step in (9, 10, 11)] == [None, "permanent", None]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.compiler_flags import FAST_TO_COMPILE
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 
 NUM_RANDOM_KILLS = 20
 PLACES = (

@@ -13,8 +13,8 @@ import numpy as np
 
 from tests import checkpoint_process as job
 from tests.compiler_flags import FAST_TO_COMPILE
-from train.checkpoint import checkpoints as checkpoint
-from train.checkpoint.folder import steps
+from train.checkpoint.checkpoints import restore
+from train.checkpoint.storage import steps
 
 
 def two_processes(directory: pathlib.Path | str) -> list[str]:
@@ -62,7 +62,7 @@ def test_two_processes_save_as_one_and_one_process_restores_them(tmp_path):
   assert steps(directory) == [20, 40]
 
   mesh = job.make_mesh()
-  restored = checkpoint.restore(directory, 40, job.abstract(mesh))
+  restored = restore(directory, 40, job.abstract(mesh))
   expected = _straight_on(40)
   assert int(restored.state["step"]) == 40
   np.testing.assert_array_equal(restored.state["w_DF"], expected["w_DF"])
@@ -75,5 +75,5 @@ def test_two_processes_save_as_one_and_one_process_restores_them(tmp_path):
   first, second = two_processes(directory)
   assert first == second == "start 40\ntemporary 48\npermanent 60\ntemporary 64\npermanent 80"
   assert steps(directory) == [20, 40, 60, 80]
-  restored = checkpoint.restore(directory, 80, job.abstract(mesh))
+  restored = restore(directory, 80, job.abstract(mesh))
   np.testing.assert_array_equal(restored.state["w_DF"], _straight_on(80)["w_DF"])

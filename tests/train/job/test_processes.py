@@ -16,7 +16,7 @@ import pytest
 from tests import tiny
 from tests.commands import ROOT, Commands
 from tests.tolerances import assert_close
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 from train.job import agreement
 from train.job.signals import SECONDS_OF_ONE_REQUEST
 from train.workdir.jsonl import read_jsonl

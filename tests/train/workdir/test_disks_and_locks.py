@@ -10,7 +10,7 @@ import pytest
 from tests import faulty_config
 from tests.commands import Commands
 from tests.faulty_runs import Runs, last_line, wait_for
-from train.checkpoint.folder import steps
+from train.checkpoint.storage import steps
 
 
 @pytest.fixture(scope="module")
