@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+from train.job import agreement
+
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("train", "models", "sharding", "data", "kernels", "configs", "launch")
 
@@ -94,6 +96,11 @@ def test_private_names_of_jax_are_in_one_file():
     if any(name.startswith("jax._src") for name in _imports(path))
   }
   assert using == {"train/job/coordination.py"}
+
+
+def test_the_processes_of_a_job_compare_every_source_file():
+  """Wherever train/job/agreement.py lies: a root that is not ours would have nothing to compare."""
+  assert list(agreement._sources()) == [path.relative_to(ROOT).as_posix() for path in _files()]
 
 
 def test_data_never_imports_jax():
