@@ -74,6 +74,20 @@ def test_a_checkpoint_is_the_same_on_any_mesh():
       np.testing.assert_array_equal(np.asarray(restored.state[name]), np.asarray(x))
 
 
+def test_a_part_is_restored_without_reading_the_rest(server):
+  """As the parameters are for a command that does not train: the moments may be missing."""
+  mesh = _mesh(4, 2)
+  state = {"params": _state(5, mesh), "moments": _state(6, mesh)}
+  with Checkpoints(PLACE, CheckpointConfig()) as checkpoints:
+    checkpoints.save(5, state, {}, kind="permanent")
+  for name in server.names("run/checkpoints_arrays/"):
+    if "/moments/" in name:
+      del server.objects["bucket", name]
+  restored = restore(PLACE, 5, _abstract(mesh), part="params")
+  for name, x in state["params"].items():
+    np.testing.assert_array_equal(np.asarray(restored.state[name]), np.asarray(x))
+
+
 def test_what_is_superfluous_goes_with_its_arrays(server):
   _write(1, 2, 3, keep_permanent=1)
   assert steps(PLACE) == [3]

@@ -318,14 +318,17 @@ def restore(
   step: int,
   abstract: Any,
   *,
+  part: str = "",
   check: Check = _no_check,
   verify: bool = True,
 ) -> Restored:
   """Reads one checkpoint and changes nothing, so also while a run is writing there.
 
-  Arguments and errors as of Checkpoints.restore.
+  With `part`, such as "params", `abstract` and the state given back are of that part of the saved
+  state, and nothing else is read. Other arguments and errors as of Checkpoints.restore.
   """
-  return _restore(storage_at(directory), step, abstract, check=check, verify=verify)
+  storage = storage_at(directory)
+  return _restore(storage, step, abstract, part=part, check=check, verify=verify)
 
 
 def read_run_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
@@ -333,18 +336,22 @@ def read_run_record(directory: str | os.PathLike[str], step: int) -> dict[str, A
   return read_content(storage_at(directory), step)["run"]
 
 
-def _restore(storage: Storage, step: int, abstract: Any, *, check: Check, verify: bool) -> Restored:
+def _restore(
+  storage: Storage, step: int, abstract: Any, *, part: str = "", check: Check, verify: bool
+) -> Restored:
   content = read_content(storage, step)
   check(content["run"])
   where = storage.at(step)
-  named = {name: _placed(leaf) for name, leaf in named_leaves(abstract).items()}
-  check_arrays(content["arrays"], named, where=where)
+  inside = f"{part}/" if part else ""
+  named = {f"{inside}{name}": _placed(leaf) for name, leaf in named_leaves(abstract).items()}
+  saved = {name: array for name, array in content["arrays"].items() if name.startswith(inside)}
+  check_arrays(saved, named, where=where)
   found = _read_arrays(storage, step, named, content)
   if verify:
     wrong = [
       name
       for name, checksum in checksums({name: found[name] for name in named}).items()
-      if checksum != content["arrays"][name][2]
+      if checksum != saved[name][2]
     ]
     if wrong:
       raise DamagedCheckpointError(

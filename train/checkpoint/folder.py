@@ -71,9 +71,16 @@ class Folder:
   ) -> dict[str, Any]:
     del content
     _quieten_orbax()
-    with ocp.Checkpointer(_handler()) as checkpointer:
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(named)))
-      return named_leaves(checkpointer.restore(self._of(step), args=args).state)
+    item = _nested(named)
+    state = ocp.args.PyTreeRestore(
+      item,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=True,  # arrays that are not in `named` are not read
+    )
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
+    with ocp.Checkpointer(handler) as checkpointer:
+      found = checkpointer.restore(self._of(step), args=ocp.args.Composite(state=state))
+    return named_leaves(found.state)
 
   def prepare(self) -> None:
     if wrong := sorted(_PATTERN & set(str(self.path))):

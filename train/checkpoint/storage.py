@@ -91,7 +91,8 @@ class Storage(Protocol):
   def read_arrays(
     self, step: int, named: dict[str, jax.ShapeDtypeStruct], content: dict[str, Any]
   ) -> dict[str, Any]:
-    """The arrays of `named`, in the layout asked for; raises all kinds of errors if it cannot."""
+    """The arrays of `named` and no others, in the layout asked for; raises all kinds of errors if
+    it cannot."""
     ...
 
   def prepare(self) -> None:

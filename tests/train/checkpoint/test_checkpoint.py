@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train.checkpoint import folder
@@ -153,6 +154,34 @@ def test_reading_needs_no_writer_and_leaves_no_trace(directory):
   with Checkpoints(directory, CheckpointConfig()):  # a run is training there
     _assert_equal(restore(directory, 3, _abstract()).state, _state(3))
   assert sorted(directory.rglob("*")) == before
+
+
+def test_a_part_is_restored_without_reading_the_rest(directory):
+  """As the parameters are for a command that does not train."""
+  mesh = _mesh(1, 1)
+  params = jax.device_put({"w_DF": jnp.ones((8, 16))}, NamedSharding(mesh, P()))
+  moments = jax.device_put({"w_DF": jax.random.normal(jax.random.key(0), (512, 512))})
+  with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+    checkpoints.save(3, {"params": params, "moments": moments}, {}, kind="permanent")
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, moments))
+  num_bytes = []
+  for part, wanted in (("params", abstract[0]), ("moments", abstract[1])):
+    before = _bytes_read()
+    restored = restore(directory, 3, wanted, part=part)
+    num_bytes.append(_bytes_read() - before)
+    _assert_equal(restored.state, {"params": params, "moments": moments}[part])
+  assert num_bytes[0] < 20_000
+  assert num_bytes[1] > moments["w_DF"].nbytes / 2  # compressed
+  with pytest.raises(ValueError, match="params/w_DF is only in the checkpoint"):
+    restore(directory, 3, {"w_new": abstract[0]["w_DF"]}, part="params")
+
+
+def _bytes_read() -> int:
+  """Of files, by this process so far, through TensorStore."""
+  (metric,) = tensorstore.experimental_collect_matching_metrics(
+    "/tensorstore/kvstore/file/bytes_read"
+  )
+  return metric["values"][0]["value"]
 
 
 def test_other_arrays_are_refused_by_name_with_both_shapes(directory):
