@@ -1,15 +1,26 @@
-"""The residual block that every family is made of: pre-norm mixer, pre-norm MLP."""
+"""A block as its config describes it, and the residual block that every family is made of.
+
+A decoder stacks blocks, and training, planning and reports ask their configs. Each layer answers in
+its own file: nothing outside models/ knows which layers there are.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import gated_mlp
+from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Sent, Shard
 from models.layers.norms import RMSNorm
 from models.layers.segments import Segments
+
+# Arrays of the stream's width alive at the peak of a block's backward pass, found by compiling for
+# TPU; docs/plans.jsonl has the errors that are left.
+_STREAM_WORKING = 6
+# A norm reads the stream and writes its result; the sum reads stream and branch, writes the stream.
+_STREAM_PASSES = 5
 
 
 class Mixer(Protocol):
@@ -21,30 +32,149 @@ class Mixer(Protocol):
 
 
 class MixerConfig(Protocol):
-  """A frozen dataclass in the mixer's own file."""
+  """A frozen dataclass in the mixer's own file; one with kernel fields also has `kernels`
+  (models/kernel_fields.py)."""
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
+
+  def scopes(self) -> tuple[str, ...]:
+    """The named scopes that the layer opens: the parts of a compiled step that it is."""
+    ...
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """What tensor parallelism splits, by field; empty where every tensor shard computes all."""
+    ...
+
+  def least_tokens_per_shard(self) -> LeastTokens:
+    """What a device must have of a row that is split."""
+    ...
+
+  def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]:
+    """Forward FLOPs of one token, averaged over a row, by part."""
+    ...
+
+  def activations(self, width: int, shard: Shard) -> LayerActivations: ...
+
+  def sends(self, shard: Shard) -> Sends:
+    """What the shards of a row send each other; the residual block knows of tensor shards."""
+    ...
+
+
+class MLPConfig(Protocol):
+  """As MixerConfig, of a layer that looks at each token alone."""
+
+  def build(
+    self, width: int, *, num_blocks: int, rngs: nnx.Rngs
+  ) -> Callable[[jax.Array], jax.Array]: ...
+
+  def scopes(self) -> tuple[str, ...]: ...
+
+  def tensor_sizes(self) -> dict[str, int]: ...
+
+  def flops(self, width: int) -> tuple[FlopsPart, ...]: ...
+
+  def activations(self, width: int, shard: Shard) -> LayerActivations: ...
+
+
+class BlockProtocol(Protocol):
+  """A frozen dataclass that says what a block is and costs; equal ones are stacked.
+
+  A block has the call and the initial state of a mixer. A block of another shape than the residual
+  one is a dataclass of its own with these methods.
+  """
+
+  def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
+
+  def scopes(self) -> tuple[str, ...]:
+    """The named scopes of its layers: parts of a compiled step."""
+    ...
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """What tensor parallelism splits, by the path of the field."""
+    ...
+
+  def least_tokens_per_shard(self) -> LeastTokens: ...
+
+  def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]: ...
+
+  def activations(self, width: int, shard: Shard) -> LayerActivations:
+    """Of the whole block, without its input, which every remat keeps."""
+    ...
+
+  def sends(self, width: int, shard: Shard) -> Sends:
+    """All collectives of activations inside the block."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-  """One residual block: what mixes over time, and the MLP."""
+  """One residual block: what mixes over time, and the MLP, if it has one."""
 
   mixer: MixerConfig
-  mlp: gated_mlp.Config
+  mlp: MLPConfig | None
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "ResidualBlock":
     return ResidualBlock(self, width, num_blocks=num_blocks, rngs=rngs)
 
+  def scopes(self) -> tuple[str, ...]:
+    return self.mixer.scopes() + (() if self.mlp is None else self.mlp.scopes())
+
+  def tensor_sizes(self) -> dict[str, int]:
+    sizes = {} if self.mlp is None else _under("mlp", self.mlp.tensor_sizes())
+    return sizes | _under("mixer", self.mixer.tensor_sizes())
+
+  def least_tokens_per_shard(self) -> LeastTokens:
+    return self.mixer.least_tokens_per_shard()
+
+  def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]:
+    mixer = self.mixer.flops(width, row_length)
+    if self.mlp is None:
+      return mixer
+    # The norm of the MLP needs what the mixer's last product gave.
+    return self.mlp.flops(width) + tuple(dataclasses.replace(part, last=0.0) for part in mixer)
+
+  def activations(self, width: int, shard: Shard) -> LayerActivations:
+    layers = [self.mixer.activations(width, shard)]
+    if self.mlp is not None:
+      layers.append(self.mlp.activations(width, shard))
+    stream = width * shard.itemsize
+    moved = len(layers) * _STREAM_PASSES * stream
+    return LayerActivations(
+      products=sum(layer.products for layer in layers),
+      batched=sum(layer.batched for layer in layers),
+      forward=moved + sum(layer.forward for layer in layers),
+      elementwise=moved + sum(layer.elementwise for layer in layers),
+      working=_STREAM_WORKING * stream + sum(layer.working for layer in layers),
+    )
+
+  def sends(self, width: int, shard: Shard) -> Sends:
+    """Megatron: tensor shards sum each layer's output forward and its input's gradient backward,
+    and an output again that is computed again."""
+    sent = self.mixer.sends(shard)
+    mlp = {} if self.mlp is None else self.mlp.tensor_sizes()
+    is_split = [bool(self.mixer.tensor_sizes()), bool(mlp)]
+    times = 2 * sum(is_split)
+    if self.mlp is not None and shard.remat == "block":
+      times += is_split[0]
+    stream = shard.tokens * width * shard.itemsize
+    sums = Sent("all-reduce", "tensor", times, times * stream)
+    return sent._replace(each=(sums, *sent.each))
+
+
+def _under(name: str, sizes: dict[str, int]) -> dict[str, int]:
+  return {f"{name}.{field}": size for field, size in sizes.items()}
+
 
 class ResidualBlock(nnx.Module):
-  """u = x + mixer(norm(x)); y = u + mlp(norm(u))."""
+  """u = x + mixer(norm(x)); y = u + mlp(norm(u)), or u without an MLP."""
 
   def __init__(self, config: BlockConfig, width: int, *, num_blocks: int, rngs: nnx.Rngs):
     self.mixer_norm = RMSNorm(width, rngs=rngs)
     self.mixer = config.mixer.build(width, num_blocks=num_blocks, rngs=rngs)
-    self.mlp_norm = RMSNorm(width, rngs=rngs)
-    self.mlp = config.mlp.build(width, num_blocks=num_blocks, rngs=rngs)
+    self.has_mlp = config.mlp is not None
+    if config.mlp is not None:
+      self.mlp_norm = RMSNorm(width, rngs=rngs)
+      self.mlp = config.mlp.build(width, num_blocks=num_blocks, rngs=rngs)
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> Any:
     return self.mixer.initial_state(batch, context, dtype)
@@ -52,4 +182,6 @@ class ResidualBlock(nnx.Module):
   def __call__(self, x_BTD: jax.Array, segments: Segments, state: Any) -> tuple[jax.Array, Any]:
     mixed_BTD, state = self.mixer(self.mixer_norm(x_BTD), segments, state)
     u_BTD = x_BTD + mixed_BTD
+    if not self.has_mlp:
+      return u_BTD, state
     return u_BTD + self.mlp(self.mlp_norm(u_BTD)), state

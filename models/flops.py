@@ -3,42 +3,45 @@
 Convention, for MFU too: one multiply-add is 2 FLOPs. Matrix products are counted (projections,
 gates, convolution, logits) and attention at the keys that a query sees, causal and within its
 window: not at those that a kernel multiplies and then masks. Documents are not taken into account:
-a row counts as one document. The elementwise work of the recurrence is told apart (`recurrence`)
-and is in no total: it runs on the vector unit, and peak FLOP/s are those of the matrix unit.
-Training is three times the forward pass; recomputation by remat is not counted.
+a row counts as one document. Elementwise work, as the recurrence's, is listed apart and is in no
+total: it runs on the vector unit, and peak FLOP/s are those of the matrix unit. Training is three
+times the forward pass; recomputation by remat is not counted.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
 
-from models.block import BlockConfig
+from models.costs import FlopsPart
 from models.decoder import DecoderConfig, build
-from models.layers import attention, gated_mlp, rg_lru
-
-# Gate nonlinearities, decay, input scale and the step itself, for each channel (arXiv:2402.19427).
-_ELEMENTWISE_PER_CHANNEL = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
-  """Forward FLOPs per token, averaged over a row."""
+  """Forward FLOPs per token, averaged over a row. `parts` are summed over blocks, each name once:
+  first those that count in the total, in the order of the blocks, then elementwise ones."""
 
-  mlp: float
-  recurrent_matmul: float  # linear layers, gates and convolution of the recurrent blocks
-  attention_matmul: float  # projections
-  attention_keys: float  # q k^T and p v
-  logits: float
-  recurrence: float  # elementwise; in no total
+  parts: tuple[FlopsPart, ...]
+
+  def __getitem__(self, name: str) -> float:
+    """The FLOPs of one part; KeyError where no block has it."""
+    return self.as_dict()[name]
+
+  def as_dict(self) -> dict[str, float]:
+    return {part.name: part.flops for part in self.parts}
+
+  @property
+  def counted(self) -> tuple[FlopsPart, ...]:
+    """The parts that are matrix products."""
+    return tuple(part for part in self.parts if part.kind != "elementwise")
 
   @property
   def forward(self) -> float:
     """All matrix products of the forward pass."""
-    return (
-      self.mlp + self.recurrent_matmul + self.attention_matmul + self.attention_keys + self.logits
-    )
+    return sum(part.flops for part in self.counted)
 
   @property
   def train(self) -> float:
@@ -50,64 +53,24 @@ def flops_per_token(config: DecoderConfig, row_length: int) -> Flops:
   """FLOPs of one token in a row of `row_length` tokens, by part."""
   if row_length < 1:
     raise ValueError(f"flops_per_token: row_length {row_length} must be at least 1")
-  parts = [_block_flops(block, config.width, row_length) for block in config.blocks]
-  return Flops(
-    mlp=sum(part.mlp for part in parts),
-    recurrent_matmul=sum(part.recurrent_matmul for part in parts),
-    attention_matmul=sum(part.attention_matmul for part in parts),
-    attention_keys=sum(part.attention_keys for part in parts),
-    logits=2.0 * config.width * config.vocab_size,
-    recurrence=sum(part.recurrence for part in parts),
-  )
+  of_kind = {block: block.flops(config.width, row_length) for block in config.pattern}
+  named: dict[str, list[FlopsPart]] = {}
+  for part in itertools.chain(*(of_kind[block] for block in config.blocks)):
+    named.setdefault(part.name, []).append(part)
+  logits = 2.0 * config.width * config.vocab_size
+  found = [_sum(parts) for parts in named.values()]
+  found.append(FlopsPart(name="logits", words="logits", flops=logits))
+  return Flops(parts=tuple(sorted(found, key=lambda part: part.kind == "elementwise")))
 
 
-def visible_keys(row_length: int, window: int | None) -> float:
-  """Keys that a query sees, itself included, averaged over the row."""
-  if window is None or window + 1 >= row_length:
-    return (row_length + 1) / 2
-  ramp = window * (window + 1) / 2
-  return (ramp + (row_length - window) * (window + 1)) / row_length
-
-
-def _block_flops(block: BlockConfig, width: int, row_length: int) -> Flops:
-  mlp = _mlp_flops(block.mlp, width)
-  match block.mixer:
-    case rg_lru.Config() as mixer:
-      return _recurrent_flops(mixer, width, mlp)
-    case attention.Config() as mixer:
-      return _attention_flops(mixer, width, row_length, mlp)
-    case mixer:
-      raise TypeError(f"flops_per_token: no rule for the mixer {type(mixer).__qualname__}")
-
-
-def _mlp_flops(mlp: gated_mlp.Config, width: int) -> float:
-  return 2.0 * 3 * width * mlp.mlp_width
-
-
-def _recurrent_flops(mixer: rg_lru.Config, width: int, mlp: float) -> Flops:
-  rnn_width = mixer.rnn_width
-  linear = 2.0 * 3 * width * rnn_width
-  gates = 2.0 * 2 * rnn_width * (rnn_width // mixer.num_gate_blocks)
-  conv = 2.0 * mixer.conv_taps * rnn_width
-  return Flops(
-    mlp=mlp,
-    recurrent_matmul=linear + gates + conv,
-    attention_matmul=0.0,
-    attention_keys=0.0,
-    logits=0.0,
-    recurrence=float(_ELEMENTWISE_PER_CHANNEL * rnn_width),
-  )
-
-
-def _attention_flops(mixer: attention.Config, width: int, row_length: int, mlp: float) -> Flops:
-  heads_width = mixer.num_heads * mixer.head_size
-  return Flops(
-    mlp=mlp,
-    recurrent_matmul=0.0,
-    attention_matmul=2.0 * width * (2 * heads_width + 2 * mixer.head_size),
-    attention_keys=4.0 * heads_width * visible_keys(row_length, mixer.window),
-    logits=0.0,
-    recurrence=0.0,
+def _sum(parts: list[FlopsPart]) -> FlopsPart:
+  """The part of all blocks; what its kernels are, each block says for itself."""
+  return dataclasses.replace(
+    parts[0],
+    flops=sum(part.flops for part in parts),
+    batched=sum(part.batched for part in parts),
+    last=sum(part.last for part in parts),
+    multiplied=sum(part.executed for part in parts),
   )
 
 

@@ -16,7 +16,6 @@ from data.rows import Batch
 from kernels import dispatch
 from models import decoder
 from models.decoder import DecoderConfig, Model
-from models.layers import attention, rg_lru
 from sharding import logical, xla_flags
 from sharding import rules as tables
 from sharding.logical import Rules
@@ -255,13 +254,13 @@ def check_rows_split(run: Run, shards: int) -> None:
   if shards == 1:
     return
   for block in run.model.pattern[: run.model.num_blocks]:
-    match block.mixer:
-      case rg_lru.Config(conv_taps=taps) if row_length // shards < taps - 1:
-        raise ValueError(
-          f"Run: row_length {row_length} over the {shards} devices of the mesh axis sequence "
-          f"leaves {row_length // shards} tokens to each, fewer than the {taps - 1} that the "
-          "convolution takes from the device before; use longer rows or a smaller mesh.sequence"
-        )
+    least = block.least_tokens_per_shard()
+    if row_length // shards < least.tokens:
+      raise ValueError(
+        f"Run: row_length {row_length} over the {shards} devices of the mesh axis sequence "
+        f"leaves {row_length // shards} tokens to each, fewer than the {least.tokens} that "
+        f"{least.reason}; use longer rows or a smaller mesh.sequence"
+      )
 
 
 def _tensor_sizes(config: DecoderConfig) -> dict[str, int]:
@@ -269,14 +268,7 @@ def _tensor_sizes(config: DecoderConfig) -> dict[str, int]:
   differ in it, also by the place of each."""
   sizes = {"vocab_size": config.vocab_size}
   for index, block in enumerate(config.pattern[: config.num_blocks]):
-    of_block = {"mlp.mlp_width": block.mlp.mlp_width}
-    match block.mixer:
-      case attention.Config() as mixer:
-        of_block["mixer.num_heads"] = mixer.num_heads
-      case rg_lru.Config() as mixer:
-        of_block["mixer.num_gate_blocks"] = mixer.num_gate_blocks
-        of_block["mixer.rnn_width"] = mixer.rnn_width
-    for path, size in of_block.items():
+    for path, size in block.tensor_sizes().items():
       name = path.rpartition(".")[2]
       is_another = sizes.setdefault(name, size) != size
       sizes |= {f"pattern[{index}].{path}": size} if is_another else {}

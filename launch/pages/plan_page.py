@@ -138,11 +138,9 @@ def _collectives(plan: Plan) -> str:
 def _flops(plan: Plan) -> str:
   tokens = plan.tokens_per_step / plan.machine.num_devices
   bars = []
-  for name, words in plan_text.FLOPS.items():
-    number = getattr(plan.flops, name)
-    if number:
-      value = f"{3 * number * tokens / 1e12:,.2f} TFLOP, {number / plan.flops.forward:.0%}"
-      bars.append((words, number, value, _TIMES["compute"]))
+  for part in plan.flops.counted:
+    value = f"{3 * part.flops * tokens / 1e12:,.2f} TFLOP, {part.flops / plan.flops.forward:.0%}"
+    bars.append((part.words, part.flops, value, _TIMES["compute"]))
   return _bars(bars)
 
 

@@ -17,14 +17,6 @@ MEMORY = {
   "activations": "activations, temporaries",
   "code": "program",
 }
-FLOPS = {
-  "mlp": "MLPs",
-  "recurrent_matmul": "recurrent blocks",
-  "attention_matmul": "attention, projections",
-  "attention_keys": "attention, keys",
-  "logits": "logits",
-}
-
 RESOURCES = {"compute": "matrix units"}
 
 
@@ -189,13 +181,11 @@ def _flops(plan: Plan) -> Iterable[str]:
   flops = plan.flops
   tokens = plan.tokens_per_step / plan.machine.num_devices
   yield "FLOPs, forward, of a token         G  share    of a step and device, with backward      T"
-  for name, words in FLOPS.items():
-    number = getattr(flops, name)
-    if number:
-      yield (
-        f"  {words:<26}{number / 1e9:>9.3f}  {number / flops.forward:>5.1%}"
-        f"{3 * number * tokens / 1e12:>43.2f}"
-      )
+  for part in flops.counted:
+    yield (
+      f"  {part.words:<26}{part.flops / 1e9:>9.3f}  {part.flops / flops.forward:>5.1%}"
+      f"{3 * part.flops * tokens / 1e12:>43.2f}"
+    )
   yield (f"  {'total':<26}{flops.forward / 1e9:>9.3f}  {'':>5}{flops.train * tokens / 1e12:>43.2f}")
   yield f"  {'with recomputation':<26}{'':>9}  {'':>5}{plan.executed_flops * tokens / 1e12:>43.2f}"
 

@@ -160,7 +160,10 @@ def _to_json(config: DecoderConfig) -> dict[str, Any]:
       )
     if mixer.window is None:
       raise ValueError("window None (global attention): its own is local")
-  mlp_width = the_only("mlp_width", [block.mlp.mlp_width for block in config.pattern])
+  mlps = [block.mlp for block in config.pattern if isinstance(block.mlp, gated_mlp.Config)]
+  if len(mlps) < len(config.pattern):
+    raise ValueError("mlp: each of its blocks has a gated MLP")
+  mlp_width = the_only("mlp_width", [mlp.mlp_width for mlp in mlps])
   settings: dict[str, Any] = {key: value for key, value in _FIXED.items() if value is not None}
   settings |= {
     "block_types": [

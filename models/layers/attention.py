@@ -22,7 +22,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import halo, local_attention
+from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Shard
 from models.kernel_fields import kernel_field
+from models.layers import attention_costs
 from models.layers.projection import add_bias, project
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
@@ -58,6 +60,38 @@ class Config:
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "Attention":
     return Attention(self, width, num_blocks=num_blocks, rngs=rngs)
+
+  def scopes(self) -> tuple[str, ...]:
+    return attention_costs.SCOPES
+
+  def tensor_sizes(self) -> dict[str, int]:
+    return {"num_heads": self.num_heads}
+
+  def least_tokens_per_shard(self) -> LeastTokens:
+    return LeastTokens(1, "a device can compute")
+
+  def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]:
+    return attention_costs.flops(
+      width,
+      row_length,
+      num_heads=self.num_heads,
+      head_size=self.head_size,
+      window=self.window,
+      implementation=self.implementation,
+    )
+
+  def activations(self, width: int, shard: Shard) -> LayerActivations:
+    return attention_costs.activations(
+      width,
+      shard,
+      num_heads=self.num_heads,
+      head_size=self.head_size,
+      window=self.window,
+      implementation=self.implementation,
+    )
+
+  def sends(self, shard: Shard) -> Sends:
+    return attention_costs.sends(shard, head_size=self.head_size, window=self.window)
 
 
 class AttentionState(NamedTuple):

@@ -27,7 +27,9 @@ from flax import nnx
 from kernels import block_diagonal, causal_conv, halo, rg_lru
 from kernels.rg_lru.gates import C
 from models import observe
+from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Shard
 from models.kernel_fields import kernel_field
+from models.layers import rg_lru_costs
 from models.layers.gelu import gated_gelu
 from models.layers.projection import add_bias, branch_products, project
 from models.layers.rg_lru_statistics import statistics
@@ -81,6 +83,34 @@ class Config:
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "RecurrentBlock":
     return RecurrentBlock(self, width, num_blocks=num_blocks, rngs=rngs)
+
+  def scopes(self) -> tuple[str, ...]:
+    return rg_lru_costs.SCOPES
+
+  def tensor_sizes(self) -> dict[str, int]:
+    return {"num_gate_blocks": self.num_gate_blocks, "rnn_width": self.rnn_width}
+
+  def least_tokens_per_shard(self) -> LeastTokens:
+    return rg_lru_costs.least_tokens_per_shard(self.conv_taps)
+
+  def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]:
+    del row_length
+    return rg_lru_costs.flops(
+      width,
+      rnn_width=self.rnn_width,
+      gate_width=self.rnn_width // self.num_gate_blocks,
+      conv_taps=self.conv_taps,
+    )
+
+  def activations(self, width: int, shard: Shard) -> LayerActivations:
+    return rg_lru_costs.activations(
+      width, shard, rnn_width=self.rnn_width, scan=self.scan, gates=self.gates, conv=self.conv
+    )
+
+  def sends(self, shard: Shard) -> Sends:
+    return rg_lru_costs.sends(
+      shard, rnn_width=self.rnn_width, conv_taps=self.conv_taps, scan=self.scan
+    )
 
 
 class RecurrentState(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import decoder
-from models.flops import count_params, flops_per_token, visible_keys
+from models.flops import count_params, flops_per_token
 from models.griffin import griffin, recurrentgemma_2b, recurrentgemma_9b
 from models.hawk import hawk
 from models.layers import attention, rg_lru
@@ -122,14 +122,8 @@ def test_an_unknown_size_lists_the_known_ones():
 )
 def test_flops_are_those_of_the_layers(family, size, gflops):
   flops = flops_per_token(_run(family, size).model, 2048)
-  body = flops.train - 3 * flops.logits + 3 * flops.recurrence
+  body = flops.train - 3 * flops["logits"] + 3 * flops.as_dict().get("recurrence", 0.0)
   assert round(body / 1e9, 2) == gflops
-
-
-@pytest.mark.parametrize(("row_length", "window"), [(1, None), (7, None), (9, 3), (9, 8), (5, 40)])
-def test_visible_keys_are_counted_one_by_one(row_length, window):
-  counts = [min(t, row_length if window is None else window) + 1 for t in range(row_length)]
-  assert visible_keys(row_length, window) == pytest.approx(np.mean(counts))
 
 
 TINY = {
@@ -169,7 +163,7 @@ def test_flops_are_those_that_the_compiler_counts(family):
     for block in config.blocks
     if isinstance(block.mixer, attention.Config)
   )
-  expected = time * (flops.forward - flops.attention_keys + keys)
+  expected = time * (flops.forward - flops.as_dict().get("attention_keys", 0.0) + keys)
   counted = compiled.cost_analysis()["flops"]
   # The rest is elementwise: norms, gates, softmax.
   assert expected <= counted <= 1.06 * expected

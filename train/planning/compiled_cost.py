@@ -1,9 +1,9 @@
 """What a compiled training step executes, by part of the model, and how long that takes.
 
 Read from the program (sharding/program_cost.py): FLOPs and bytes of every operation, and the
-compiler's own estimate of its cycles. Attention's kernels have no FLOPs there; theirs follow from
-the model: how many of attention's products each kernel forms, at the keys that it visits. Two times
-come of it, both of operations one after another, as a TPU runs them:
+compiler's own estimate of its cycles. Custom kernels have no FLOPs there; a layer whose kernels
+multiply matrices says which of its products each of them forms (models/costs.py). Two times come of
+it, both of operations one after another, as a TPU runs them:
 
   seconds    each operation the longer of its FLOPs and its bytes, at the shares of the chip's peaks
              that kernels reach (sharding/topology.py)
@@ -13,27 +13,16 @@ Collectives are in neither but for the bytes that they read and write; the whole
 they take, as train/planning/roofline.py does.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+from models.decoder import DecoderConfig
 from sharding.program_cost import Operation, operations
 from sharding.topology import Chip
-from train.planning.roofline import Executed, Transfer
-
-# Products that a kernel of attention forms, of queries with the keys they visit; the backward
-# kernels' shares of the peak are for 5 products in all, of which each counts its part.
-_KEYS, _QUERIES = 5 * 4 / 7, 5 * 3 / 7
-_PRODUCTS = {
-  "splash_mqa_fwd": 2.0,
-  "splash_mqa_dkv": _KEYS,
-  "splash_mqa_dq": _QUERIES,
-  "local_attention_forward": 2.0,
-  "local_attention_backward_keys": _KEYS,
-  "local_attention_backward_queries": _QUERIES,
-}
-_FORWARD = ("splash_mqa_fwd", "local_attention_forward")
-_PARTS = ("loss", "mlp", "gates", "conv", "scan", "recurrent", "attention")
+from train.planning.roofline import Transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,35 +77,47 @@ class ProgramCost:
     }
 
 
+class _Kernel(NamedTuple):
+  """What a layer says of a custom kernel: the FLOPs of one pass over all tokens of the device and
+  all blocks that have it, and in how many calls that is."""
+
+  scope: str
+  is_backward: bool
+  flops: float
+  calls: int
+
+
 def program_cost(
   text: str,
   *,
   chip: Chip,
-  executed: Executed,
+  model: DecoderConfig,
+  row_length: int,
+  num_microbatches: int,
   tokens_per_device: float,
-  attention_calls: int,
   transfers: Iterable[Transfer],
 ) -> ProgramCost:
-  """The cost of the program `text` of a step on `chip`. `executed` are the model's FLOPs of a
-  token. `attention_calls` of a kernel are one pass over all blocks that have it and all
-  microbatches."""
-  # One of attention's products, of all blocks and tokens of the device.
-  product = executed.attention_backward / 5 * executed.visited * tokens_per_device
+  """The cost of the program `text` of a step of `model`, its kernels named, on `chip`; ValueError
+  for a kernel that no layer declares."""
   parts: dict[str, PartCost] = {}
   found = operations(text)
+  kernels = _kernels(model, row_length, num_microbatches)
+  scopes = ("loss", *itertools.chain(*(block.scopes() for block in model.pattern)))
   calls: dict[str, int] = {}
   for one in found:
-    if (kernel := _attention(one)) is not None:
-      calls[kernel] = calls.get(kernel, 0) + one.times
+    if (name := _declared(one, kernels)) is not None:
+      calls[name] = calls.get(name, 0) + one.times
   for one in found:
-    kernel = _attention(one)
-    if kernel is None:
+    name, scope = _declared(one, kernels), _scope(one, scopes)
+    if name is None:
+      _check_known(one, kernels, scope)
       cost = _cost(one, chip)
     else:
-      passes = max(1, round(calls[kernel] / attention_calls))
-      cost = _kernel_cost(one, chip, kernel, product * passes * one.times / calls[kernel])
-    name = _part(one)
-    parts[name] = parts.get(name, PartCost()) + cost
+      kernel = kernels[name]
+      passes = max(1, round(calls[name] / kernel.calls))
+      flops = kernel.flops * tokens_per_device * passes * one.times / calls[name]
+      cost, scope = _kernel_cost(one, chip, flops, is_backward=kernel.is_backward), kernel.scope
+    parts[scope] = parts.get(scope, PartCost()) + cost
   return ProgramCost(
     parts=parts,
     sent_seconds=sum(one.link_seconds + one.network_seconds for one in transfers),
@@ -124,14 +125,37 @@ def program_cost(
   )
 
 
-def _attention(one: Operation) -> str | None:
-  """Which kernel of attention it is; ValueError for one that is not known."""
-  if one.kernel is None or not ("splash" in one.kernel or "attention" in one.kernel):
+def _kernels(model: DecoderConfig, row_length: int, num_microbatches: int) -> dict[str, _Kernel]:
+  """The kernels that the blocks declare, by how their names begin; FLOPs of one token."""
+  found: dict[str, _Kernel] = {}
+  for block, number in collections.Counter(model.blocks).items():
+    for part in block.flops(model.width, row_length):
+      for one in part.kernels:
+        flops, calls = number * part.executed * one.share, number * num_microbatches
+        if (before := found.get(one.name)) is not None:
+          flops, calls = flops + before.flops, calls + before.calls
+        found[one.name] = _Kernel(part.scope, one.is_backward, flops, calls)
+  return found
+
+
+def _declared(one: Operation, kernels: Mapping[str, _Kernel]) -> str | None:
+  """By which name a layer declares this kernel; None if it is none, or none does."""
+  if one.kernel is None:
     return None
-  for name in _PRODUCTS:
-    if one.kernel.startswith(name):
-      return name
-  raise ValueError(f"compiled_cost: nothing is known of the kernel {one.kernel!r}")
+  return next((name for name in kernels if one.kernel.startswith(name)), None)
+
+
+def _check_known(one: Operation, kernels: Mapping[str, _Kernel], scope: str) -> None:
+  """Raises for a kernel that may multiply matrices unseen: one in the scope of a layer that
+  declares others, or with a name like theirs; some have no scope."""
+  if one.kernel is None:
+    return
+  words = {name.split("_")[0] for name in kernels}
+  if scope in {kernel.scope for kernel in kernels.values()} or one.kernel.split("_")[0] in words:
+    raise ValueError(
+      f"compiled_cost: no layer declares the kernel {one.kernel!r} of the compiled step; name it "
+      "in the `kernels` of a FlopsPart (models/costs.py)"
+    )
 
 
 def _cost(one: Operation, chip: Chip) -> PartCost:
@@ -154,24 +178,17 @@ def _cost(one: Operation, chip: Chip) -> PartCost:
   )
 
 
-def _kernel_cost(one: Operation, chip: Chip, kernel: str, product: float) -> PartCost:
-  """Of all calls of an attention kernel; `product` are the FLOPs of one product in them."""
+def _kernel_cost(one: Operation, chip: Chip, flops: float, *, is_backward: bool) -> PartCost:
+  """Of all calls of a kernel at the rates of attention, `flops` in them."""
   reached = chip.reached
-  share = reached.attention_forward if kernel in _FORWARD else reached.attention_backward
-  seconds = _PRODUCTS[kernel] * product / (share * chip.peak_flops)
-  return PartCost(
-    flops=_PRODUCTS[kernel] * product,
-    bytes=one.times * one.bytes,
-    seconds=seconds,
-    estimated=seconds,
-  )
+  share = reached.attention_backward if is_backward else reached.attention_forward
+  seconds = flops / (share * chip.peak_flops)
+  return PartCost(flops=flops, bytes=one.times * one.bytes, seconds=seconds, estimated=seconds)
 
 
-def _part(one: Operation) -> str:
-  if _attention(one) is not None:
-    return "attention"
+def _scope(one: Operation, scopes: Iterable[str]) -> str:
   # The innermost scope that is one of a layer's: .../recurrent/gates/dot_general is the gates'.
-  places = {name: one.op_name.rfind(name) for name in _PARTS if _has(one.op_name, name)}
+  places = {name: one.op_name.rfind(name) for name in scopes if _has(one.op_name, name)}
   if places:
     return max(places, key=lambda name: places[name])
   return "stack" if "while/body" in one.op_name else "rest"

@@ -14,6 +14,7 @@ import jax
 
 from kernels import dispatch
 from models import decoder
+from models.costs import Shard
 from models.decoder import DecoderConfig
 from sharding import logical
 from sharding.logical import Axes, Table
@@ -65,6 +66,13 @@ class Footprint:
     return self.gradients + self.activations + self.weights
 
 
+@functools.lru_cache(maxsize=256)
+def named_kernels(config: DecoderConfig, platform: str) -> DecoderConfig:
+  """`config` with the kernels that run on `platform` named in its blocks."""
+  with dispatch.targeting(platform):
+    return config.resolved()
+
+
 def resolved_kernels(config: DecoderConfig, platform: str) -> dict[str, str]:
   """Op -> what the first block that has it runs on `platform`."""
   with dispatch.targeting(platform):
@@ -100,22 +108,22 @@ def footprint(run: Run, mesh: MeshShape, *, platform: str) -> Footprint:
 
 def block_activations(run: Run, mesh: MeshShape, *, platform: str) -> tuple[Activations, ...]:
   """The activations of every block, first to last."""
-  kernels = resolved_kernels(run.model, platform)
-  kinds = {
-    block: of_block(
-      block,
-      width=run.model.width,
-      row_length=run.data.row_length,
-      remat=run.model.remat,
-      tensor=mesh.tensor,
-      sequence=mesh.sequence,
-      itemsize=_BYTES[run.model.dtype],
-      kernels=kernels,
-      is_unrolled=run.model.layers == "unroll",
-    )
-    for block in run.model.pattern
-  }
-  return tuple(kinds[block] for block in run.model.blocks)
+  model, shard = named_kernels(run.model, platform), shard_of(run, mesh)
+  kinds = {block: of_block(block, width=model.width, shard=shard) for block in model.pattern}
+  return tuple(kinds[block] for block in model.blocks)
+
+
+def shard_of(run: Run, mesh: MeshShape) -> Shard:
+  """What each device has of the blocks of a step."""
+  return Shard(
+    rows=run.batch_size / (mesh.data * mesh.fsdp),
+    row_length=run.data.row_length,
+    tensor=mesh.tensor,
+    sequence=mesh.sequence,
+    itemsize=_BYTES[run.model.dtype],
+    remat=run.model.remat,
+    is_unrolled=run.model.layers == "unroll",
+  )
 
 
 def token_shards(mesh: MeshShape) -> int:

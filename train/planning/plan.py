@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from models.flops import Flops, flops_per_token
-from models.layers import attention
 from sharding import collectives as compiled_collectives
 from sharding.machine import Machine
 from sharding.mesh import AXES, MeshShape, check_slices
@@ -23,7 +22,13 @@ from sharding.topology import Chip
 from train import program as programs
 from train.config import Run
 from train.planning.compiled_cost import ProgramCost, program_cost
-from train.planning.footprint import Footprint, footprint, leaves, resolved_kernels
+from train.planning.footprint import (
+  Footprint,
+  footprint,
+  leaves,
+  named_kernels,
+  resolved_kernels,
+)
 from train.planning.roofline import Roofline, Transfer, roofline, transfer
 from train.planning.traffic import HbmBytes, collectives, executed_flops, hbm_bytes
 
@@ -154,7 +159,7 @@ class Plan:
       "collectives": [
         {**dataclasses.asdict(one), "crosses_islands": one.crosses} for one in self.collectives
       ],
-      "flops_per_token": dataclasses.asdict(self.flops)
+      "flops_per_token": self.flops.as_dict()
       | {"train": self.flops.train, "executed": self.executed_flops},
       "flops_per_step_and_device": times.model_flops,
       "hbm_bytes": {**self.hbm._asdict(), "total": self.hbm.total},
@@ -223,14 +228,13 @@ def compiled(run: Run, machine: Machine) -> Plan:
 
 
 def _program(text: str, run: Run, machine: Machine, sent: tuple[Transfer, ...]) -> ProgramCost:
-  flops = flops_per_token(run.model, run.data.row_length)
-  with_attention = sum(isinstance(block.mixer, attention.Config) for block in run.model.blocks)
   return program_cost(
     text,
     chip=machine.chip,
-    executed=executed_flops(run, flops, platform=machine.chip.platform),
+    model=named_kernels(run.model, machine.chip.platform),
+    row_length=run.data.row_length,
+    num_microbatches=run.num_microbatches,
     tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
-    attention_calls=max(1, with_attention * run.num_microbatches),
     transfers=sent,
   )
 
@@ -246,7 +250,7 @@ def _plan(
 ) -> Plan:
   platform = machine.chip.platform
   flops = flops_per_token(run.model, run.data.row_length)
-  executed = executed_flops(run, flops, platform=platform)
+  executed = executed_flops(run, platform=platform)
   moved = hbm_bytes(run, mesh, chip=machine.chip)
   return Plan(
     run=run,

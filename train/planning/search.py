@@ -95,7 +95,7 @@ def evaluate(run: Run, layout: Layout, machine: Machine) -> Candidate | None:
   moved = hbm_bytes(planned, layout.mesh, chip=machine.chip)
   times = roofline(
     flops=flops,
-    executed=executed_flops(planned, flops, platform=platform),
+    executed=executed_flops(planned, platform=platform),
     tokens_per_device=run.batch_size * run.data.row_length / machine.num_devices,
     hbm_bytes=moved.total,
     relayout_bytes=moved.relayouts,

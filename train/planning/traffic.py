@@ -5,23 +5,22 @@ sharding/collectives.py reads from a compiled program. `executed_flops`: with wh
 again. Terms are written out where they are added up; activations are those of activations.py.
 """
 
+import collections
 import itertools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kernels.local_attention import splash_tpu
-from models.flops import Flops, visible_keys
-from models.layers import attention, rg_lru
+from models.costs import Sent
+from models.flops import flops_per_token
 from sharding.machine import Machine, positions
 from sharding.mesh import MeshShape
 from sharding.topology import Chip
 from train.config import Run
-from train.planning.activations import UNFUSED_SCANS
 from train.planning.footprint import (
   block_activations,
   compute_numbers,
-  resolved_kernels,
+  named_kernels,
+  shard_of,
   state_bytes,
   token_shards,
 )
@@ -87,48 +86,26 @@ def _relayouts(run: Run, mesh: MeshShape, used: float, chip: Chip) -> float:
   return run.num_microbatches * 2 * 2 * used * _BYTES[run.model.dtype]
 
 
-def executed_flops(run: Run, flops: Flops, *, platform: str) -> Executed:
-  """FLOPs of one token with what is computed again; the model's are `flops.train`."""
-  keys = flops.attention_keys
-  linear = flops.forward - keys
+def executed_flops(run: Run, *, platform: str) -> Executed:
+  """FLOPs of one token with what is computed again; the model's are `Flops.train`."""
+  flops = flops_per_token(named_kernels(run.model, platform), run.data.row_length)
+  inside = [part for part in flops.counted if part.kind == "attention"]
+  keys = sum(part.flops for part in inside)
+  linear, logits = flops.forward - keys, flops["logits"]
   attention_again = 0.0 if run.model.remat == "none" else keys
-  again = _gate_flops(run)
   if run.model.remat == "block":
-    # All but each block's last product, a third of the MLP: nothing needs its result again.
-    again = linear - flops.logits - flops.mlp / 3
+    # All but each block's last product: nothing needs its result again.
+    again = linear - logits - sum(part.last for part in flops.counted)
+  else:
+    again = sum(part.batched for part in flops.counted)
   return Executed(
     # Logits are formed again from x.
-    matmul=3.0 * linear + flops.logits + again,
+    matmul=3.0 * linear + logits + again,
     attention_forward=keys + attention_again,
     # The backward pass forms attention's weights again: 5 products where the forward pass has 2.
     attention_backward=2.5 * keys,
-    visited=_visited(run, platform),
+    visited=sum(part.executed for part in inside) / keys if keys else 1.0,
   )
-
-
-def _visited(run: Run, platform: str) -> float:
-  """Keys in the blocks that attention's kernel visits, over those that queries see. The shares of
-  the peak that are published for GPUs are of the latter."""
-  if resolved_kernels(run.model, platform).get("local_attention") != "splash_tpu":
-    return 1.0
-  seen = visited = 0.0
-  for block in run.model.blocks:
-    if isinstance(block.mixer, attention.Config):
-      width = block.mixer.num_heads * block.mixer.head_size
-      seen += width * visible_keys(run.data.row_length, block.mixer.window)
-      visited += width * splash_tpu.visited_keys(run.data.row_length, block.mixer.window)
-  return visited / seen
-
-
-def _gate_flops(run: Run) -> float:
-  """The gates' products, which no remat keeps."""
-  total = 0.0
-  for block in run.model.blocks:
-    mixer = block.mixer
-    if not isinstance(mixer, attention.Config):
-      rnn_width = mixer.rnn_width  # pyright: ignore[reportAttributeAccessIssue]
-      total += 4.0 * rnn_width * (rnn_width // mixer.num_gate_blocks)  # pyright: ignore
-  return total
 
 
 def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, ...]:
@@ -165,87 +142,33 @@ def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, 
   else:
     add("reduce-scatter", ("fsdp",), parts * blocks, parts * sums)
     add("all-reduce", ("data", "sequence"), parts * blocks, parts * sums / mesh.fsdp)
-  # Megatron: behind each half of a block forward and backward, behind the mixer once more where it
-  # is computed again, and behind the embedding.
-  times = 4 + (run.model.remat == "block")
-  add("all-reduce", ("tensor",), parts * (times * blocks + 1), (times * blocks + 1) * stream)
-  for sent in _between_shards(run, mesh, platform) if mesh.sequence > 1 else ():
-    add(sent.kind, ("sequence",), sent.times, sent.bytes)
+  # Behind the embedding, and what blocks send.
+  sent = [Sent("all-reduce", "tensor", 1, stream), *_between_shards(run, mesh, platform)]
+  for axis, kind in (
+    ("tensor", "all-reduce"),
+    ("sequence", "all-gather"),
+    ("sequence", "reduce-scatter"),
+    ("sequence", "collective-permute"),
+  ):
+    of_kind = [one for one in sent if (one.axis, one.kind) == (axis, kind)]
+    if of_kind:
+      times = parts * sum(one.times for one in of_kind)
+      add(kind, (axis,), times, sum(one.bytes for one in of_kind))
   return tuple(found)
 
 
-class _Sent(NamedTuple):
-  """Equal collectives of one step: how many, and the bytes of all of them."""
-
-  kind: str
-  times: int
-  bytes: float
-
-
-def _between_shards(run: Run, mesh: MeshShape, platform: str) -> Iterator[_Sent]:
-  """What the shards of a row tell each other, one line for each kind."""
-  rows = run.batch_size / (mesh.data * mesh.fsdp)
-  time = run.data.row_length // mesh.sequence
-  # Documents are numbered once for all layers: the last id, how many begin and where the last does.
-  found = [
-    _Sent("collective-permute", 1, rows * _INT32),
-    _Sent("all-gather", 1, mesh.sequence * 2 * rows * _INT32),
-  ]
-  is_fused = resolved_kernels(run.model, platform).get("rg_lru") not in UNFUSED_SCANS
-  for mixer in dict.fromkeys(block.mixer for block in run.model.blocks):
-    match mixer:
-      case rg_lru.Config():
-        once, each = _recurrence_sends(run, mesh, mixer, rows=rows, is_fused=is_fused)
-      case attention.Config():
-        once, each = _attention_sends(run, mesh, mixer, rows=rows, time=time)
-      case _:
-        raise TypeError(f"traffic: no rule for the mixer {type(mixer).__qualname__}")
-    number = sum(block.mixer == mixer for block in run.model.blocks)
-    found += once
-    if run.model.blocks_wait:
+def _between_shards(run: Run, mesh: MeshShape, platform: str) -> Iterator[Sent]:
+  """What tensor shards and the shards of a row send each other."""
+  model, shard = named_kernels(run.model, platform), shard_of(run, mesh)
+  if mesh.sequence > 1:
+    # Documents are numbered once for all layers: the last id, how many begin and where the last
+    # does.
+    yield Sent("collective-permute", "sequence", 1, shard.rows * _INT32)
+    yield Sent("all-gather", "sequence", 1, mesh.sequence * 2 * shard.rows * _INT32)
+  for block, number in collections.Counter(model.blocks).items():
+    once, each = block.sends(model.width, shard)
+    if model.blocks_wait:
       each += once
-    found += [_Sent(one.kind, number * one.times, number * one.bytes) for one in each]
-  for kind in ("all-gather", "reduce-scatter", "collective-permute"):
-    of_kind = [one for one in found if one.kind == kind]
-    if of_kind:
-      times = sum(one.times for one in of_kind)
-      yield _Sent(kind, run.num_microbatches * times, sum(one.bytes for one in of_kind))
-
-
-def _recurrence_sends(
-  run: Run, mesh: MeshShape, mixer: rg_lru.Config, *, rows: float, is_fused: bool
-) -> tuple[list[_Sent], list[_Sent]]:
-  """Once for all layers, documents that the convolution asks for; of each: every shard's product of
-  decays and last state for a scan, the convolution's halo, and unfused the decay that a gradient
-  meets between shards."""
-  width, taps = mixer.rnn_width / mesh.tensor, mixer.conv_taps - 1
-  # Forward and backward; again, unless states are kept. The convolution is never kept.
-  scans = 2 if run.model.remat == "none" else 3
-  pairs = mesh.sequence * 2 * rows * width * _FLOAT32
-  conv = rows * taps * width * _BYTES[run.model.dtype]
-  each = [
-    _Sent("all-gather", scans, scans * pairs),
-    _Sent("collective-permute", 3, 3 * conv),
-  ]
-  if not is_fused:
-    each.append(_Sent("collective-permute", 1, rows * width * _FLOAT32))
-  return [_Sent("collective-permute", 1, rows * taps * _INT32)], each
-
-
-def _attention_sends(
-  run: Run, mesh: MeshShape, mixer: attention.Config, *, rows: float, time: int
-) -> tuple[list[_Sent], list[_Sent]]:
-  """Documents once, and of each layer keys and values: forward, again, and their gradients."""
-  size = mixer.head_size * _BYTES[run.model.dtype]
-  if mixer.window is None:
-    tokens = rows * run.data.row_length
-    return [_Sent("all-gather", 1, tokens * _INT32)], [
-      _Sent("all-gather", 4, 4 * tokens * size),
-      _Sent("reduce-scatter", 2, 2 * tokens * size),
-    ]
-  # From as many shards before as hold a window.
-  window = min(mixer.window, (mesh.sequence - 1) * time)
-  shards = math.ceil(window / time)
-  return [_Sent("collective-permute", shards, rows * window * _INT32)], [
-    _Sent("collective-permute", 6 * shards, 6 * rows * window * size)
-  ]
+    yield from once
+    for one in each:
+      yield one._replace(times=number * one.times, bytes=number * one.bytes)

@@ -89,8 +89,8 @@ def test_the_page_has_the_numbers_of_the_plan():
   words = [html.unescape(word) for word in re.findall(r"<text[^>]*>([^<]*)<", whole)]
   tokens = planned.tokens_per_step / planned.machine.num_devices
   # With the backward pass, three times the forward one.
-  flops = f"{3 * planned.flops.mlp * tokens / 1e12:,.2f} TFLOP"
-  share = f"{planned.flops.mlp / planned.flops.forward:.0%}"
+  flops = f"{3 * planned.flops['mlp'] * tokens / 1e12:,.2f} TFLOP"
+  share = f"{planned.flops['mlp'] / planned.flops.forward:.0%}"
   assert words[words.index("MLPs") + 1] == f"{flops}, {share}"
   least = planned.roofline.times[planned.roofline.bound]
   assert [word for word in words if "binds" in word] == [f"{1e3 * least:,.1f} ms, binds"]
