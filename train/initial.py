@@ -1,22 +1,15 @@
 """The state before the first step: drawn at random, or with the parameters of a directory."""
 
-import fnmatch
-from typing import Any
-
 import jax
 import numpy as np
 from absl import logging
 
-from models import kernel_fields
 from models.decoder import DecoderConfig
 from models.huggingface import directory
+from models.same_model import differences
 from train import program as programs
-from train.config import flatten
 from train.program import Program
 from train.state import TrainState
-
-# What of a model's config its parameters do not depend on, beside kernels.
-_FREE = ("dtype", "param_dtype", "remat", "layers", "*.decay_init")
 
 
 def initial_state(program: Program) -> TrainState:
@@ -34,26 +27,15 @@ def initial_state(program: Program) -> TrainState:
 
 
 def _check_same(ours: DecoderConfig, theirs: DecoderConfig, place: str) -> None:
-  here, there = _decisive(ours), _decisive(theirs)
-  missing = "(not there)"
   different = [
-    f"{path} is {there.get(path, missing)!r} there, {here.get(path, missing)!r} in the config"
-    for path in sorted({*here, *there})
-    if here.get(path, missing) != there.get(path, missing)
+    f"{path} is {there!r} there, {here!r} in the config"
+    for path, there, here in differences(theirs, ours)
   ]
   if different:
     raise ValueError(
       f"init_from {place} is of another model: {'; '.join(different)}. Set --config.model to "
       "what is there, or give another directory"
     )
-
-
-def _decisive(config: DecoderConfig) -> dict[str, Any]:
-  return {
-    path: value
-    for path, value in flatten(kernel_fields.without_kernels(config)).items()
-    if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _FREE)
-  }
 
 
 def _laid_out(w: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -4,6 +4,7 @@ The family's file (NameMap) says what its keys and tensors are called, this one 
 cannot be expressed in the other format is refused by name.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from models.decoder import DecoderConfig, DType, Params
 from models.huggingface import recurrentgemma, tensor_files
 from models.huggingface.name_map import NameMap, Settings
 from models.huggingface.tensor_files import StoredTensor
+from models.same_model import differences
 
 _NAME_MAPS = (recurrentgemma.NAME_MAP,)
 _HEAD = "lm_head.weight"
@@ -160,10 +162,21 @@ def _of_config(config: DecoderConfig) -> tuple[NameMap, dict[str, Any]]:
   reasons = []
   for names in _NAME_MAPS:
     try:
-      return names, names.to_json(config)
+      settings = names.to_json(config)
+      _check_reads_back(names, settings, config)
+      return names, settings
     except ValueError as error:
       reasons.append(f"as {names.family}: {error}")
   raise ValueError(f"save: the model cannot be saved {'; '.join(reasons)}")
+
+
+def _check_reads_back(names: NameMap, settings: dict[str, Any], config: DecoderConfig) -> None:
+  """ValueError unless `settings` describe the model of `config`: a name map need not know every
+  choice that our configs offer."""
+  read = names.from_json(Settings(settings, "config.json"), dtype=config.param_dtype)
+  ours, theirs = (dataclasses.replace(c, pattern=c.blocks) for c in (config, read))
+  for path, value, its_value in differences(ours, theirs):
+    raise ValueError(f"{path} {value!r}: its own is {its_value!r}")
 
 
 def _name(mixer: type) -> str:

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from models.huggingface import recurrentgemma, tensor_files
 from models.huggingface.directory import load, save
+from models.layers import attention
 from tests.golden.save_for_transformers import CONFIGS, FOLDER, spread_params
 from tests.models.huggingface.directories import (
   assert_trees_equal,
@@ -240,6 +241,26 @@ def test_a_mixer_without_a_hugging_face_form_is_named(tmp_path):
   with pytest.raises(
     ValueError,
     match=r"_RunningMean has no Hugging Face form; .* RecurrentGemma: rg_lru\.Config, attention\.C",
+  ):
+    save(tmp_path / "saved", dataclasses.replace(config, pattern=pattern), {})
+  assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sparse(attention.Config):
+  """Attention with a choice that no name map knows."""
+
+  every: int = 2
+
+
+def test_a_choice_that_a_name_map_does_not_know_is_not_lost(tmp_path):
+  config = CONFIGS["ours"]
+  local = config.pattern[2].mixer
+  assert isinstance(local, attention.Config)
+  sparse = _Sparse(num_heads=local.num_heads, head_size=local.head_size, window=local.window)
+  pattern = (*config.pattern[:2], dataclasses.replace(config.pattern[2], mixer=sparse))
+  with pytest.raises(
+    ValueError, match=r"as RecurrentGemma: pattern\[2\]\.mixer .*_Sparse': its own"
   ):
     save(tmp_path / "saved", dataclasses.replace(config, pattern=pattern), {})
   assert not list(tmp_path.iterdir())
