@@ -21,11 +21,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models import kernel_fields, observe
 from models.block import BlockConfig
 from models.layers import segments as segments_lib
+from models.layers import state as state_lib
 from models.layers.cut import cut_steps
 from models.layers.embedding import Embedding, cap_logits
 from models.layers.norms import RMSNorm
@@ -152,6 +154,8 @@ class Model(NamedTuple):
   logits: Callable[..., jax.Array]  # (params, tokens_BT, segments_BT) -> float32 [B, T, V]
   initial_state: Callable[..., State]  # (batch, context): global attention sees `context` tokens
   extend: Callable[..., tuple[jax.Array, jax.Array, State]]  # (params, tokens, segments, state)
+  prefill: Callable[..., tuple[jax.Array, jax.Array, State]]  # (params, tokens, segments, context)
+  cast: Callable[[Params], Params]  # in the dtypes that layers use: once, where they are used often
   observe: Callable[..., Params]  # (params, tokens_BT, segments_BT) -> what blocks tell, stacked
 
 
@@ -170,6 +174,8 @@ def build(config: DecoderConfig) -> Model:
     decoder.logits,
     decoder.initial_state,
     decoder.extend,
+    decoder.prefill,
+    decoder.cast,
     decoder.observe,
   )
 
@@ -272,7 +278,7 @@ class _Decoder:
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Hidden states after the final norm, and the unembedding; rows begin without history."""
-    x_BTD, unembed_VD, _, _ = self._forward(params, tokens_BT, segments_BT, None)
+    x_BTD, unembed_VD, *_ = self._forward(params, tokens_BT, segments_BT, None)
     return x_BTD, unembed_VD
 
   def logits(self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -284,16 +290,31 @@ class _Decoder:
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State
   ) -> tuple[jax.Array, jax.Array, State]:
     """As `apply`, going on from `state`: any number of tokens, one for a decoding step."""
-    x_BTD, unembed_VD, after, blocks = self._forward(params, tokens_BT, segments_BT, state)
+    x_BTD, unembed_VD, after, _ = self._forward(params, tokens_BT, segments_BT, state)
     assert after is not None
-    return x_BTD, unembed_VD, State(after, blocks)
+    return x_BTD, unembed_VD, after
+
+  def prefill(
+    self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, context: int
+  ) -> tuple[jax.Array, jax.Array, State]:
+    """As `extend` from the initial state, with less work: attention reads no empty cache."""
+    state = self.initial_state(tokens_BT.shape[0], context)
+    x_BTD, unembed_VD, after, _ = self._forward(
+      params, tokens_BT, segments_BT, state, is_first=True
+    )
+    assert after is not None
+    return x_BTD, unembed_VD, after
+
+  def cast(self, params: Params) -> Params:
+    """The parameters in the dtypes that layers use them in, as every call casts them."""
+    return self._cast(params, self.declared)
 
   def observe(self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> Params:
     """What every block tells of itself on these rows (models/observe.py), by its names: "groups"
     and "remainder" as of the parameters, so that `split_blocks` gives each block its own."""
     with observe.collecting():
-      *_, blocks = self._forward(params, tokens_BT, segments_BT, None)
-    return blocks
+      *_, seen = self._forward(params, tokens_BT, segments_BT, None)
+    return seen
 
   def initial_state(self, batch: int, context: int) -> State:
     """The state before the first token. `context` is how many tokens global attention can see, so
@@ -312,9 +333,15 @@ class _Decoder:
     return State(segments_lib.initial_state(batch), blocks)
 
   def _forward(
-    self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, state: State | None
-  ) -> tuple[jax.Array, jax.Array, SegmentState | None, dict[str, Any]]:
-    """Hidden states, unembedding, and what follows the rows: segments, and each block's state."""
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    state: State | None,
+    *,
+    is_first: bool = False,
+  ) -> tuple[jax.Array, jax.Array, State | None, dict[str, Any]]:
+    """Hidden states, unembedding, the state after the rows, what blocks told of themselves."""
     segments_lib.check_rows(tokens_BT, segments_BT)
     if state is None:
       segments, after = _row_segments(segments_BT), None
@@ -322,6 +349,8 @@ class _Decoder:
       _check_rows_are_whole()
       _check_is_of_rows(state, tokens_BT)
       segments, after = segments_lib.segments(segments_BT, state.segments)
+      if is_first:
+        segments = segments._replace(num_before_B=None)
     embedding = self.embedding.merge(self._used(params["embedding"], self.embedding))
     x_BTD = embedding(tokens_BT, jnp.dtype(self.config.dtype))
     if self.config.embedding_scale == "sqrt_width":
@@ -331,30 +360,66 @@ class _Decoder:
     x_BTD = logical.constrain(x_BTD, "batch", "time", "width")
 
     blocks = None if state is None else state.blocks
-    group_states = None if blocks is None else blocks["groups"]
-    left_states = None if blocks is None else blocks["remainder"]
-    new_groups: Any = {}
+    new_groups, seen_groups = {}, {}
     if self.group_runs:
-
-      def group(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-        group_params, states = xs
-        return self._scan_runs(
-          self.group_runs, x_BTD, group_params, segments, states, written_out=_WRITTEN_OUT
-        )
-
       groups = params["groups"]
       if self.config.layers == "unroll":
         # Cast before a group is cut out, so that what is kept for the backward pass is the cast.
         groups = self._cast(groups, {run.name: run.part.declared for run in self.group_runs})
-      x_BTD, new_groups = self._scan(group, x_BTD, (groups, group_states))
-    x_BTD, new_left = self._scan_runs(
-      self.left_runs, x_BTD, params["remainder"], segments, left_states
+      if blocks is None:
+
+        def group(x_BTD: jax.Array, group_params: Params) -> tuple[jax.Array, Any]:
+          x_BTD, _, seen = self._scan_runs(
+            self.group_runs, x_BTD, group_params, segments, written_out=_WRITTEN_OUT
+          )
+          return x_BTD, seen
+
+        x_BTD, seen_groups = self._scan(group, x_BTD, groups)
+      else:
+        x_BTD, new_groups = self._extend_groups(x_BTD, groups, segments, blocks["groups"])
+    x_BTD, new_left, seen_left = self._scan_runs(
+      self.left_runs,
+      x_BTD,
+      params["remainder"],
+      segments,
+      None if blocks is None else blocks["remainder"],
     )
 
     norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm))
     x_BTD = norm(x_BTD)
     unembed_VD = embedding.table_VD[...].astype(x_BTD.dtype)
-    return x_BTD, unembed_VD, after, {"groups": new_groups, "remainder": new_left}
+    new_blocks = {"groups": new_groups, "remainder": new_left}
+    seen = {"groups": seen_groups, "remainder": seen_left}
+    return x_BTD, unembed_VD, None if after is None else State(after, new_blocks), seen
+
+  def _extend_groups(
+    self, x_BTD: jax.Array, params: Params, segments: Segments, states: Any
+  ) -> tuple[jax.Array, Any]:
+    """The groups, going on from the states of all of them, which the loop updates in place."""
+    plain, caches = state_lib.divide(states)
+
+    def group(carry: Any, xs: Any) -> tuple[Any, None]:
+      (x_BTD, plain, caches, state), (group_params, index) = carry, xs
+      x_BTD, new, _ = self._scan_runs(
+        self.group_runs,
+        x_BTD,
+        group_params,
+        segments,
+        state_lib.join(state, caches),
+        group=(index,),
+        written_out=_WRITTEN_OUT,
+      )
+      new, caches = state_lib.divide(new)
+      plain = jax.tree.map(lambda stack, x: state_lib.put(stack, x, index), plain, new)
+      # Read behind the write: what is read first, by several operations, XLA copies to write it.
+      after = (index + 1) % self.num_groups
+      state = jax.tree.map(lambda stack: state_lib.at(stack, (after,)), plain)
+      return (x_BTD, plain, caches, state), None
+
+    carry = (x_BTD, plain, caches, jax.tree.map(lambda stack: stack[0], plain))
+    xs = (params, jnp.arange(self.num_groups))
+    (x_BTD, plain, caches, _), _ = jax.lax.scan(group, carry, xs)
+    return x_BTD, state_lib.join(plain, caches)
 
   def _scan_runs(
     self,
@@ -362,30 +427,49 @@ class _Decoder:
     x_BTD: jax.Array,
     params: Params,
     segments: Segments,
-    states: Any,
+    states: Any = None,
     *,
+    group: tuple[jax.Array, ...] = (),
     written_out: int = 0,
-  ) -> tuple[jax.Array, Any]:
-    """The blocks of every run, scanned but for those of runs of 2 to `written_out`."""
-    new_states = {}
+  ) -> tuple[jax.Array, Any, Any]:
+    """The blocks of every run, scanned but for those of runs of 2 to `written_out`.
+
+    Returned are also the states of every run after it, and what its blocks told of themselves. Of
+    the states, plain arrays are this group's, caches those of all groups.
+    """
+    new_states, seen = {}, {}
     for run in runs:
 
-      def block(x_BTD: jax.Array, xs: Any, run: _Run = run) -> tuple[jax.Array, Any]:
-        block_params, state = xs
+      def block(carry: Any, xs: Any, run: _Run = run) -> tuple[Any, Any]:
+        (x_BTD, caches), (block_params, before) = carry, xs
         module = run.part.merge(self._used(block_params, run.part))
+        state = None
+        if before is not None:
+          plain, index = before
+          state = state_lib.join(plain, state_lib.placed(caches, (*group, index)))
         with observe.block() as seen:
           x_BTD, state = module(x_BTD, segments, state)
           if observe.is_on():
             observe.record(output_rms=observe.rms(x_BTD))
         x_BTD = logical.constrain(x_BTD, "batch", "time", "width")
-        return x_BTD, state if seen is None else seen
+        if before is not None:
+          state, caches = state_lib.divide(state)
+          caches = state_lib.placed(caches, ())
+        return (x_BTD, caches), (state, seen)
 
-      xs = (params[run.name], None if states is None else states[run.name])
-      is_scanned = not 1 < run.length <= written_out
-      x_BTD, new_states[run.name] = self._scan(
-        block, x_BTD, xs, is_scanned=is_scanned, around=self._rematerialized
+      before, caches = None, None
+      if states is not None:
+        plain, caches = state_lib.divide(states[run.name])
+        before = (plain, np.arange(run.length))
+      (x_BTD, caches), (plain, seen[run.name]) = self._scan(
+        block,
+        (x_BTD, caches),
+        (params[run.name], before),
+        is_scanned=not 1 < run.length <= written_out,
+        around=self._rematerialized,
       )
-    return x_BTD, new_states
+      new_states[run.name] = state_lib.join(plain, caches)
+    return x_BTD, new_states, seen
 
   def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
     # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
@@ -409,12 +493,12 @@ class _Decoder:
   def _scan(
     self,
     body: Callable[..., Any],
-    x_BTD: jax.Array,
+    carry: Any,
     xs: Any,
     *,
     is_scanned: bool = True,
     around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
-  ) -> tuple[jax.Array, Any]:
+  ) -> tuple[Any, Any]:
     """jax.lax.scan of around(body), or its steps written out.
 
     With `around`, a written step takes all of `xs` and cuts its part out within it: what is kept
@@ -422,21 +506,21 @@ class _Decoder:
     axis. Without, all parts are cut out at once.
     """
     if self.config.layers == "scan" and is_scanned:
-      return jax.lax.scan(body if around is None else around(body), x_BTD, xs)
+      return jax.lax.scan(body if around is None else around(body), carry, xs)
     if around is None:
       steps = [(body, part) for part in cut_steps(xs)]
     else:
 
-      def at(x_BTD: jax.Array, xs: Any, *, index: int) -> tuple[jax.Array, Any]:
-        return body(x_BTD, jax.tree.map(lambda leaf: leaf[index], xs))
+      def at(carry: Any, xs: Any, *, index: int) -> tuple[Any, Any]:
+        return body(carry, jax.tree.map(lambda leaf: leaf[index], xs))
 
       length = jax.tree.leaves(xs)[0].shape[0]
       steps = [(around(functools.partial(at, index=index)), xs) for index in range(length)]
     outputs = []
     for step, part in steps:
-      x_BTD, output = step(x_BTD, part)
+      carry, output = step(carry, part)
       outputs.append(output)
-    return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
   def _used(self, params: Params, part: _Part) -> Params:
     """Parameters as the layers use them: in the activations' dtype, but for those declared float32,
@@ -455,7 +539,7 @@ def _row_segments(segments_BT: jax.Array) -> Segments:
   def on_shard(segments_BT: jax.Array) -> tuple[jax.Array, ...]:
     before = segments_lib.initial_state(segments_BT.shape[0])
     segments, _ = segments_lib.segments(segments_BT, before, axis_name=logical.mesh_axis("time"))
-    return tuple(segments)
+    return segments.document_BT, segments.position_BT, segments.is_start_BT
 
   tokens = ("batch", "time")
   return Segments(

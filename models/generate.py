@@ -33,13 +33,10 @@ def generate(
   if not prompt_BT.size:
     raise ValueError("generate: the prompt is empty; give at least a begin-of-document token")
   check_rows(prompt_BT, segments_BT)
-  batch, prompt_length = prompt_BT.shape
-  state = model.initial_state(batch, context=prompt_length + num_tokens)
   return _generate(
     params,
     prompt_BT,
     segments_BT,
-    state,
     jnp.float32(temperature),
     key,
     model=_Static(model),
@@ -59,7 +56,6 @@ def _generate(
   params: Params,
   prompt_BT: jax.Array,
   segments_BT: jax.Array,
-  state: State,
   temperature: jax.Array,
   key: jax.Array,
   *,
@@ -67,16 +63,20 @@ def _generate(
   num_tokens: int,
 ) -> jax.Array:
   built = model.model
+  batch, prompt_length = prompt_BT.shape
+  # Cast once, or every token would read the stored weights, of twice the bytes.
+  params = built.cast(params)
 
   def sample(x_BTD: jax.Array, unembed_VD: jax.Array, key: jax.Array) -> jax.Array:
     logits_BV = cap_logits(x_BTD[:, -1:], unembed_VD, built.config.logit_cap)[:, 0]
     drawn_B = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
-  x_BTD, unembed_VD, state = built.extend(params, prompt_BT, segments_BT, state)
+  context = prompt_length + num_tokens
+  x_BTD, unembed_VD, state = built.prefill(params, prompt_BT, segments_BT, context)
   keys = jax.random.split(key, num_tokens)
   first_B = sample(x_BTD, unembed_VD, keys[0])
-  segment_B1 = jnp.ones((prompt_BT.shape[0], 1), jnp.int32)
+  segment_B1 = jnp.ones((batch, 1), jnp.int32)
 
   def step(carry: tuple[jax.Array, State], key: jax.Array):
     token_B, state = carry

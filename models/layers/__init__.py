@@ -4,4 +4,7 @@ A mixer is an `nnx.Module` made by `Config.build(width, num_blocks=..., rngs=...
 
   __call__(x_BTD, segments, state) -> (y_BTD, state)     state None in, None out: no history
   initial_state(batch, context, dtype) -> state          the state before the first token
+
+A state is a NamedTuple of arrays, replaced whole, and of caches, written in place
+(models/layers/state.py).
 """

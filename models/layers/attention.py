@@ -28,6 +28,7 @@ from models.layers import attention_costs
 from models.layers.projection import add_bias, project
 from models.layers.rope import apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
+from models.layers.state import Cache
 from models.param import normal, param, zeros
 from sharding import logical
 
@@ -95,11 +96,12 @@ class Config:
 
 
 class AttentionState(NamedTuple):
-  """The keys and values (rotated already) that later queries may see, newest last."""
+  """The keys and values (rotated already) that the next query may see, its own included. Token t of
+  the row lies at t modulo the size: it replaces one that no later query sees."""
 
-  k_BWEH: jax.Array
-  v_BWEH: jax.Array
-  document_BW: jax.Array
+  k_BWEH: Cache
+  v_BWEH: Cache
+  document_BW: Cache
 
 
 class Attention(nnx.Module):
@@ -125,14 +127,15 @@ class Attention(nnx.Module):
     self.b_out_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> AttentionState:
-    """Room for `window` tokens, or for `context` tokens where attention is global."""
+    """Room for `window` tokens and the query's own, or for `context` where attention is global."""
     if self.window is None and context < 1:
       raise ValueError(
         f"attention: context {context} must be at least 1: so many tokens can global attention see"
       )
-    size = context if self.window is None else self.window
+    size = context if self.window is None else self.window + 1
     empty_BWEH = jnp.zeros((batch, size, 1, self.head_size), dtype)
-    return AttentionState(empty_BWEH, empty_BWEH, jnp.full((batch, size), NO_DOCUMENT, jnp.int32))
+    no_document_BW = jnp.full((batch, size), NO_DOCUMENT, jnp.int32)
+    return AttentionState(Cache(empty_BWEH), Cache(empty_BWEH), Cache(no_document_BW))
 
   def __call__(
     self, x_BTD: jax.Array, segments: Segments, state: AttentionState | None
@@ -147,29 +150,86 @@ class Attention(nnx.Module):
       q_BTNH = checkpoint_name(q_BTNH, "rotated")
       v_BSEH = kv_BT2H[:, :, 1:]
       document_BS = segments.document_BT
+      new = (k_BSEH, v_BSEH, document_BS)
+      keys = new
       if state is not None:
-        size = state.k_BWEH.shape[1]
-        k_BSEH = jnp.concatenate([state.k_BWEH, k_BSEH], axis=1)
-        v_BSEH = jnp.concatenate([state.v_BWEH, v_BSEH], axis=1)
-        document_BS = jnp.concatenate([state.document_BW, document_BS], axis=1)
-        state = AttentionState(k_BSEH[:, -size:], v_BSEH[:, -size:], document_BS[:, -size:])
-      # Split by heads here, the gradients of the one key and value are summed over the shards once;
-      # left to the partitioner they are summed block by block, in float32.
-      attend = logical.on_shards(
-        functools.partial(_attend, window=self.window, implementation=self.implementation),
-        in_axes=(
-          ("batch", "time", "heads", "head"),
-          ("batch", "time", None, "head"),
-          ("batch", "time", None, "head"),
-          ("batch", "time"),
-          ("batch", "time"),
-        ),
-        out_axes=("batch", "time", "heads", "head"),
-        check_vma=local_attention.tracks_varying(self.implementation),
-      )
-      y_BTNH = attend(q_BTNH, k_BSEH, v_BSEH, segments.document_BT, document_BS)
+        if segments.num_before_B is not None and x_BTD.shape[1] > 1:
+          before = _in_order(state, segments.num_before_B, self.window)
+          keys = tuple(jnp.concatenate(parts, axis=1) for parts in zip(before, new, strict=True))
+        state = _written(state, new, segments.num_before_B)
+      if state is not None and x_BTD.shape[1] == 1:
+        # Near enough to be seen is all that the cache now holds.
+        y_BTNH = _attend_to_cache(q_BTNH, document_BS, state)
+      else:
+        y_BTNH = self._attend(q_BTNH, segments.document_BT, *keys)
       y_BTD = project(y_BTNH, self.w_out_NHD[...].astype(dtype), inputs=2)
       return add_bias(y_BTD, self.b_out_D[...]), state
+
+  def _attend(
+    self,
+    q_BTNH: jax.Array,
+    q_document_BT: jax.Array,
+    k_BSEH: jax.Array,
+    v_BSEH: jax.Array,
+    k_document_BS: jax.Array,
+  ) -> jax.Array:
+    """What the queries read of the keys, the last of which are their own."""
+    # Split by heads here, the gradients of the one key and value are summed over the shards once;
+    # left to the partitioner they are summed block by block, in float32.
+    attend = logical.on_shards(
+      functools.partial(_attend, window=self.window, implementation=self.implementation),
+      in_axes=(
+        ("batch", "time", "heads", "head"),
+        ("batch", "time", None, "head"),
+        ("batch", "time", None, "head"),
+        ("batch", "time"),
+        ("batch", "time"),
+      ),
+      out_axes=("batch", "time", "heads", "head"),
+      check_vma=local_attention.tracks_varying(self.implementation),
+    )
+    return attend(q_BTNH, k_BSEH, v_BSEH, q_document_BT, k_document_BS)
+
+
+def _attend_to_cache(q_BTNH, document_BT, state):
+  """What one query of each row reads of the cache, its own key included, in whatever order."""
+  k_BWEH, v_BWEH, document_BW = (cache.read() for cache in state)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  # Q query heads to each key-value head.
+  batch, time, num_heads, head_size = q_BTNH.shape
+  q_BTEQH = q_BTNH.reshape(batch, time, k_BWEH.shape[2], -1, head_size)
+  logits_BTEQW = product("BTEQH,BWEH->BTEQW", q_BTEQH, k_BWEH) * head_size**-0.5
+  is_seen_BTW = document_BT[:, :, None] == document_BW[:, None]
+  logits_BTEQW = jnp.where(is_seen_BTW[:, :, None, None], logits_BTEQW, -jnp.inf)
+  weights_BTEQW = jnp.exp(logits_BTEQW - jnp.max(logits_BTEQW, axis=-1, keepdims=True))
+  sum_BTEQ1 = jnp.sum(weights_BTEQW, axis=-1, keepdims=True)
+  o_BTEQH = product("BTEQW,BWEH->BTEQH", weights_BTEQW.astype(v_BWEH.dtype), v_BWEH) / sum_BTEQ1
+  return o_BTEQH.astype(q_BTNH.dtype).reshape(batch, time, num_heads, head_size)
+
+
+def _in_order(state, num_before_B, window):
+  """Keys, values and documents of the cache that later queries see, oldest first."""
+  size = state.document_BW.size
+  kept = size if window is None else window
+  # The oldest lies where the next is written.
+  index_BW = (num_before_B[:, None] + jnp.arange(size - kept, size)) % size
+
+  def ordered(x: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, index_BW.reshape(*index_BW.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+  return tuple(ordered(cache.read()) for cache in state)
+
+
+def _written(state, new, num_before_B):
+  """The state with the newest tokens, each where the oldest lay."""
+  size, time = state.document_BW.size, new[0].shape[1]
+  kept = slice(max(0, time - size), time)
+  index_BT = jnp.arange(time, dtype=jnp.int32)[None, kept]
+  if num_before_B is not None:
+    index_BT += num_before_B[:, None]
+  index_BT = jnp.broadcast_to(index_BT % size, new[2][:, kept].shape)
+  caches = (cache.write(x[:, kept], index_BT) for cache, x in zip(state, new, strict=True))
+  return AttentionState(*caches)
 
 
 def _attend(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, *, window, implementation):

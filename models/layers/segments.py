@@ -25,6 +25,7 @@ class Segments(NamedTuple):
   document_BT: jax.Array  # 1, 2, ... within the row (and on over the chunks of a split row)
   position_BT: jax.Array  # 0 at each document start
   is_start_BT: jax.Array
+  num_before_B: jax.Array | None = None  # tokens of the row before these; None: there are none
 
 
 class SegmentState(NamedTuple):
@@ -33,6 +34,7 @@ class SegmentState(NamedTuple):
   segment_B: jax.Array
   document_B: jax.Array  # 0: none has begun
   position_B: jax.Array  # of the next token, if it continues the document
+  num_tokens_B: jax.Array  # padding too
 
 
 def check_rows(tokens_BT: jax.Array, segments_BT: jax.Array) -> None:
@@ -52,7 +54,7 @@ def check_rows(tokens_BT: jax.Array, segments_BT: jax.Array) -> None:
 def initial_state(batch: int) -> SegmentState:
   """The state before the first token: whatever comes first begins a document."""
   zeros_B = jnp.zeros((batch,), jnp.int32)
-  return SegmentState(zeros_B, zeros_B, zeros_B)
+  return SegmentState(zeros_B, zeros_B, zeros_B, zeros_B)
 
 
 def segments(
@@ -81,8 +83,13 @@ def segments(
   # The index of the start that a token belongs to; one before the row lies at -position_B.
   start_BT = jnp.where(is_start_BT, index_1T, start_B[:, None])
   position_BT = index_1T - jax.lax.cummax(start_BT, axis=1)
-  new_state = SegmentState(segments_BT[:, -1], document_BT[:, -1], position_BT[:, -1] + 1)
-  return Segments(document_BT, position_BT, is_start_BT), new_state
+  new_state = SegmentState(
+    segments_BT[:, -1],
+    document_BT[:, -1],
+    position_BT[:, -1] + 1,
+    state.num_tokens_B + segments_BT.shape[1],
+  )
+  return Segments(document_BT, position_BT, is_start_BT, state.num_tokens_B), new_state
 
 
 def _before_this_shard(is_start_BT, index_1T, document_B, start_B, axis_name):

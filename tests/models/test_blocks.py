@@ -101,6 +101,7 @@ class _Built:
     self.params = _params(self.model)
     self.apply, self.logits = jax.jit(self.model.apply), jax.jit(self.model.logits)
     self.extend = jax.jit(self.model.extend)
+    self.prefill = jax.jit(self.model.prefill, static_argnames="context")
     self.document_loss = functools.cache(self._document_loss)
 
   def _document_loss(self, start, end):
@@ -209,9 +210,8 @@ def test_prefill_and_decoding_are_the_parallel_pass(config, prompt):
   segments_BT = np.ones((2, time), np.int32)
   segments_BT[1, :1] = 0 if prompt > 1 else 1
   whole = built.logits(params, tokens_BT, segments_BT)
-  state = built.model.initial_state(2, context=time)
-  x_BTD, unembed_VD, state = built.extend(
-    params, tokens_BT[:, :prompt], segments_BT[:, :prompt], state
+  x_BTD, unembed_VD, state = built.prefill(
+    params, tokens_BT[:, :prompt], segments_BT[:, :prompt], context=time
   )
   hidden = [x_BTD]
   for t in range(prompt, time):
