@@ -1,7 +1,7 @@
 """Objects of a bucket by their URL (gs://bucket/folder/name), through TensorStore.
 
-Each object appears whole or not at all, and what was written is seen by all at once; there are no
-folders and nothing is renamed. Errors of the service are ValueError, as TensorStore raises them.
+An object appears whole or not at all, and everybody sees a new one at once. There are no folders,
+and nothing can be renamed. Errors of the service are ValueError, as TensorStore raises them.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def write(url: str, content: bytes) -> bytes:
 
 
 def generation(url: str) -> bytes:
-  """What changes with each write of an object; there is one of "no object" too."""
+  """The generation of an object, which changes with each write; "no object" has one too."""
   folder, name = _split(url)
   return folder.read(name).result().stamp.generation
 
@@ -54,8 +54,8 @@ def delete(url: str, *, of: bytes | None = None) -> None:
 
 
 def names(url: str, *, seconds: float | None = None) -> list[str]:
-  """The names of all objects below URL/, without that prefix, sorted; TimeoutError if they
-  are not told in so many seconds (None: it may take for ever)."""
+  """The names of all objects below URL/, without that prefix, sorted; TimeoutError if listing them
+  takes longer than `seconds` (None: no limit)."""
   return sorted(name.decode() for name in _open(url).list().result(timeout=seconds))
 
 
@@ -76,7 +76,7 @@ def create_array(url: str, *, shape: Sequence[int], dtype: np.dtype, block: Sequ
     "driver": "zarr3",
     "kvstore": f"{url.rstrip('/')}/",
     "metadata": metadata,
-    # Or a block of zeros would be left out, and look like a lost one.
+    # Otherwise a block of zeros would not be stored, and would look like a lost one.
     "store_data_equal_to_fill_value": True,
   }
   return ts.open(spec, create=True, open=True).result()

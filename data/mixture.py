@@ -13,7 +13,7 @@ from data.rows import shuffled
 
 
 class RowAddress(NamedTuple):
-  """One row as it was read: which source of the config, the how-manieth pass, which row of it."""
+  """One row as it was read: which source of the config, which epoch of it, which row of it."""
 
   source: int
   epoch: int
@@ -44,7 +44,7 @@ class Mixture:
     return tuple(counts)
 
   def num_rows_within(self, num_epochs: int) -> int:
-    """How many rows there are before any source would begin its pass `num_epochs` + 1."""
+    """The number of rows before any source would begin its epoch `num_epochs` + 1."""
     low, high = 0, num_epochs * sum(self.num_rows) + 1
     while high - low > 1:
       middle = (low + high) // 2

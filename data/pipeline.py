@@ -1,8 +1,8 @@
 """Batches for training and evaluation: mixture, shuffle, per-process shard, read-ahead (Grain).
 
-The global batch of a step is a pure function of (config, step, the batches passed over): any number
-of processes reads the same one, each its slice, and the only position is the step. The end of the
-data, too, is computed from the config, so every host stops, or starts over, at the same step.
+The global batch of a step is a pure function of (config, step, the batches passed over). Any number
+of processes reads the same one, each its own slice, and the step is the only position to restore.
+The end of the data is computed from the config too, so every host stops at the same step.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ class DataConfig:
   """What is read and in which order. Paths are of token stores (`python -m launch.prepare`).
 
   sources: (path, weight) of each; weights are shares of rows, of any sum. row_length in tokens.
-  at_end: "repeat" reads for ever, each source in a new order every pass; "stop" ends before any
-  source would begin its pass `num_epochs` + 1, and leaves out the rows that fill no whole batch.
-  eval_source: a held-out store; eval_rows: at most so many of its rows, evenly spaced over it.
+  at_end: "repeat" reads for ever, each source in a new order every epoch; "stop" ends before any
+  source would begin its epoch `num_epochs` + 1, and drops the rows that do not fill a batch.
+  eval_source: a held-out store; eval_rows: at most this many of its rows, evenly spaced over it.
   read_threads, prefetch_batches: how far reading runs ahead; they change no batch.
   """
 
@@ -88,7 +88,7 @@ class Batches:
     return next(self._iterator)
 
   def close(self) -> None:
-    """Ends the threads; no batch comes after it."""
+    """Ends the threads; there are no more batches."""
     self._iterator.close()
 
   def __enter__(self) -> "Batches":
@@ -111,8 +111,9 @@ def train_batches(
 
   Process p of n gets rows p * batch_size / n and on of the global batch of `batch_size` rows. Row r
   of batch i is row i * batch_size + r of the mixture, and step s (from 0) reads batch
-  `position(s, passed_over)`. Processes that hold different times of the same rows are one p: each
-  reads them whole (sharding/mesh.py: row_share). Opens and checks the stores at once.
+  `position(s, passed_over)`. Processes that hold different times of the same rows have the same p:
+  each reads the rows whole (sharding/mesh.py: row_share). The stores are opened and checked at
+  once.
   """
   num_steps = num_steps_available(config, batch_size=batch_size, passed_over=passed_over)
   mine = _slice_of(batch_size, process_index, process_count)
@@ -131,7 +132,7 @@ def train_batches(
 
 
 def position(step: int, passed_over: Sequence[int]) -> int:
-  """Which batch step `step` (from 0) reads: the `step`-th of those that are not passed over."""
+  """Which batch step `step` (from 0) reads: number `step` of those that are not passed over."""
   for batch in sorted(set(passed_over)):
     step += batch <= step
   return step
@@ -140,7 +141,7 @@ def position(step: int, passed_over: Sequence[int]) -> int:
 def num_steps_available(
   config: DataConfig, *, batch_size: int, passed_over: Sequence[int] = ()
 ) -> int | None:
-  """Steps until the data ends, the same on all hosts; None if it starts over for ever."""
+  """Steps until the data ends, the same on all hosts; None if it repeats for ever."""
   if batch_size < 1:
     raise ValueError(f"batch_size {batch_size} must be at least 1")
   mixture = _mixture(config)
@@ -170,7 +171,7 @@ def batch_addresses(config: DataConfig, *, position: int, batch_size: int) -> li
 
 
 def read_rows(config: DataConfig, addresses: Sequence[RowAddress]) -> Batch:
-  """These rows again, as they were in the batch: to look at what broke a step."""
+  """These rows as they were in the batch, to look at what broke a step."""
   rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
   return _gather(rows, addresses)
 
@@ -183,7 +184,7 @@ class RowContent(NamedTuple):
 
 
 def row_contents(config: DataConfig, addresses: Sequence[RowAddress]) -> list[RowContent]:
-  """What lies at these addresses, for people."""
+  """The content of the rows at these addresses, for people."""
   rows = [Rows(TokenStore(path), config.row_length) for path, _ in config.sources]
   tokens_BT = _gather(rows, addresses).tokens_BT
   return [

@@ -1,8 +1,8 @@
 """Rows: a token store cut into windows of equal length, in a shuffled order; random access.
 
 Documents are packed by concatenation: a window may hold the end of one, several whole ones and the
-start of another, and a document longer than a row goes on in the next row of the store. Every token
-but a store's first is the target of exactly one position of one row. T is the row length.
+start of another. A document longer than a row continues in the next row of the store. Every token
+except a store's first is the target of exactly one position of one row. T is the row length.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Rows:
     )
 
   def documents(self, index: int) -> range:
-    """The numbers of the documents in the store that row `index` holds tokens of."""
+    """The numbers, within the store, of the documents with tokens in row `index`."""
     first = index * self.row_length
     last = min(first + self.row_length, self.store.manifest.num_tokens) - 1
     low, high = np.searchsorted(self.store.starts, (first, last), side="right")
@@ -83,16 +83,16 @@ class Rows:
 
 
 def num_rows(num_tokens: int, row_length: int) -> int:
-  """Rows of a store; its first token is nobody's target, and the last row may be part padding."""
+  """Rows of a store; its first token is never a target, and the last row may end in padding."""
   return max(0, -(-(num_tokens - 1) // row_length))
 
 
 def shuffled(position: int, size: int, *, seed: tuple[int, ...]) -> int:
   """Where `position` goes in a permutation of range(size) that depends on `seed` alone; O(1).
 
-  A Feistel network over the smallest even number of bits that holds `size`, walked until it lands
-  below it (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). The order is part of
-  what a checkpoint promises: tests/data/test_rows.py pins it.
+  A Feistel network over the smallest even number of bits that holds `size`, applied again until the
+  result is below `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Runs
+  that continue from a checkpoint depend on this order: tests/data/test_rows.py pins it.
   """
   if not 0 <= position < size:
     raise ValueError(f"shuffled: position {position} is not in 0 .. {size - 1}")
@@ -113,7 +113,7 @@ _64_BITS = (1 << 64) - 1
 
 
 def _mix(state: int, *values: int) -> int:
-  """A 64-bit hash of small integers: splitmix64's finaliser after each."""
+  """A 64-bit hash of small integers, by the finaliser of splitmix64 after each."""
   for value in values:
     state = (state + value + 0x9E3779B97F4A7C15) & _64_BITS
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS

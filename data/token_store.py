@@ -9,7 +9,7 @@
   STORE/manifest.json   vocabulary, counts, sizes, digests; written last: without it, no store
 
 A path is local, or a URL that TensorStore reads (gs://bucket/folder/store). The tokens of all
-documents lie one after the other; what a row is, data/rows.py says.
+documents are stored one after the other; data/rows.py defines rows.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _FORMAT = "token_store 1"
 _SHARD = 1 << 22
 _BLOCK = 1 << 13
 _CACHE_BYTES = 1 << 26
-# A store up to this size is held in memory, which also checks all of it when it is opened.
+# A store up to this size is read into memory when it is opened, and thereby checked.
 IN_MEMORY_BYTES = 1 << 30
 _ARRAYS = ("starts", "tokens")
 _VOCABULARY = "vocabulary_file"
@@ -43,9 +43,9 @@ _ARRAY_FILE = re.compile(r"zarr\.json|c/\d+")
 class Manifest:
   """What is in a store. Digests are of the values (little-endian bytes), not of the files.
 
-  text_bytes: UTF-8 bytes of all documents. num_unknown: tokens that stand for text which the
-  vocabulary cannot spell. files: name and size of each file under the store. origin: what it was
-  made of, as the program that made it says; not in the fingerprint.
+  text_bytes: UTF-8 bytes of all documents. num_unknown: tokens for text that the vocabulary cannot
+  express. files: name and size of each file under the store. origin: what the store was made from,
+  according to the program that made it; not in the fingerprint.
   """
 
   vocabulary: VocabularyRecord
@@ -60,7 +60,7 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """Equal for equal tokens, documents and vocabulary, whatever wrote them and where."""
+    """Equal for equal tokens, documents and vocabulary, whichever program wrote them, anywhere."""
     content = [dataclasses.asdict(self.vocabulary), self.token_digests, self.starts_digest]
     content += [self.num_tokens, self.num_documents, self.text_bytes]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -113,9 +113,9 @@ def vocabulary_file(path: str) -> bytes:
 class TokenStore:
   """A complete store, open for reading; thread-safe, any slice at any time.
 
-  Raises ValueError where read_manifest does, and if the content is not what the manifest says: at
-  opening for stores up to `in_memory_bytes`; for larger ones when the damaged block is read (CRC)
-  or in verify() (sha256). Document starts are always in memory: 8 bytes each.
+  ValueError as from read_manifest, and if the content is not what the manifest says. Stores up to
+  `in_memory_bytes` are checked when they are opened; of larger ones a damaged block is found when
+  it is read (CRC) or by verify() (sha256). Document starts are always in memory: 8 bytes each.
   """
 
   def __init__(self, path: str, *, in_memory_bytes: int = IN_MEMORY_BYTES):
@@ -132,7 +132,7 @@ class TokenStore:
         self._tokens[start : start + len(shard)] = shard
 
   def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-    """[len(starts), length] tokens, int32; past the end of the store they are pad."""
+    """[len(starts), length] tokens, int32; positions past the end of the store are padding."""
     tokens = np.full((len(starts), length), self.manifest.vocabulary.pad, np.int32)
     stops = np.minimum(starts + length, self.manifest.num_tokens)
     if self._tokens is not None:
@@ -224,7 +224,7 @@ class Writer:
     text_bytes: int,
     num_unknown: int = 0,
   ) -> None:
-    """Adds len(lengths) documents, whose tokens (with bos and eos) lie one after the other."""
+    """Adds len(lengths) documents, whose tokens (with bos and eos) follow one another."""
     if int(lengths.sum()) != len(tokens) or (lengths < 1).any():
       raise ValueError(
         f"token store {self._path}: {len(tokens)} tokens cannot be documents of lengths that sum "
@@ -246,7 +246,7 @@ class Writer:
       self._write_shards(np.concatenate(self._waiting))
 
   def close(self) -> Manifest:
-    """Writes what is left, then the manifest; the store is there from now on."""
+    """Writes what is left, then the manifest; from now on the store is complete."""
     if not self._num_tokens:
       raise ValueError(f"token store {self._path}: no document was written")
     if self._num_waiting:
@@ -283,7 +283,7 @@ class Writer:
 def write(
   path: str, documents: Iterable[np.ndarray], vocabulary: VocabularyRecord, *, text_bytes: int
 ) -> Manifest:
-  """Makes a store of documents that are token ids already, with bos and eos."""
+  """Makes a store from documents given as token ids, with bos and eos."""
   writer = Writer(path, vocabulary)
   for document in documents:
     writer.append(np.asarray(document), np.array([len(document)]), text_bytes=0)
@@ -292,7 +292,7 @@ def write(
 
 
 def remove(path: str) -> None:
-  """Takes a finished store's manifest away: no store any more, and Writer may make it anew."""
+  """Removes a finished store's manifest: it is no store any more, and Writer may replace it."""
   _kvstore(path).write("manifest.json", None).result()
 
 
@@ -302,7 +302,7 @@ def is_complete(path: str) -> bool:
 
 
 def check_place(path: str) -> None:
-  """ValueError if somebody's files lie where a new store's arrays go: writing would delete them."""
+  """ValueError if other files are where a new store's arrays go: writing would delete them."""
   if is_complete(path):
     return
   for name in _ARRAYS:
@@ -361,14 +361,14 @@ def _create(path: str, name: str, dtype: np.dtype) -> Any:
     "driver": "zarr3",
     "kvstore": _url(path, name),
     "metadata": metadata,
-    # Or a block of zeros would be left out, and look like a lost one.
+    # Otherwise a block of zeros would not be stored, and would look like a lost one.
     "store_data_equal_to_fill_value": True,
   }
   return ts.open(spec, create=True, delete_existing=True).result()
 
 
 def _clear(path: str) -> None:
-  """Takes away an unfinished store; a finished one is somebody's data."""
+  """Removes an unfinished store; a finished one is never removed."""
   if is_complete(path):
     raise ValueError(f"token store {path}: it exists; remove it first, or choose another path")
   check_place(path)

@@ -16,12 +16,12 @@ import tokenizers
 
 Kind = Literal["byte", "huggingface", "sentencepiece", "seqio"]
 
-# 0xFE and 0xFF never occur in UTF-8: no text can spell them. Byte 0 can occur in text; as padding
-# it is told apart by segment 0.
+# 0xFE and 0xFF never occur in UTF-8, so no text contains them. Byte 0 can occur in text; padding is
+# recognised by segment 0.
 _BYTE_BOS, _BYTE_EOS, _BYTE_PAD = 0xFE, 0xFF, 0x00
 
-# The names that published tokenizer.json files give their special tokens, where no file beside them
-# says which is which.
+# The names of special tokens in published tokenizer.json files, used where no file beside them says
+# which token is which.
 _NAMES = {
   "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"),
   "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]"),
@@ -34,7 +34,7 @@ _DOES = {"bos": "start", "eos": "end"}
 class VocabularyRecord:
   """What training needs to know of a vocabulary: ids are 0 .. size - 1.
 
-  bos is None where documents only end. fingerprint: sha256 of the vocabulary's file.
+  bos is None where documents have an end token only. fingerprint: sha256 of the vocabulary's file.
   """
 
   kind: Kind
@@ -58,7 +58,7 @@ class VocabularyRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-  """A vocabulary that can encode; `unknown` is the id that stands for text it cannot, if any.
+  """A vocabulary that can encode; `unknown` is its id for text it cannot express, if it has one.
 
   file: the content of its file, whose sha256 is the record's fingerprint; empty for bytes.
   """
@@ -70,8 +70,8 @@ class Vocabulary:
   decode_ids: Callable[[list[int]], str]
 
   def encode(self, text: str) -> np.ndarray:
-    """The ids of one document: bos if there is one, the text, eos; ValueError where the text has
-    bos or eos in it, which would be read as the start or the end of a document."""
+    """The ids of one document: bos if there is one, the text, eos. ValueError where the text
+    contains bos or eos, which would be read as the start or the end of a document."""
     ids = np.asarray(self.encode_text(text), dtype=np.int64)
     before = [] if self.record.bos is None else [self.record.bos]
     ids = np.concatenate([before, ids, [self.record.eos]]).astype(np.int64)
@@ -80,7 +80,7 @@ class Vocabulary:
         f"vocabulary: token id {ids.max()} is not below the vocabulary size {self.record.size}"
       )
     encoded = ids.astype(self.record.dtype)
-    if self.record.kind != "byte":  # whose bos and eos no UTF-8 has in it
+    if self.record.kind != "byte":  # UTF-8 never contains its bos and eos
       self._check_text(encoded[len(before) : -1])
     return encoded
 
@@ -94,8 +94,8 @@ class Vocabulary:
         )
 
   def encode_beginning(self, text: str) -> np.ndarray:
-    """The ids of a document that goes on after `text`: bos if there is one, the text; ValueError
-    where that is nothing, or no text."""
+    """The ids of the beginning of a document: bos if there is one, then `text`. ValueError where
+    there are none, or `text` is not UTF-8."""
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -108,7 +108,7 @@ class Vocabulary:
     return ids
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of ids; bos, eos and bytes that are no UTF-8 do not raise: they are dropped or �."""
+    """The text of ids. bos and eos are dropped; bytes that are not UTF-8 become �."""
     special = {self.record.bos, self.record.eos}
     return self.decode_ids([int(token) for token in ids if int(token) not in special])
 
@@ -122,8 +122,8 @@ def load(
 ) -> Vocabulary:
   """The vocabulary "byte", or that of the file PATH/tokenizer.json or PATH/NAME.model.
 
-  The three names are of tokens in the file; "auto" takes what a tokenizer_config.json beside the
-  file says, else the one usual name that is there; "none" goes without (not for eos).
+  The three names are tokens in the file. "auto" takes the token that a tokenizer_config.json beside
+  the file names, else the one usual name that the file has. "none" does without (not for eos).
   """
   names = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
   if eos_token == "none":
@@ -185,23 +185,23 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
   try:
     content = path.read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_str(content)
-  # The binding raises a bare Exception for every fault of the file.
+  # The library raises a bare Exception for every fault of the file.
   except Exception as error:
     raise ValueError(f"vocabulary {path}: not a Hugging Face tokenizer.json: {error}") from error
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  # "</s>" written in a document is text, and must not end it.
+  # The characters "</s>" in a document are text, and must not end it.
   tokenizer.encode_special_tokens = True
   if isinstance(tokenizer.model, tokenizers.models.BPE):
-    # Dropout would make other ids of the same text each time.
+    # Dropout would give different ids for the same text each time.
     tokenizer.model.dropout = None
-    # With none it leaves out the characters that it lacks; with one that is not there it raises.
+    # Without unk_token it drops characters that it lacks; with one that does not exist it raises.
     tokenizer.model.unk_token = tokenizer.model.unk_token or "<no unk_token>"
 
   ids = tokenizer.get_vocab(with_added_tokens=True)
   chosen = _huggingface_specials(path, names, ids)
   bos, pad = chosen["bos"], chosen["pad"]
-  # One that was added as an ordinary token would still be found in the text.
+  # A token that was added as an ordinary one would still be recognised in the text.
   tokenizer.add_special_tokens(
     [
       tokenizers.AddedToken(added.content, special=True)
@@ -241,7 +241,7 @@ def _huggingface(path: pathlib.Path, names: dict[str, str]) -> Vocabulary:
 def _huggingface_specials(
   path: pathlib.Path, names: dict[str, str], ids: dict[str, int]
 ) -> dict[str, str | None]:
-  """The token that plays each part: named, said by tokenizer_config.json, or of a usual name."""
+  """The token for each part: named by a flag, by tokenizer_config.json, or by a usual name."""
   beside = path.with_name("tokenizer_config.json")
   try:
     config: Any = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}

@@ -1,11 +1,11 @@
-"""Holds the kernels to their references on this machine: `python -m kernels.check`.
+"""Compares the kernels with their references on this machine: `python -m kernels.check`.
 
-The tests hold them in Pallas' interpreter, and compile them for chips that are not there. This runs
-what this device has of every kernel, on rows of several documents, of odd lengths and widths, and
-compares results and every gradient with the reference on the CPU, in float32 from the same inputs.
-One line each: the largest difference over what rounding allows, and where it is. Exit status 1 if
-one is above 1, or does not run. Worth its minute before the first long job on a kind of chip, and
-after every new version of jax, of its compiler or of a driver.
+The tests run them in Pallas' interpreter, and compile them for chips that are not there. This runs
+every implementation that this device has, on rows of several documents, of odd lengths and widths,
+and compares results and every gradient with the reference on the CPU, in float32 from the same
+inputs. One line each: the largest difference over what rounding allows, and where it is. Exit
+status 1 if one is above 1, or does not run. Run it before the first long job on a kind of chip, and
+after every new version of jax, of its compiler or of a driver; it takes a minute.
 """
 
 import os
@@ -21,10 +21,10 @@ import numpy as np
 from kernels import block_diagonal, causal_conv, linear_scan, local_attention, rg_lru, timing
 from kernels.local_attention import splash_tpu
 
-# Of the largest value of an array. bfloat16: inputs are exact; what a kernel keeps and gives out is
-# rounded, by 2^-9 each time. float32: exponentials of accelerators are good to 1e-5.
+# Relative to the largest value of an array. bfloat16: inputs are exact; what a kernel stores and
+# returns is rounded, by 2^-9 each time. float32: exponentials of accelerators are good to 1e-5.
 _ALLOWED = {"bfloat16": 2e-2, "float32": 1e-3}
-# Nearly all of the time is compilation: near 4 s a line, 117 lines, on an H100's host.
+# Nearly all of the time is compilation: about 4 s a line, 117 lines, on an H100's host.
 _COMPILERS = min(8, os.cpu_count() or 1)
 
 
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 def cases(shapes: tuple[tuple[int, int, int], ...], heads: tuple[int, ...]) -> Iterator[Case]:
-  """Of recurrences at `shapes` [batch, time, width], of attention at head sizes `heads`."""
+  """The cases: recurrences at `shapes` [batch, time, width], attention at head sizes `heads`."""
   for dtype in ("bfloat16", "float32"):
     for shape in shapes:
       yield _rg_lru(shape, dtype)
@@ -52,13 +52,13 @@ def cases(shapes: tuple[tuple[int, int, int], ...], heads: tuple[int, ...]) -> I
   for size in heads:
     for kv_heads, window in ((1, 200), (1, None), (2, 200)):
       yield _local_attention((2, 523, 4, size), kv_heads, window)
-  # Few tokens, and so many that programs for Hopper keep the weights.
+  # Few tokens, and enough that programs on Hopper keep the weights.
   yield _block_diagonal((2, 301, 512), 4)
   yield _block_diagonal((1, 2101, 2560), 16)
 
 
 def expected_of(case: Case) -> dict[str, np.ndarray]:
-  """Results, and the gradient of each array, of the reference in float32 on the CPU."""
+  """The reference's results, and its gradient of each array, in float32 on the CPU."""
   with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
     arrays = [jnp.asarray(np.asarray(x), jnp.float32) for x in case.arrays]
     return jax.device_get(_with_gradients(case, case.reference, arrays))
@@ -67,7 +67,7 @@ def expected_of(case: Case) -> dict[str, np.ndarray]:
 def differences(
   case: Case, implementation: str, expected: dict[str, np.ndarray]
 ) -> dict[str, float]:
-  """Of each result and gradient the largest difference, over what is allowed; NaN if not finite."""
+  """The largest difference of each result and gradient, over the allowed one; NaN if not finite."""
   actual = jax.device_get(_with_gradients(case, implementation, case.arrays))
   found = {}
   for name, wanted in expected.items():
@@ -85,7 +85,7 @@ def _with_gradients(case: Case, implementation: str, arrays: Any) -> dict[str, j
   @jax.jit
   def both(*arrays):
     results, pull_back = jax.vjp(run, *arrays)
-    # Rounded alike for both.
+    # Rounded in the same way for both.
     cotangents = tuple(
       _normal(7 + index, y.shape, case.dtype).astype(y.dtype) for index, y in enumerate(results)
     )
@@ -200,7 +200,7 @@ def _causal_conv(shape: tuple[int, int, int], dtype: str) -> Case:
 
 
 def check(cases: Iterator[Case]) -> bool:
-  """Prints a line for each implementation that runs here on each case; whether all are right."""
+  """Prints a line for each case and implementation that runs here; whether all are right."""
   held = []
   with ThreadPoolExecutor(_COMPILERS) as pool:
     for case in cases:
@@ -221,7 +221,7 @@ def _held(
   wanted = expected.result()
   try:
     found = differences(case, implementation, wanted)
-  # Whatever the compiler or the device raises is what is looked for.
+  # Any error of the compiler or the device is a finding.
   except Exception as error:
     return False, f"{what} FAILED: " + f"{type(error).__name__}: {error}".splitlines()[0]
   worst = max(found, key=lambda key: np.nan_to_num(found[key], nan=np.inf))
@@ -236,7 +236,7 @@ def main() -> int:
     jax.config.update("jax_platforms", f"{platforms},cpu")
   device = jax.devices()[0]
   sys.stdout.write(f"{device.device_kind}, jax {jax.__version__}\n")
-  # One row of few channels is cut into chunks on GPUs, many are not; widths with a tail of a tile.
+  # GPUs cut one row of few channels into chunks, but not many rows; widths that end within a tile.
   is_right = check(cases(((2, 301, 160), (1, 1031, 1536), (8, 133, 2560)), (64, 128, 256)))
   if is_right:
     return 0

@@ -66,7 +66,7 @@ def log_z_and_target_logit(
   log_z_BT, target_logit_BT = cast(tuple[jax.Array, jax.Array], _chunked(*arrays, logit_cap, chunk))
   if axis_name is None:
     return log_z_BT, target_logit_BT
-  # Which shard has the largest log Z is no matter of gradients: it cancels.
+  # The largest log Z of all shards needs no gradient: it cancels.
   largest_BT = jax.lax.pmax(jax.lax.stop_gradient(log_z_BT), axis_name)
   sum_BT = jax.lax.psum(jnp.exp(log_z_BT - largest_BT), axis_name)
   return largest_BT + jnp.log(sum_BT), jax.lax.psum(target_logit_BT, axis_name)
@@ -79,7 +79,7 @@ def _default_chunk(vocab_size: int, num_tokens: int) -> int:
   most = max(_LEAST_CHUNK, min(wanted, vocab_size // 4))
   if vocab_size <= most:
     return vocab_size
-  # Equal chunks, so that little is filled up, of whole tiles of 128.
+  # Equal chunks, so that there is little padding, of whole tiles of 128.
   num_chunks = -(-vocab_size // most)
   return min(most, -(-vocab_size // (num_chunks * 128)) * 128)
 
@@ -135,7 +135,7 @@ _chunked.defvjp(_forward, _backward)
 
 
 def _over_chunks(one_chunk, carry, unembed_VD, chunk):
-  """Scans over the vocabulary; what a chunk gives out is joined along it. One chunk: no loop."""
+  """Scans over the vocabulary and joins the chunks' outputs along it. One chunk: no loop."""
   vocab_size, width = unembed_VD.shape
   if chunk == vocab_size:
     return one_chunk(carry, (unembed_VD, 0))
@@ -158,8 +158,8 @@ def _logits(x_BTD, targets_BT, inputs, unembed_VD, logit_cap):
     tanh_BTC = jnp.tanh(logits_BTC / logit_cap)
     logits_BTC, slope_BTC = logit_cap * tanh_BTC, 1.0 - jnp.square(tanh_BTC)
   entries_C = start + jnp.arange(embed_CD.shape[0])
-  # The entries that fill up the last chunk are no part of the vocabulary; under their numbers are
-  # the first ones of the next shard, which may be targets.
+  # The padding of the last chunk is not part of the vocabulary. Its numbers are those of the first
+  # entries of the next shard, which may be targets.
   is_entry_C = entries_C < unembed_VD.shape[0]
   logits_BTC = jnp.where(is_entry_C, logits_BTC, -1e30)
   return logits_BTC, slope_BTC, is_entry_C & (targets_BT[..., None] == entries_C)

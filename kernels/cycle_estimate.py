@@ -1,9 +1,9 @@
 """The TPU compiler's own estimate of the cycles of Pallas kernels: no chip is needed or timed.
 
-The compiler knows the instructions of a tile and takes its copies to be on time. It steps through
-every tile, which takes memory and minutes, so compile a part of what is asked and scale. Import
-this before anything loads libtpu: what it writes for whom is decided then. For the generations
-whose profile it can write: v5e, v5p, v6e.
+The compiler knows the instructions of a tile and assumes that its copies are on time. It steps
+through every tile, which takes memory and minutes, so only a part is compiled, and the result
+scaled. Import this before anything loads libtpu, because its output is configured when it is
+loaded. It works for the generations whose profile the compiler can write: v5e, v5p, v6e.
 """
 
 import os
@@ -27,8 +27,8 @@ from kernels.compiler_record import print_record  # noqa: E402
 
 
 class Clocked(NamedTuple):
-  """A chip to compile for. `clock` of a TensorCore in Hz is a lead, not from a data sheet; the
-  others are as in sharding/topology.py, which kernels do not import."""
+  """A chip to compile for. `clock` of a TensorCore in Hz is inferred, not from a data sheet; the
+  other numbers are those of sharding/topology.py, which kernels do not import."""
 
   topology: str
   clock: float
@@ -53,14 +53,13 @@ _PARTS: dict[Shape, Shape] = {
 
 
 def sharding_on(chip: str) -> SingleDeviceSharding:
-  """Of arguments to compile for one chip of that kind."""
+  """The sharding of arguments on one chip of that kind."""
   topology = topologies.get_topology_desc(topology_name=CHIPS[chip].topology, platform="tpu")
   return SingleDeviceSharding(topology.devices[0])
 
 
 def estimated_cycles(run: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, int]:
-  """Cycles of every operation that `run` compiles to, by its name without numbers; equal names are
-  summed."""
+  """The cycles of the operations that `run` compiles to, summed by name without numbers."""
   for path in _PROFILES.iterdir():
     path.unlink()
   jax.jit(run).lower(*arguments).compile()

@@ -1,7 +1,7 @@
-"""Which implementation of a kernel runs: decided once, when a model is built, and logged.
+"""Decides which implementation of a kernel runs, once, when a model is built, and logs it.
 
-The platform is that of this process, or within `targeting(platform)` another: programs are compiled
-for machines that are not here (launch/plan.py).
+The platform is that of this process, or within `targeting(platform)` another one, because programs
+are also compiled for machines that are not here (launch/plan.py).
 """
 
 import functools
@@ -21,7 +21,7 @@ _target: ContextVar[tuple[str, str] | None] = ContextVar("target", default=None)
 def targeting(platform: str, *, device_kind: str = "") -> Iterator[None]:
   """Within it, "auto" stands for the default of `platform` ("cpu", "gpu", "tpu").
 
-  `device_kind` is what JAX calls its devices, "" if that is open: the newest are meant.
+  `device_kind` is what JAX calls its devices; "" means the newest.
   """
   token = _target.set((platform, device_kind))
   try:
@@ -32,7 +32,7 @@ def targeting(platform: str, *, device_kind: str = "") -> Iterator[None]:
 
 
 def _seen_by_triton(platform: str, device_kind: str) -> AbstractContextManager[Any]:
-  """Where there is no GPU, Pallas asks the mesh in use for the kind that it writes Triton for."""
+  """Sets the mesh that Pallas, where there is no GPU, asks for the kind of GPU to compile for."""
   if platform != "gpu" or jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
     return nullcontext()
   device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
@@ -47,13 +47,13 @@ def target_platform() -> str:
 
 
 def target_kind() -> str:
-  """What JAX calls the devices that programs are made for; "" where that is open."""
+  """What JAX calls the devices that programs are made for; "" if none is named."""
   target = _target.get()
   return jax.devices()[0].device_kind if target is None else target[1]
 
 
 def runs_triton() -> bool:
-  """Whether programs are made for GPUs that our Triton kernels are for: NVIDIA's from Ampere on."""
+  """Whether programs are made for GPUs that run our Triton kernels: NVIDIA's from Ampere on."""
   if _target.get() is not None or jax.default_backend() != "gpu":
     return target_platform() == "gpu"
   device = jax.devices()[0]

@@ -1,8 +1,8 @@
-"""Functions of float32 in Triton kernels, of which NVIDIA's GPUs have each as one instruction.
+"""Float32 functions for Triton kernels, each of which is one instruction on NVIDIA's GPUs.
 
-What jax.numpy's become takes subnormal numbers into account, with three or four instructions more;
-a quotient takes eight, and a product and a sum are never joined. These take subnormal numbers for
-0, and are off by 2 units in the last place at most.
+Those of jax.numpy handle subnormal numbers, which takes three or four more instructions; a quotient
+takes eight, and a product and a sum never become one instruction. The functions here treat
+subnormal numbers as 0, and are off by at most 2 units in the last place.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _instruction(name: str) -> Callable[[jax.Array], jax.Array]:
 def _fma(*args: jax.Array | float) -> jax.Array:
   arrays = [x for x in args if isinstance(x, jax.Array)]
   names = (f"${index}" for index in range(1, 1 + len(arrays)))
-  # A number is part of the instruction, in hexadecimal as PTX wants it.
+  # A constant is part of the instruction, in hexadecimal, as PTX requires.
   operands = [_hexadecimal(x) if isinstance(x, float) else next(names) for x in args]
   return _assembly(f"fma.rn.ftz.f32 $0, {', '.join(operands)};", *arrays)
 
@@ -72,5 +72,5 @@ _INTERPRETED = Math(
 
 
 def of(*, interpret: bool) -> Math:
-  """For kernels that are compiled, or that Pallas interprets."""
+  """The functions for kernels that are compiled, or that Pallas interprets."""
   return _INTERPRETED if interpret else _INSTRUCTIONS

@@ -12,8 +12,8 @@ def tokens_before(
 ) -> jax.Array:
   """The `count` tokens before this shard's first, [batch, count, ...]; `fill` before the row's.
 
-  From as many shards as hold them, each by one collective permute of what is needed of it. What is
-  sent does not depend on the length of the row.
+  They come from as many shards as hold them, each by one collective permute of the tokens needed.
+  The bytes sent do not depend on the length of the row.
   """
   time, shards = x_BT.shape[1], jax.lax.axis_size(axis_name)
   index = jax.lax.axis_index(axis_name)

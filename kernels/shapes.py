@@ -1,4 +1,4 @@
-"""The shapes of a kernel's arrays, held to those of the first of them."""
+"""Checks the shapes of a kernel's arrays against the first of them."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,9 @@ Shape = tuple[int, ...]
 
 
 def check(kernel: str, beside: str, expected: Mapping[str, tuple[Shape, Shape]]) -> None:
-  """ValueError for the first of `expected`, name -> (shape, what it must be), that is not so.
+  """ValueError for the first of `expected`, name -> (shape, required shape), whose shapes differ.
 
-  `beside` is what it has to fit, such as "x (2, 8, 16)".
+  `beside` describes what it has to fit, such as "x (2, 8, 16)".
   """
   for name, (actual, needed) in expected.items():
     if actual != needed:

@@ -1,4 +1,4 @@
-"""How the `measure` modules of the kernels time: which implementations, and what a call takes."""
+"""Timing for the kernels' `measure` modules: which implementations run, and how long calls take."""
 
 import datetime
 import json
@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Seconds of calls in a run: the device works on one while the next is dispatched. And runs of each,
-# of which those with slow calls are fewer.
+# Seconds of calls in a run; the device works on one call while the next is dispatched. And how many
+# runs there are of each program, fewer if its calls are slow.
 _RUN_SECONDS = 0.02
 _RUNS = 7
 _SLOW_SECONDS, _SLOW_RUNS = 0.2, 3
-# Calls shorter than this wait for their dispatch, on accelerators: so many are one program.
+# On accelerators calls shorter than this wait for their dispatch: this many become one program.
 _SHORT_SECONDS, _IN_TURN = 1e-3, 20
 
 
 def runs_here(implementation: str) -> bool:
-  """Whether this platform has it: kernels for one platform alone are named after it."""
+  """Whether an implementation runs here: those for one platform are named after it."""
   platform = implementation.rpartition("_")[2]
   return platform not in ("tpu", "gpu") or platform == jax.default_backend()
 
@@ -36,8 +36,8 @@ class Compiled(NamedTuple):
 def compiled(
   run: Callable[..., Any], arguments: tuple[Any, ...], once: jax.stages.Compiled | None = None
 ) -> Compiled:
-  """Of run(*arguments): `_IN_TURN` times, if one is short and the device has a queue. `once` is
-  what it is compiled to, if that is there."""
+  """The program of run(*arguments): `_IN_TURN` calls if one is short and the device has a queue.
+  `once` is the compiled single call, if there is one already."""
   if once is None:
     once = jax.jit(run).lower(*arguments).compile()
   found = Compiled(lambda: once(*arguments))
@@ -50,8 +50,8 @@ def compiled(
 
 
 def in_turn(run: Callable[..., Any], arguments: tuple[Any, ...], times: int) -> Compiled:
-  """run(*arguments) `times` times in one program, each after the one before has all its results:
-  what is 0 times a number of each is added to the smallest array of the arguments."""
+  """run(*arguments) `times` times in one program, each after the one before has all its results: to
+  enforce that, 0 times one number of each result is added to the smallest argument."""
   leaves, tree = jax.tree.flatten(arguments)
   floats = [index for index, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
   smallest = min(floats, key=lambda index: leaves[index].size)
@@ -71,7 +71,7 @@ def in_turn(run: Callable[..., Any], arguments: tuple[Any, ...], times: int) -> 
 
 
 def medians(programs: Mapping[Any, Compiled]) -> dict[Any, float]:
-  """Seconds of one time of each; their runs alternate, after a call that does not count."""
+  """Median seconds of one call of each; their runs alternate, after a call that does not count."""
   per_run: dict[Any, int] = {}
   seconds: dict[Any, list[float]] = {key: [] for key in programs}
   for key, (call, _) in programs.items():
@@ -91,10 +91,10 @@ def two_passes(
   *,
   given_out: slice = slice(None),
 ) -> tuple[dict[tuple[str, str], Compiled], dict[str, dict[str, Any]]]:
-  """Of every implementation the programs of (name, "forward"), which is runs[name](*arrays), and of
-  (name, "forward_backward"), that with the gradients of all arrays; and by name compile seconds and
-  temporary bytes of the latter. `given_out` are the results that are arrays of their own: one that
-  is the same again would be copied each time that `in_turn` runs it."""
+  """The programs of every implementation: (name, "forward") is runs[name](*arrays), and
+  (name, "forward_backward") the same with the gradients of all arrays. Also, by name, the compile
+  seconds and temporary bytes of the latter. `given_out` selects the results that are arrays of
+  their own: one that is returned twice would be copied each time that `in_turn` runs it."""
   programs: dict[tuple[str, str], Compiled] = {}
   implementations: dict[str, dict[str, Any]] = {}
   for name, run in runs.items():
@@ -105,7 +105,8 @@ def two_passes(
     def gradients(cotangents, *arrays, run=run):
       results, pull_back = jax.vjp(run, *arrays)
       dy = tuple(d.astype(y.dtype) for d, y in zip(cotangents, results, strict=True))
-      # The results too: a backward pass that has no need of them would leave the forward pass out.
+      # With the results: otherwise XLA drops what the backward pass does not need of the forward
+      # pass.
       return results[given_out], pull_back(dy)
 
     start = time.perf_counter()
@@ -128,9 +129,9 @@ def beside_a_copy(
   moved: Mapping[str, int],
   given_out: slice = slice(None),
 ) -> dict[str, Any]:
-  """What is recorded of implementations, arguments as of `two_passes`. Each moves at least
-  moved[pass] arrays like the first: milliseconds, and what part of the bytes per second of a copy
-  of it they reach; compile seconds and temporary bytes."""
+  """The record of implementations; arguments as for `two_passes`. For each: milliseconds, compile
+  seconds, temporary bytes, and its share of a copy's bytes per second, where a pass moves at least
+  moved[pass] arrays like the first."""
   programs, implementations = two_passes(runs, arrays, cotangents, given_out=given_out)
   size = arrays[0].nbytes
   seconds = medians({**programs, "copy": _copy(arrays[0])})
@@ -143,7 +144,7 @@ def beside_a_copy(
 
 
 def _copy(x: jax.Array) -> Compiled:
-  """x with the other sign, as often in turn as is worth a program."""
+  """The program of -x, repeated as often as makes a program worth timing."""
   times = 1 if jax.default_backend() == "cpu" else _IN_TURN
   program = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: -y, x)).lower(x).compile()
   return Compiled(lambda: program(x), times)
@@ -152,7 +153,7 @@ def _copy(x: jax.Array) -> Compiled:
 def print_shapes(
   module: str, shapes: list[str], measure: Callable[[int, int, int], dict[str, Any]]
 ) -> None:
-  """A JSON line for each "batch,time,width", of arrays in bfloat16."""
+  """Prints a JSON line for each "batch,time,width", for arrays in bfloat16."""
   for text in shapes:
     batch, time_steps, width = map(int, text.split(","))
     record = {
@@ -165,7 +166,7 @@ def print_shapes(
 
 
 def circumstances(module: str, argument: str) -> dict[str, str]:
-  """Of a measurement by `python -m module argument`: device, jax, date and command."""
+  """The device, jax version, date and command of a measurement by `python -m module argument`."""
   return {
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,

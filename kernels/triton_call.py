@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 
 class Call(Hashable, Protocol):
-  """One launch but for its arrays: equal ones do the same to equal arrays. A NamedTuple."""
+  """A launch without its arrays, a NamedTuple: equal ones compute the same from equal arrays."""
 
   def __call__(self, interpret: bool, *arrays: jax.Array) -> Any: ...
 
@@ -21,9 +21,9 @@ def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def program_ids(grid: tuple[int, ...]) -> list[jax.Array]:
-  """Within a kernel, where it is in the grid.
+  """Within a kernel, the index of the program in the grid.
 
-  With the bounds that the grid keeps: LLVM, so told, makes one address and constants of many.
+  It carries the grid's bounds, with which LLVM computes one address plus constants instead of many.
   """
   return [jnp.minimum(pl.program_id(axis), size - 1) for axis, size in enumerate(grid)]
 
@@ -32,7 +32,7 @@ def program_ids(grid: tuple[int, ...]) -> list[jax.Array]:
 def on_gpu_or_interpreted(call: Call, *arrays: jax.Array) -> Any:
   """call(interpret, *arrays): compiled where the program is for a GPU, interpreted on CPU.
 
-  It is the platform that the program is lowered for that counts. On others lowering fails. Traced
-  and lowered once for all blocks of a model: written out, those of a model of 1b took 43 s.
+  The platform that the program is lowered for decides; on others lowering fails. Traced and lowered
+  once for all blocks of a model: one by one, those of an unrolled model of 1b took 43 s.
   """
   return jax.lax.platform_dependent(*arrays, cpu=partial(call, True), cuda=partial(call, False))

@@ -6,9 +6,9 @@ compile_seconds: to trace, lower and compile the training step, with no cache. p
 compiled step needs on each device (arguments, temporaries, code, and outputs that take no
 argument's place); process_peak_bytes: the largest resident set of this process.
 loader_tokens_per_second: the loader alone. Rows are random bytes in documents of random length; the
-loader reads the config's token stores if they are there, else one made of such documents. With
---statistics also the program that runs behind every `statistics.every`-th step, in turn with the
-steps: of_a_step is its part of a step's time, share what it adds to that of all.
+loader reads the config's token stores if they exist, else one made of such documents. --statistics
+also times the program that runs after every `statistics.every`-th step, in turn with the steps:
+of_a_step is its time over that of a step, share what it adds to the time of the run.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
 def _statistics(
   program: Program, train_step: jax.stages.Compiled, state: TrainState, batch: Batch
 ) -> dict[str, float | int | None]:
-  """Steps and their statistics in turn: what else the machine does weighs on both alike."""
+  """Times steps and their statistics in turn, so that other load affects both alike."""
   start = time.perf_counter()
   compiled = programs.compile_step(program, programs.lower_statistics_step(program))
   compile_seconds = time.perf_counter() - start

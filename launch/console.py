@@ -1,4 +1,4 @@
-"""How a command talks to people: time and message on each line, one line for what it refuses."""
+"""A command's output for people: time and message on each line, one line for a refusal."""
 
 import contextlib
 import logging as python_logging
@@ -13,7 +13,7 @@ from absl import flags, logging
 
 
 def log_for_people() -> None:
-  """Sets up absl logging; of JAX, Orbax and matplotlib only what is a warning is shown."""
+  """Sets up absl logging; of JAX, Orbax and matplotlib only warnings are shown."""
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(
     python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
@@ -23,7 +23,7 @@ def log_for_people() -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """The arguments that are no flags, for app.run; a wrong flag is refused."""
+  """The arguments that are not flags, for app.run; a wrong flag is refused."""
   try:
     return flags.FLAGS(list(argv))
   except flags.Error as error:
@@ -31,7 +31,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def must_be_finite(*numbers: flags.FlagHolder[float] | flags.FlagHolder[float | None]) -> None:
-  """Has these flags refused where they are infinite or no number, which no bound does."""
+  """Refuses infinite and NaN values of these flags, which bounds let through."""
   for number in numbers:
     flags.register_validator(
       number.name, lambda value: value is None or math.isfinite(value), "must be a finite number"
@@ -39,8 +39,8 @@ def must_be_finite(*numbers: flags.FlagHolder[float] | flags.FlagHolder[float | 
 
 
 def check_output(name: str) -> None:
-  """ValueError unless a file can be written where the flag `name` says, or it says nothing: asked
-  before the work whose result goes there."""
+  """ValueError if the flag `name` is set and no file can be written there. Called before the work
+  whose result goes there."""
   place = flags.FLAGS[name].value
   if place is None:
     return
@@ -57,14 +57,14 @@ def check_output(name: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Refuses what the storage refuses within it, with its path or else this one, and the reason; a
-  file that was not there before is removed."""
+  """Turns an OSError within it into a refusal with the path (by default `path`) and the reason; a
+  file that did not exist before is removed."""
   is_new = not path.exists()
   try:
     yield
   except OSError as error:
     if is_new:
-      # A folder stays.
+      # Fails for a folder, which stays.
       with contextlib.suppress(OSError):
         path.unlink()
     reason = error.strerror or error
@@ -72,7 +72,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def refuse(error: Exception) -> typing.NoReturn:
-  """One line on stderr and exit status 2; ml_collections quotes its messages and breaks lines."""
+  """One line on stderr and exit status 2. ml_collections quotes its messages and breaks lines."""
   text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\", "")
   line = ". ".join(part.strip() for part in text.split("\n"))
   print(f"error: {line}", file=sys.stderr)

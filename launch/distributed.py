@@ -1,7 +1,7 @@
-"""Which process of which job this one is, and how it joins the others: flags and `join`.
+"""Which process of the job this is, and how it joins the others: flags and `join`.
 
-On a Cloud TPU, GKE, Slurm or Open MPI jax finds out by itself; by hand it is told with
---coordinator, --num_processes and --process_id. Where there is none of these, one process is all.
+On Cloud TPU, GKE, Slurm and Open MPI jax finds out by itself; elsewhere --coordinator,
+--num_processes and --process_id say it. Without any of these, this process is the whole job.
 """
 
 import os
@@ -60,7 +60,7 @@ def join() -> Peers:
   hosts = rendezvous.meet(
     place.coordinator, index=place.index, count=place.count, seconds=_START_SECONDS.value
   )
-  # jax's own would swallow every SIGTERM, the second too, and say nothing of who got it.
+  # jax's own service would swallow every SIGTERM, even a second one, without saying who got it.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     place.coordinator,
@@ -68,7 +68,7 @@ def join() -> Peers:
     place.index,
     cluster_detection_method="deactivate" if place.cluster == "none" else place.cluster,
     initialization_timeout=_START_SECONDS.value,
-    # Peers notice sooner, and can say who it is: jax's own abort is what is left if they cannot.
+    # Peers notice sooner and name the process; jax's own abort is for when they cannot.
     heartbeat_timeout_seconds=int(2 * _HEARTBEAT_SECONDS.value + 10),
     shutdown_timeout_seconds=_LEAVE_SECONDS.value,
   )
@@ -86,7 +86,7 @@ def join() -> Peers:
 
 
 def _place() -> Place | None:
-  """What the flags say, else what the cluster says; None where there is only this process."""
+  """The place by the flags, else by the cluster; None if there is only this process."""
   coordinator, count, index = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if coordinator is None and count is None and index is None:
     return None if _CLUSTER.value == "none" else _detect(_CLUSTER.value)
@@ -105,7 +105,7 @@ def _place() -> Place | None:
 
 
 def _detect(wanted: str) -> Place | None:
-  """Asks jax's descriptions of clusters, in its order."""
+  """The place by the first of jax's cluster types that is present, in its order."""
   for cluster in coordination.cluster_types():
     if wanted != "auto" and cluster.name != wanted:
       continue

@@ -1,9 +1,10 @@
 """Several processes of one job on this machine: `python -m launch.local -n 4 -- COMMAND...`.
 
 Runs COMMAND --coordinator=... --num_processes=4 --process_id=I for every I, with "[I] " before
-each line of output. When one ends badly the others get --grace_seconds to leave by themselves, and
-are killed then. Signals are passed on to all. Exit status: 0 complete, 75 stopped with everything
-saved, 1 or 2 if a process says so, else 76. Only the standard library: it starts in milliseconds.
+each line of output. When one fails, the others get --grace_seconds to leave by themselves and are
+then killed. Signals are passed on to all. Exit status: 0 complete, 75 stopped with everything
+saved, 1 or 2 if a process ends with that, else 76. It imports only the standard library and so
+starts in milliseconds.
 """
 
 import argparse
@@ -49,12 +50,13 @@ def main() -> int:
 
 
 def combined(statuses: list[int]) -> int:
-  """The status of the job from those of its processes (minus the signal that ended one)."""
+  """The status of the job, from those of its processes (negative: the signal that ended it)."""
   if all(status == 0 for status in statuses):
     return 0
   if all(status in (0, STOPPED) for status in statuses):
     return STOPPED
-  # A process that says what is wrong is worth more than those that left because of it.
+  # The status of the process that failed says more than those of the others, which left because of
+  # it.
   return next((status for status in (2, 1) if status in statuses), LOST)
 
 
@@ -75,7 +77,7 @@ def _die_with_parent() -> None:
 
 
 def _pass_signals_on(processes: list[subprocess.Popen[bytes]]) -> set[int]:
-  """The signals that came, as they come: who is ended by one has not begun, and has all saved."""
+  """The signals so far. A process that one of them ended had not begun: nothing was to save."""
   came: set[int] = set()
 
   def pass_on(number: int, frame: object) -> None:

@@ -1,8 +1,8 @@
 """`--config=FILE.py[:ARG]` to a `Run`, with `--config.some.field=value` applied and type-checked.
 
-A config file is a program with `get_config(arg) -> Run`, nested frozen dataclasses. Its values are
-laid out as a locked ml_collections ConfigDict, whose flags parse and check the overrides, and the
-dataclasses are then built again, so that every check in them sees the final values.
+A config file is a program with `get_config(arg) -> Run`, nested frozen dataclasses. Its values
+become a locked ml_collections ConfigDict, whose flags parse and check the overrides. Then the
+dataclasses are built again, so that every check in them sees the final values.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from launch.console import refuse
 from train.config import Run, flatten
 
 _FLAG = "--config"
-# What absl and ml_collections raise for a flag, a path or a value that is not one.
+# What absl and ml_collections raise for a wrong flag, path or value.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, IndexError, TypeError, ValueError)
 
 
@@ -46,7 +46,7 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
   for path in nones:
     config_path.set_value(path, config, None)
   try:
-    # The flags --config.some.field=value change `config` itself, and are looked for here already.
+    # This already looks for the flags --config.some.field=value; they change `config` itself.
     config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv)
   except _FLAG_ERRORS as error:
     refuse(error)
@@ -70,13 +70,13 @@ def run_app(main: Callable[[Run, dict[str, tuple[Any, Any]]], None]) -> None:
 
 
 def said(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
-  """What the --config flag of `argv` says, and its flags --config.some.field=value: path -> flag as
-  one word, where the last counts."""
+  """The value of --config in `argv`, and its flags --config.some.field=value: path -> the flag as
+  one word; the last one counts."""
   (spec,), rest = _specs(argv)
   overrides: dict[str, str] = {}
   for word, following in itertools.pairwise([*rest, "--"]):
     if found := re.match(r"--?(?:no)?config\.([^=]+)(=?)", word):
-      # Unlike a value, a switch is not followed by one.
+      # A switch has no value after it.
       is_whole = found[2] or following.startswith("--")
       overrides[found[1]] = word if is_whole else f"{word}={following}"
   return spec, overrides
@@ -93,8 +93,8 @@ def load(spec: str) -> Run:
 
 
 def ask(spec: str, name: str) -> Any:
-  """What the function `name` of the config file "path/to/file.py:argument" gives for the argument,
-  if there is one; ValueError, with its line, for a file that cannot be run to its end."""
+  """The result of the function `name` of the config file "path/to/file.py:argument", called with
+  the argument if there is one. ValueError, with the line, for a file that raises."""
   path, _, argument = spec.partition(":")
   with _as_value_errors(spec, path):
     module = _module(spec, path)
@@ -125,13 +125,12 @@ def _module(spec: str, path: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _as_value_errors(spec: str, path: str) -> Iterator[None]:
-  """Whatever the program at `path` raises as a ValueError that says where; its own go through."""
+  """Turns what the program at `path` raises into a ValueError with the line; its own pass."""
   try:
     yield
   except ValueError:
     raise
-  # A config is a program, and it may raise anything; its sys.exit(0) would say that a run is
-  # complete.
+  # A config is a program and may raise anything; its sys.exit(0) would mean that a run is complete.
   except (Exception, SystemExit) as error:
     what, where = error.code if isinstance(error, SystemExit) else error, path
     if isinstance(error, SyntaxError):
@@ -161,7 +160,7 @@ def to_config_dict(value: Any) -> Any:
 
 
 def rebuild(original: Any, changed: Any) -> Any:
-  """The dataclasses of `original` with the values of `changed`; every __post_init__ runs again."""
+  """The dataclasses of `original` with the values of `changed`; every __post_init__ runs."""
   if isinstance(original, tuple) and any(dataclasses.is_dataclass(item) for item in original):
     return tuple(rebuild(item, new) for item, new in zip(original, changed, strict=True))
   if not dataclasses.is_dataclass(original) or isinstance(original, type):
@@ -174,13 +173,15 @@ def rebuild(original: Any, changed: Any) -> Any:
 
 
 def take_nones(run: Run, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """The fields that are set to None, and the other arguments, whose fields exist too.
+  """The fields that are set to None, and the other arguments; ValueError for a field that does not
+  exist.
 
-  The flags of ml_collections have no None: it would be an error, or the name "None". Of a field
-  that is set several times, the last counts, whether an item is [2] in one and [-1] in the other.
+  The flags of ml_collections cannot express None: it would be an error, or the string "None". If a
+  field is set several times, the last one counts, even if an item is [2] in one and [-1] in
+  another.
   """
   nones: list[str] = []
-  rest: list[tuple[str | None, str]] = []  # the field of each argument
+  rest: list[tuple[str | None, str]] = []  # (field, argument)
   for argument in argv:
     if not argument.startswith(f"{_FLAG}."):
       rest.append((None, argument))
@@ -208,8 +209,8 @@ def difference(preset: Run, run: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def _field(run: Run, path: str) -> tuple[str, bool]:
-  """The field at `path`, with items counted from the first, and whether it may be None; ValueError,
-  with what there is, if it is no field."""
+  """The field at `path`, with items counted from the first, and whether it may be None. ValueError,
+  with the fields that exist, for any other path."""
   value: Any = run
   may_be_none, seen = False, ""
   for name, index in re.findall(r"(\w+)|\[(-?\d+)\]", path):

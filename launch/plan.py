@@ -1,7 +1,8 @@
 """Will it fit? `python -m launch.plan --config=configs/griffin.py:14b --topology=v5p:8x8x8`.
 
-Compiles the real training step for the real chip on any machine, and tells for each device what
-memory it needs, what it sends over which axis, what bounds its speed and what the run costs.
+Compiles the real training step for the real chip on any machine, and prints for each device how
+much memory it needs, what it sends over which axis and what bounds its speed, and what the run
+costs.
 
   --topology=v5e:16x16 [--slices=2]   a TPU slice, or several; h100:8 are eight GPUs
   --mesh=data=2,fsdp=-1,tensor=4      instead of the config's; axes not named are 1, -1 is the rest
@@ -66,7 +67,7 @@ _HTML = flags.DEFINE_string("html", None, "Where to write a page with pictures."
 
 
 def main(run: Run, overridden: dict[str, tuple[Any, Any]]) -> None:
-  # Programs are compiled for another machine; this one's accelerators are left alone.
+  # Programs are compiled for another machine; this one's accelerators are not used.
   jax.config.update("jax_platforms", "cpu")
   try:
     for name in ("json", "html"):
@@ -149,7 +150,7 @@ def _searched(run: Run, machine: Machine) -> list[Plan]:
 
 
 def _best(found: list[Plan], run: Run, machine: Machine) -> Iterable[str]:
-  """What a search found, best first, with commands; where nothing fits, what it takes."""
+  """The results of a search, best first, with commands; if nothing fits, what would."""
   fits = any(plan.fits for plan in found)
   yield "the best layouts:" if fits else "none of these fits:"
   for plan in found:
@@ -161,7 +162,7 @@ def _best(found: list[Plan], run: Run, machine: Machine) -> Iterable[str]:
 
 
 def _advice(plan: Plan, run: Run, machine: Machine) -> Iterable[str]:
-  """Single changes that help, by the model; where none makes it fit, what would."""
+  """Single changes that help, by the model; if none makes it fit, what would."""
   found = advice(run, machine)
   if not found and not plan.fits:
     yield from _needed(run, machine, [plan])
@@ -179,8 +180,8 @@ def _advice(plan: Plan, run: Run, machine: Machine) -> Iterable[str]:
 
 
 def _needed(run: Run, machine: Machine, refused: list[Plan]) -> Iterable[str]:
-  """The best layout here but for those refused, or else the smallest machine of these chips that
-  has one."""
+  """The best layout here, except those refused; if there is none, the smallest machine of these
+  chips that has one."""
   tried = [layout_of(plan.run, machine.num_devices) for plan in refused]
   candidates = search(run, machine)
   best = next((one for one in candidates if one.margin >= 0 and one.layout not in tried), None)

@@ -1,11 +1,10 @@
 """Makes a token store of text: `python -m launch.prepare --input 'books/*.txt' --output STORE`.
 
 Reads .txt and .md (one document each) and .jsonl (one per line), also with .gz, .zst or .xz.
-Killed, it goes on when the same command is given again; finished, it says so and does nothing. What
-was used is in STORE/manifest.json. Exit status: 0 done, 1 stopped by an error, 2 a wrong flag, 130
-Ctrl-C.
+Killed, the same command continues; finished, it says so and does nothing. STORE/manifest.json
+records what was used. Exit status: 0 done, 1 stopped by an error, 2 a wrong flag, 130 Ctrl-C.
 
-With --holdout_every=N, every N-th document, counted over all inputs in their order, goes whole into
+With --holdout_every=N, every N-th document, counted over all inputs in their order, goes into
 --holdout_output instead. With --seqio_task the documents are those of a seqio Task or Mixture, as
 its preprocessors made them (extra `seqio`); that export starts from the beginning after a kill.
 """
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _job(inputs: list[str]) -> Job:
-  """The flags as one value; ValueError for those that do not go together."""
+  """The flags as one value; ValueError for flags that contradict each other."""
   errors: ErrorPolicy = "replace" if _ERRORS.value == "replace" else "strict"
   output, holdout = _OUTPUT.value, _HOLDOUT_OUTPUT.value
   if bool(inputs) == bool(_SEQIO_TASK.value):

@@ -1,8 +1,8 @@
-"""Where the processes of a job first meet: each learns the hosts of all, or who did not come.
+"""The first contact between the processes of a job: each learns all hosts, or which did not come.
 
-jax's own start says of a missing process neither its index nor its host, and ends the others with
-an abort. This uses the coordinator's port before jax does: process 0 listens, every other process
-tells it its index and host, and gets the list of all hosts once the last has come.
+When a process is missing, jax's own start names neither its index nor its host, and aborts the
+others. This uses the coordinator's port before jax does: process 0 listens, every other process
+sends its index and host, and receives the list of all hosts once the last has come.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_TRIES = 0.1
 
 
 class MissingProcessError(RuntimeError):
-  """Processes of the job did not come in time, or do not fit together; the message names them."""
+  """Processes of the job did not come in time, or disagree; the message names them."""
 
 
 def meet(coordinator: str, *, index: int, count: int, seconds: float) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ def _listener(port: int) -> socket.socket:
 
 
 def _receive(connection: socket.socket, *, seconds: float) -> dict[str, Any] | None:
-  """One line of JSON; None if the other side goes away or says something else."""
+  """One line of JSON; None if the other side leaves or sends something else."""
   connection.settimeout(seconds)
   data = b""
   try:
@@ -161,7 +161,7 @@ def _listed(hosts: dict[int, str]) -> str:
 
 
 def _expected(missing: list[int]) -> str:
-  """What the cluster says of the hosts of the missing ones, where it does."""
+  """The hosts of the missing processes, where the cluster names them."""
   workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
   if len(workers) > max(missing):
     return f" (host {', '.join(workers[index] for index in missing[:8])})"

@@ -1,11 +1,11 @@
 """Starts a training command again until it is complete: `python -m launch.supervise -- COMMAND`.
 
-COMMAND's exit status decides: 0 complete, 75 everything is saved (again at once), 2 it cannot be
-run, anything else again after a pause that doubles. A failure that comes three times at the same
-step, by WORKDIR/failure.json, will come again: that ends it. So do --max_restarts in a row without
-a newer checkpoint in WORKDIR/checkpoints. SIGTERM and Ctrl-C are passed on, and then it leaves with
-COMMAND's status: 75 if all is saved. Only the standard library: it starts in milliseconds; but for
-a bucket, which it asks for the newest checkpoint.
+COMMAND's exit status decides: 0 complete; 75 everything is saved, start again at once; 2 it cannot
+be run; anything else: start again after a pause that doubles each time. It gives up when the same
+failure (WORKDIR/failure.json) comes three times at the same step, and after --max_restarts restarts
+in a row without a newer checkpoint. SIGTERM and Ctrl-C are passed on to COMMAND, whose status is
+then the exit status: 75 if everything is saved. It imports only the standard library and so starts
+in milliseconds, except for a workdir in a bucket, where it looks for the newest checkpoint.
 """
 
 import argparse
@@ -30,13 +30,13 @@ _BUCKET_SECONDS = 30.0
 
 @dataclasses.dataclass
 class History:
-  """What has happened so far, and what follows from it."""
+  """What has happened so far, and what to do next."""
 
   max_restarts: int
   backoff_seconds: float
   max_backoff_seconds: float
   step: int = -1  # of the newest checkpoint
-  restarts: int = 0  # since it was that
+  restarts: int = 0  # since then
   failures: list[tuple[object, object]] = dataclasses.field(default_factory=list)
 
   def after(self, status: int, step: int, failure: tuple[object, object] | None) -> str | float:
@@ -71,14 +71,14 @@ def main() -> int:
   history.step = newest_step(options.workdir)
   signals = _Signals()
   while True:
-    with contextlib.suppress(OSError):  # what is wrong with the folder, the command tells
+    with contextlib.suppress(OSError):  # the command reports what is wrong with the folder
       (folder / "failure.json").unlink()
     status = signals.run(options.command)
     if status == 0:
       return 0
     if signals.came:
       _say(f"{signals.came}: the command {ended(status)}")
-      # One that is ended by what was passed on has not begun, and has all saved.
+      # A command that the signal itself ended had not begun training: there is nothing to save.
       if status < 0 and signals.came == signal.Signals(-status).name:
         return STOPPED
       return status if status > 0 else INTERRUPTED - status
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def _at_least_0(kind: Callable[[str], float]) -> Callable[[str], float]:
-  """Reads a number that is not negative, and finite."""
+  """A parser of numbers that are finite and not negative."""
 
   def read(text: str) -> float:
     value = kind(text)
@@ -108,9 +108,9 @@ def _at_least_0(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def newest_step(workdir: str) -> int:
-  """The step of the newest checkpoint, -1 if there is none, or the bucket does not say."""
+  """The step of the newest checkpoint; -1 if there is none, or the bucket does not answer."""
   if is_url(workdir):
-    # What only a bucket needs takes a while, and has to be installed.
+    # Imported for buckets only: it takes a while and has to be installed.
     from data import bucket
 
     try:
@@ -126,7 +126,7 @@ def newest_step(workdir: str) -> int:
 
 
 def read_failure(folder: pathlib.Path) -> tuple[object, object] | None:
-  """Step and error of the failure that the command has left, None if it left none."""
+  """Step and error of the failure that the command recorded; None if there is no record."""
   try:
     failure = json.loads((folder / "failure.json").read_text())
     return failure["step"], failure["error"]
@@ -179,7 +179,7 @@ def _die_with_parent() -> None:
 
 
 def tell_at_parents_death(number: int) -> None:
-  """Linux sends this process the signal when the one that started it dies, however it dies."""
+  """Has Linux send this process the signal when its parent dies, however it dies."""
   ctypes.CDLL(None).prctl(1, number)
 
 

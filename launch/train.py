@@ -1,7 +1,7 @@
 """Trains: `python -m launch.train --config=configs/smoke.py --workdir=runs/smoke [--config.x.y=z]`.
 
-The same command again goes on from the newest checkpoint. Exit status: 0 complete, 75 stopped by a
-signal with everything saved (start me again), 76 another process of the job is to blame (start all
+The same command continues from the newest checkpoint. Exit status: 0 complete, 75 stopped by a
+signal with everything saved (start me again), 76 another process of the job failed (start all
 again), 1 stopped by an error, 2 a command that cannot be run.
 """
 
@@ -103,13 +103,13 @@ def _train(run: Run, overridden: dict[str, tuple[Any, Any]], stop: StopRequest) 
 
 @contextlib.contextmanager
 def _reporting(workdir: pathlib.Path, peers: Peers) -> Iterator[None]:
-  """Tells people, a supervisor (by failure.json) and the other processes of a failure.
+  """Reports a failure to people, to a supervisor (in failure.json) and to the other processes.
 
-  What a user can set right is one line; where it came from is kept beside the run.
+  What a user can correct is one line; its traceback is kept beside the run.
   """
   try:
     yield
-  # Whatever it is, it is told and goes on its way.
+  # Any exception is reported and raised again.
   except Exception as error:
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     peers.failed(line, is_echo=not isinstance(error, ValueError | BadStepError))
@@ -127,9 +127,9 @@ def _reporting(workdir: pathlib.Path, peers: Peers) -> Iterator[None]:
       raise
     logging.error("%s", told)
     if isinstance(error, SaveFailedError | DamagedCheckpointError):
-      # At once: threads of a save that failed wait for the rest of it, for as long as one may take,
-      # and would keep the process; reads of a damaged checkpoint that are under way would each tell
-      # of themselves as Python ends. Everything else is closed.
+      # At once: the threads of a save that failed wait for the rest of it, possibly for long, and
+      # would keep the process alive; unfinished reads of a damaged checkpoint would each print an
+      # error as Python ends. Everything else is closed.
       logging.flush()
       os._exit(1)
     sys.exit(1)
@@ -137,7 +137,7 @@ def _reporting(workdir: pathlib.Path, peers: Peers) -> Iterator[None]:
 
 
 def _for_people(error: Exception, workdir: pathlib.Path) -> str | None:
-  """What a user can set right in one line; None for a fault of ours."""
+  """One line for what a user can correct; None for a fault of ours."""
   match error:
     case ValueError() | BadStepError() | SaveFailedError():
       return str(error)

@@ -34,12 +34,12 @@ _KINDS = (
 class Collective:
   """One collective of a program.
 
-  `arrays` are what leaves one device or arrives there, whichever is larger, as (dtype, shape): what
-  an all-gather gives, what a reduce-scatter takes. `bytes` is their size, `times` how often it runs
-  in one call of the program, None in a loop whose trip count the compiler does not know. `groups`
-  are positions in mesh.devices.flat, for a permutation its (source, target) pairs. `axes` are the
-  mesh axes along which the members of a group differ. `op_name` is the path of JAX's names, with
-  named scopes and "transpose" for the backward pass.
+  `arrays` are what leaves one device or arrives there, whichever is larger, as (dtype, shape): the
+  result of an all-gather, the operand of a reduce-scatter. `bytes` is their size. `times` is how
+  often it runs in one call of the program, None in a loop whose trip count the compiler does not
+  know. `groups` are positions in mesh.devices.flat; of a permutation, its (source, target) pairs.
+  `axes` are the mesh axes along which the members of a group differ. `op_name` is the path of JAX's
+  names, with named scopes, and with "transpose" for the backward pass.
   """
 
   kind: str
@@ -92,13 +92,13 @@ def axes_of(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
 
 
 def started(instruction: Instruction) -> str | None:
-  """The kind of a collective, also of one that starts here; None for all else."""
+  """The kind of a collective, or of an asynchronous one that starts here; None otherwise."""
   kind = instruction.opcode.removesuffix("-start")
   return kind if kind in _KINDS else None
 
 
 def _chain(instruction: Instruction) -> tuple[str, ...] | None:
-  """What the links of one collective have in common that runs through several fusions (TPU)."""
+  """The name shared by the parts of one collective that runs through several fusions (TPU)."""
   chain = re.search(r'channel_id=(\d+),.*chain_id="(\d+)"', instruction.rest)
   return chain.groups() if chain else None
 
@@ -130,7 +130,7 @@ def _collective(
 
 
 def _kind(instruction: Instruction, instructions: dict[str, Instruction], *, is_fused: bool) -> str:
-  """As written, but an all-reduce of which a fusion keeps a slice is a reduce-scatter (on TPU)."""
+  """Its kind; an all-reduce of which a fusion keeps only a slice is a reduce-scatter (on TPU)."""
   kind = started(instruction)
   assert kind is not None
   last = list(instructions.values())[-1]

@@ -1,9 +1,9 @@
-"""GPUs as XLA is told of them, to compile for one that is not here (sharding/machine.py).
+"""Descriptions of GPUs for XLA, to compile for one that is not here (sharding/machine.py).
 
-The text of a GpuTargetConfigProto, from the numbers that NVIDIA publishes for each compute
-capability (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability") and for
-each product (its datasheet and architecture whitepaper), in bytes; openxla/xla keeps what it reads
-of devices themselves in xla/backends/gpu/target_config/specs, and these agree with it.
+Each is the text of a GpuTargetConfigProto, in bytes, from the numbers that NVIDIA publishes for
+each compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute
+Capability") and for each product (its datasheet and architecture whitepaper). They agree with what
+openxla/xla reads from the devices themselves (xla/backends/gpu/target_config/specs).
 """
 
 # What all of compute capability 8.0 to 9.0 have in common. Matrix products are left to the

@@ -219,16 +219,16 @@ def on_shards(
   """`f` run by every device on its own shards (jax.shard_map); without a placement, `f`.
 
   `in_axes` is a tuple with the activation axes of each argument, `out_axes` those of the result,
-  or a tuple of them for several. Differentiable in every argument: the gradient of one that is
-  whole on several devices is the sum over them, where rows are split in float32 if the rules say
-  so. Inside, `mesh_axis(name)` is what to sum over.
+  or a tuple of them for several. Differentiable in every argument. The gradient of an argument that
+  is whole on several devices is summed over them: over devices with other rows in float32, if the
+  rules ask for it. Inside, `mesh_axis(name)` is the axis to sum over.
 
-  check_vma=True lets JAX track over which axes values differ between devices. Every argument counts
-  as different over all axes that any argument is split over, so that its gradient is summed once
-  and in its own dtype, and not wherever it meets another; an output that is not split over such an
-  axis must be summed over it, or is an error. A Pallas kernel with its own gradient does not carry
-  that tracking and needs False; its gradients are right then too, at the price of an all-reduce for
-  every psum in `f`.
+  check_vma=True lets JAX track over which axes values differ between devices. Every argument is
+  marked as different over all axes that any argument is split over. So its gradient is summed once
+  and in its own dtype, not wherever it meets another array. An output that is not split over such
+  an axis must be summed over it, or is an error. A Pallas kernel with its own gradient does not
+  support the tracking and needs False. Its gradients are right then too, but every psum in `f`
+  costs an all-reduce in the backward pass.
   """
   placed = _placed()
   if placed is None or placed.mesh.size == 1:
@@ -265,7 +265,7 @@ def on_shards(
         return f(*arguments)
 
     if placed.rules.float32_sums:
-      # Narrowed again on the devices: of the two casts nothing is left but the gradient's dtype.
+      # Cast back on the devices: the only effect of both casts is the dtype of the gradient.
       arguments = tuple(
         x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_summed(x, layout) else x
         for x, layout in zip(arguments, in_specs, strict=True)
@@ -282,7 +282,7 @@ def _axes_of(layout: PartitionSpec) -> set[str]:
 
 
 def _varying(x: jax.Array, split: set[str], layout: PartitionSpec) -> jax.Array:
-  """x, which lies as `layout`, marked as different over all axes of `split`."""
+  """x, laid out as `layout`, marked as different between devices over all axes of `split`."""
   missing = split - _axes_of(layout)
   return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 

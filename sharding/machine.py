@@ -1,8 +1,8 @@
-"""A machine that need not be here: its devices, how they are joined, and what a mesh gets of it.
+"""A machine that need not be here: its devices, how they are connected, and a mesh's links on it.
 
-An island is what fast links join: a slice of TPUs (ICI) or a node of GPUs (NVLink). Islands are
-joined by the data center's network (DCN). Devices are numbered island by island, and a mesh is laid
-over them in that order, so that its slowest axis, `data`, is the one that crosses islands first.
+An island is a set of devices with fast links: a slice of TPUs (ICI) or a node of GPUs (NVLink).
+Islands are connected by the data center's network (DCN). Devices are numbered island by island, and
+a mesh takes them in that order, so its slowest axis, `data`, is the first to cross islands.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _CORES = {"v3": 2}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
   """`num_islands` equal islands of `torus` chips each; a node of GPUs is a torus of one dimension
-  whose switch joins all with all."""
+  whose switch connects all with all."""
 
   chip: Chip
   torus: tuple[int, ...]
@@ -60,7 +60,7 @@ class Machine:
 
   @property
   def uncompilable(self) -> str | None:
-    """Why nothing can be compiled for it here; None where it can, which needs no such chip."""
+    """Why nothing can be compiled for it here; None if it can. No such chip is needed for that."""
     if self.chip.platform == "tpu":
       return None
     if self.chip.key not in gpu_targets.TARGETS:
@@ -86,8 +86,8 @@ class Machine:
         # Domains of NVLink x hosts x devices of a host.
         topology=f"1x{self.num_islands}x{self.island_devices}",
       ).devices
-    # What libtpu reads when it is loaded: it must neither ask a metadata server which machine this
-    # is, nor refuse because another process compiles as well.
+    # libtpu reads these when it is loaded. It must not ask a metadata server which machine this is,
+    # and must not refuse because another process compiles too.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -110,11 +110,12 @@ class Machine:
     return len({position // self.island_devices for position in positions})
 
   def links(self, mesh: MeshShape) -> dict[str, float]:
-    """Links that a ring over each axis of the mesh has for itself, inside one island.
+    """How many links a ring over each axis of the mesh has for itself, inside one island.
 
-    Axes are laid over the torus from the last, tensor, on: over dimensions of their size where
-    there are any, else over parts of dimensions. A dimension that an axis has whole and that closes
-    to a ring counts two links, a line one; of a part whose members are g apart, g rings share it.
+    Axes are placed on the torus starting with the last, tensor: on dimensions of their own size
+    where there are any, else on parts of dimensions. An axis that has a whole dimension counts two
+    links if the dimension closes to a ring, and one if it is a line. Where an axis has a part whose
+    members are g apart, g rings share the links.
     """
     if self.chip.platform == "gpu":
       return dict.fromkeys(AXES, 1.0)
@@ -132,7 +133,8 @@ class Machine:
         whole, apart = self.torus[dimension], self.torus[dimension] // left[dimension]
         left[dimension] //= part
         found += 2.0 if part == whole and self._closes(whole) else 1.0 / apart
-      # What no dimension divides, such as the two cores of a v3, is joined at least as well.
+      # An axis that no dimension divides, such as the two cores of a v3, is connected at least as
+      # well.
       links[axis] = found or 1.0
     return links
 

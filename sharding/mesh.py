@@ -111,7 +111,7 @@ def check_slices(shape: MeshShape, num_slices: int) -> None:
 class RowShare(NamedTuple):
   """The rows of a batch that one process reads: part `index` of `count` equal ones.
 
-  `shards` are the places on data x fsdp, in order, that these rows are laid out over.
+  `shards` are the positions on data x fsdp, in order, that hold these rows.
   """
 
   index: int
@@ -122,8 +122,8 @@ class RowShare(NamedTuple):
 def row_share(devices: np.ndarray, process_index: int) -> RowShare:
   """What a process has to read for its devices of a mesh; `devices` is mesh.devices.
 
-  Processes that hold other times or channels of the same rows get the same share: each reads the
-  whole rows. Raises where the rows of two processes are the same in part.
+  Processes that hold different times or channels of the same rows get the same share: each reads
+  the whole rows. ValueError where the rows of two processes overlap without being the same.
   """
   data, fsdp = devices.shape[:2]
   shards_of: dict[int, tuple[int, ...]] = {}

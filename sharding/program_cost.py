@@ -1,13 +1,15 @@
 """What each operation of a compiled program computes and moves: FLOPs, bytes, cycles.
 
-`operations(compiled.as_text())` lists what a device runs one after another: a fusion is one
-operation. FLOPs are those of matrix products (on TPU the compiler writes them as convolutions, with
-batches as dilated windows: only multiplications with an element are counted). Bytes are what an
-operation reads and writes in the device's large memory: arrays that its layout puts elsewhere
-(VMEM, S(1)) are not counted, tiles are filled up, and of an array that a fusion cuts a slice out of
-or writes one into, only the slice. A collective that goes on beside other operations (on TPU it
-passes through their fusions) is counted where it starts. Cycles are the compiler's own estimate,
-which a TPU program carries for everything but custom calls.
+`operations(compiled.as_text())` lists what a device runs one after another; a fusion is one
+operation.
+
+FLOPs are those of matrix products. On TPU the compiler writes them as convolutions, with batches as
+dilated windows: only multiplications with an element count, not those with padding. Bytes are what
+an operation reads and writes in the device's large memory. Arrays in another memory (VMEM, S(1)) do
+not count, tiles are rounded up, and where a fusion reads or writes a slice of an array, only the
+slice counts. A collective that runs beside other operations (on TPU it passes through their
+fusions) is counted where it starts. Cycles are the compiler's own estimate, which a TPU program has
+for everything except custom calls.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from sharding import collectives, program_text
 from sharding.program_text import Computations, Instruction
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
-# These move nothing, or name again what was moved when they started.
+# These move nothing, or only name what was counted at their start.
 _FREE = (
   "parameter",
   "constant",
@@ -44,7 +46,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Operation:
   """One operation; all numbers are of one run of it, and it runs `times` in one call of the
   program. `kernel` is the name of a custom kernel, whose FLOPs are not known here. `sends`: it is a
-  collective, and computes nothing but its sums."""
+  collective, and computes only the sums of one."""
 
   name: str
   op_name: str  # the path of JAX's names
@@ -127,7 +129,7 @@ def _flops(
 
 
 def _convolution(one: Instruction, instructions: dict[str, Instruction]) -> float:
-  """Two for every multiplication of an element with an element: not with what fills up."""
+  """Two for every multiplication of two elements; those with padding do not count."""
   left, right = (_shape(instructions[name]) for name in one.operands[:2])
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
   assert labels is not None, f"no dim_labels in {one.rest[:200]}"
@@ -205,7 +207,7 @@ def _read(
 
 
 def _users(one: Instruction, inner: dict[str, Instruction]) -> list[tuple[Instruction, int]]:
-  """Who uses it, and as which operand; what only gives it another shape is looked through."""
+  """Its users, and as which operand; instructions that only reshape it are looked through."""
   found = []
   for user in inner.values():
     operands = user.operands if user.opcode not in ("parameter", "constant") else []
@@ -236,13 +238,13 @@ def _written(root: Instruction, inner: dict[str, Instruction]) -> float:
 
 
 def _is_under_way(one: Instruction) -> bool:
-  """Whether it is a collective in one of the fusions that it passes through, or its end there. The
-  first fusion has a custom call behind it that gives out all it takes and makes."""
+  """Whether it is a later part, or the end, of a collective that passes through several fusions.
+  After the first of them comes a custom call that returns all operands and results."""
   return 'chain_id="' in one.rest or 'custom_call_target="AsyncCollectiveDone"' in one.rest
 
 
 def memory_bytes(shape: str) -> float:
-  """Bytes that arrays of a shape as written take in the device's large memory, tiles filled up."""
+  """Bytes that arrays of a shape, as text, take in the device's large memory, in whole tiles."""
   return float(
     sum(
       _array_bytes(dtype, sizes, layout)

@@ -1,6 +1,6 @@
 """A compiled program, read from its text: computations, their instructions, how often they run.
 
-Arrays are as (dtype, shape); what is not read here is left as written in `Instruction.rest`.
+Arrays are (dtype, shape). Whatever is not parsed here stays as text in `Instruction.rest`.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 Computations = dict[str, dict[str, "Instruction"]]
 
-# "-start": one that others run beside, as compilers for GPUs write it since jax 0.11.
+# "-start": an asynchronous one, as the compiler for GPUs writes it since jax 0.11.
 FUSIONS = ("fusion", "fusion-start")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -78,7 +78,7 @@ def _closing(written: str) -> int:
 
 
 def fused(computations: Computations) -> set[str]:
-  """The computations that are the inside of a fusion: what they make stays out of memory."""
+  """The computations that are the inside of a fusion: their results are not written to memory."""
   return {
     called
     for instructions in computations.values()
@@ -91,7 +91,7 @@ def fused(computations: Computations) -> set[str]:
 def times_of(computations: Computations, entry: str) -> dict[str, int | None]:
   """How often each computation runs; None if that depends on data."""
   times: dict[str, int | None] = {entry: 1}
-  # Callers come after what they call in the text, so that one pass backwards sees all callers.
+  # Callers come after the computations they call, so one backward pass sees all callers first.
   for name in reversed(list(computations)):
     if name not in times:
       continue
@@ -106,7 +106,7 @@ def times_of(computations: Computations, entry: str) -> dict[str, int | None]:
 
 def _calls(instruction: Instruction, computations: Computations) -> list[tuple[str, int | None]]:
   """The computations that an instruction runs, and how often."""
-  # These name again what their start runs.
+  # Their computations are those of their start.
   if instruction.opcode in ("async-update", "async-done"):
     return []
   trips: int | None = 1
@@ -121,8 +121,8 @@ def _calls(instruction: Instruction, computations: Computations) -> list[tuple[s
 def _trips(instruction: Instruction, computations: Computations) -> int | None:
   """The trip count of a while loop: as annotated, or of a condition that is `i < n`.
 
-  Counters start at 0; None where the condition says something else. Loops of jax.lax.scan count by
-  1, those of a product whose operand travels meanwhile in steps that the body tells.
+  Counters start at 0; None for any other condition. Loops of jax.lax.scan count by 1. Those of a
+  product whose operand is sent meanwhile count in larger steps, which are read from the body.
   """
   if known := _TRIP_COUNT.search(instruction.rest):
     return int(known[1])
@@ -144,7 +144,7 @@ def _trips(instruction: Instruction, computations: Computations) -> int | None:
 
 
 def _step(index: Instruction, loop: Instruction, computations: Computations) -> int | None:
-  """What the body adds to the counter, the element `index` of the loop's tuple."""
+  """How much the body adds to the counter, which is element `index` of the loop's tuple."""
   body = re.search(r"body=%?([\w.\-]+)", loop.rest)
   assert body is not None, f"no body in {loop.rest[:200]}"
   instructions = computations[body[1]]
@@ -178,7 +178,7 @@ def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def size_of(arrays: Sequence[tuple[str, tuple[int, ...]]]) -> int:
-  """Bytes of all of them, without what a layout fills up."""
+  """Bytes of all of them, without the padding of a layout."""
   return sum(math.ceil(_bits(dtype) * math.prod(shape) / 8) for dtype, shape in arrays)
 
 

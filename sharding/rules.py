@@ -8,10 +8,10 @@ gradient or moment is split over `sequence`.
 
 ZeRO splits the state over `fsdp`: stage 1 the optimizer's moments, stage 2 gradients too, stage 3
 parameters too. It takes the "embed" dimension of matrices and the "gate_in" dimension of the gates.
-What has neither stays whole over `fsdp`: norms, biases, decay and convolution, about 23 x width of
-the 13 x width^2 numbers of a block (0.2% at width 1024). "gate_in" is rnn_width / 16 (64 to 512 in
-the published sizes), which a large `fsdp` does not always divide; then the gates, about 1% of the
-parameters, stay whole as well.
+Parameters with neither stay whole over `fsdp`: norms, biases, decay and convolution, about 23 x
+width of the 13 x width^2 numbers of a block (0.2% at width 1024). "gate_in" is rnn_width / 16 (64
+to 512 in the published sizes), which a large `fsdp` does not always divide; then the gates, about
+1% of the parameters, stay whole as well.
 """
 
 from sharding.logical import IfDivisible, Rules, Table

@@ -1,7 +1,7 @@
-"""What a chip can do at most, and the share of it that kernels reach, each with its source.
+"""The peaks of a chip, and the share of them that kernels reach, each with its source.
 
-Bytes per second are decimal. Numbers are of one `jax.Device`: a whole chip, but half of one on TPU
-v3, whose two cores are two devices. sharding/machine.py joins chips to slices and nodes.
+Bytes per second are decimal. Numbers are for one `jax.Device`: a whole chip, except on TPU v3,
+whose two cores are two devices. sharding/machine.py connects chips to slices and nodes.
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import re
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reached:
-  """Shares of a chip's peaks that kernels were seen to reach; on an H100 they are ours.
+  """Shares of a chip's peaks that kernels are known to reach; an H100's were measured by us.
 
   matmul               of peak_flops, a large bfloat16 product
   attention_forward    of peak_flops, flash attention: 2 products of queries with keys they see
   attention_backward   the same, counted as 5 products whatever a kernel computes
   hbm                  of hbm_bytes_per_second, a large copy or elementwise pass
   relayout             of hbm_bytes_per_second, a copy that puts gathered weights into whole tiles;
-                       None where the compiler makes none or was not asked
+                       None where the compiler makes no such copy, or nobody has looked
   """
 
   matmul: float
@@ -42,8 +42,8 @@ class Chip:
   host_devices    devices of a host; on GPU those that NVLink joins
   dcn_bytes_per_second  between slices (TPU) or nodes (GPU), one way, a device's share of its host's
                   network; None where no source states it
-  clock           of a TensorCore in Hz, a lead and from no data sheet: with as many matrix units as
-                  the documentation names it gives peak_flops
+  clock           of a TensorCore in Hz. Inferred, from no data sheet: with the documented number of
+                  matrix units it gives peak_flops
   """
 
   key: str
@@ -73,8 +73,8 @@ class Chip:
 
 _GiB = 1024.0**3
 
-# No benchmark of splash attention is published that says what it was of peak. What libtpu's
-# compiler estimates of its blocks (512 x 512, head size 128) is in place of it:
+# No published benchmark states which share of the peak splash attention reaches. Used instead is
+# what libtpu's compiler estimates for its blocks (512 x 512, head size 128):
 # kernels/local_attention/cycles_tpu.jsonl. Nor is there one of copies: 0.9 as on an A100.
 _TPU_SOURCE = (
   "matmul: docs.jax.dev/en/latest/pallas/tpu/matmul.html, XLA at 8192^3 on v5e (0.843 at 4096^3); "
@@ -87,7 +87,7 @@ _V5P = Reached(
   hbm=0.9,
   source=_TPU_SOURCE.format(of=""),
 )
-# The compiler cannot write that estimate for v3, v4 and v5e; for v6e it was not asked yet.
+# The compiler cannot make that estimate for v3, v4 and v5e; for v6e nobody has looked yet.
 _OTHER_TPU = dataclasses.replace(_V5P, source=_TPU_SOURCE.format(of=" of v5p"))
 _V5E = dataclasses.replace(
   _OTHER_TPU,
@@ -316,7 +316,7 @@ _CHIPS: tuple[tuple[str, Chip], ...] = (
 def chip_of(device_kind: str) -> Chip | None:
   """The chip that JAX calls `device_kind` (jax.devices()[0].device_kind).
 
-  None for one that is not in the table, as a CPU: then no share of its peak can be stated.
+  None for one that is not in the table, such as a CPU: no share of its peak is known.
   """
   for kind, chip in _CHIPS:
     if re.fullmatch(kind, device_kind):

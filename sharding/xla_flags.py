@@ -1,7 +1,7 @@
-"""What the compiler is told beyond the program: XLA flags for each chip, each with its reason.
+"""XLA flags for each chip, each with its reason.
 
-They go with every program as compile options and not through the environment, so that a program
-compiled for a machine that is not here is the one that would run there.
+They are compile options of every program and not environment variables, so a program compiled for a
+machine that is not here is the one that would run there.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Value = bool | int | str
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-  """A flag as XLA calls it, what we set it to, why, and who recommends it or what was seen."""
+  """A flag by XLA's name, our value, the reason, and who recommends it or where it was measured."""
 
   name: str
   value: Value
@@ -101,7 +101,7 @@ def key_of(device_kind: str) -> str:
 
 @functools.cache
 def log_once(chip: str, flags: tuple[tuple[str, Value], ...]) -> None:
-  """Says with what flags programs are compiled."""
+  """Logs the flags that programs are compiled with."""
   words = ", ".join(f"{name}={value}" for name, value in flags) or "none"
   logging.info("XLA flags for %s: %s", chip, words)
 

@@ -1,10 +1,10 @@
-"""Steps that must not count: not finite, or a spike; what is done about them, and their record.
+"""Steps that must not count (not finite, or a spike): what is done about them, and their records.
 
 WORKDIR/bad_steps/<step>-<batch>.json   what happened, and the rows: `--replay_step` reads it
 WORKDIR/passed_over.json                the batches that this run never reads again, and why
 
-Every decision is a function of the config and of the steps so far, which all processes see alike
-and which checkpoints keep: a restart, or another number of hosts, decides the same.
+Every decision is a function of the config and of the steps so far. All processes see the same
+steps, and checkpoints keep them, so a restart, or another number of hosts, decides the same.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ Action = Literal["stop", "skip", "rollback"]
 
 PASSED_OVER = "passed_over.json"
 _ACTIONS = ("stop", "skip", "rollback")
-# A standard deviation of normal noise is so many median absolute deviations.
+# The standard deviation of normal noise, in median absolute deviations.
 _NORMAL = 1.4826
-# Where the last losses are all but equal, a hair's breadth is no spike.
+# Where the last losses are nearly equal, a tiny difference is not a spike.
 _LEAST_DEVIATION = 1e-3
 
 
@@ -40,14 +40,14 @@ class BadStepPolicy:
   """What happens at a step that is not finite, and at a spike: neither ever changes a parameter.
 
   non_finite, spike: "stop" ends the run there; "skip" goes on, up to `max_skipped` bad steps in a
-  row; "rollback" goes back to the last checkpoint and passes over the batch of the step and those
-  of the `also_before` steps before it that are not in the checkpoint, up to `max_rollbacks` times
-  to one checkpoint. spike "ignore": no step is one.
+  row; "rollback" goes back to the last checkpoint and from then on passes over the batch of the
+  step, and those of the `also_before` steps before it that are not in the checkpoint, up to
+  `max_rollbacks` times to one checkpoint. spike "ignore": no step is a spike.
 
   A spike is a loss or a gradient norm above m + `spike_deviations` * d, where m is the median of
   the last `spike_window` good steps and d their median absolute deviation, scaled to a standard
-  deviation of normal noise. The step right before is read too late to be one of them. No step is a
-  spike before there are so many.
+  deviation of normal noise. The step right before is read too late to be among them. No step is a
+  spike before there are `spike_window` good steps.
   """
 
   non_finite: Action = "stop"
@@ -83,7 +83,7 @@ class BadStepError(RuntimeError):
 
 
 class RollBack(Exception):
-  """The run goes back to its last checkpoint, and passes over what led to step `step`."""
+  """The run goes back to its last checkpoint and passes over the batches that led to `step`."""
 
   def __init__(self, step: int, why: str):
     super().__init__(why)
@@ -91,7 +91,7 @@ class RollBack(Exception):
 
 
 class _Good(NamedTuple):
-  """A step that counted, for judging those after it."""
+  """A good step, against which later ones are judged."""
 
   step: int
   loss: float
@@ -116,9 +116,9 @@ class BadSteps:
   def begin(
     self, step: int, record: dict[str, Any] | None, *, passed_over: Sequence[int] | None = None
   ) -> None:
-    """Goes on after `step`, from what the checkpoint of it holds (None: a new start).
+    """Continues after `step`, from the record in its checkpoint (None: a new start).
 
-    `passed_over` is for looking back: these batches instead of those of now. Raises ValueError if
+    `passed_over` is for looking back: these batches instead of today's. ValueError if
     passed_over.json does not fit the checkpoint.
     """
     saved = {"passed_over": [], "skipped": 0, "skipped_in_a_row": 0, "good": []}
@@ -142,7 +142,7 @@ class BadSteps:
       logging.info("passing over batches %s (%s)", list(self.passed_over), PASSED_OVER)
 
   def record(self, step: int) -> dict[str, Any]:
-    """What the checkpoint of `step` has to hold, for the run's record."""
+    """What the run's record in the checkpoint of `step` has to contain."""
     return {
       "position": position(step, self.passed_over),
       "bad_steps": {
@@ -164,9 +164,9 @@ class BadSteps:
     )
 
   def limits(self, step: int) -> Limits:
-    """What loss and gradient norm of step `step` may be; from the good steps up to `step` - 2."""
-    # The step before is still running when this one is dispatched. Where a checkpoint or an
-    # evaluation has waited for it, it must not count either: a restart would decide otherwise.
+    """The limits of loss and gradient norm for `step`, from the good steps up to `step` - 2."""
+    # The step before is still running when this one is dispatched. It must not count either where a
+    # checkpoint or an evaluation has waited for it: a restart would decide differently.
     known = [good for good in self._good if good.step <= step - 2][-self.policy.spike_window :]
     if self.policy.spike == "ignore" or len(known) < self.policy.spike_window:
       return NO_LIMITS
@@ -210,19 +210,19 @@ class BadSteps:
     logging.warning("%s. Skipped: parameters and moments are as before", line)
 
   def remember(self, step: int, metrics: StepMetrics) -> bool:
-    """Whether a finished step was good; those after it are judged by it if it was."""
+    """Whether a finished step was good; if so, later steps are judged by it."""
     if not bool(metrics.is_applied):
       return False
     self._skipped_in_a_row = 0
     if self.policy.spike != "ignore":
       good = _Good(step, float(metrics.loss), float(metrics.grad_norm))
-      # One more than the window: the newest may be too new to count.
+      # One more than the window, because the newest may be too new to count.
       self._good = [*self._good, good][-self.policy.spike_window - 1 :]
     return True
 
   def pass_over(self, rollback: RollBack, *, checkpoint: int) -> None:
-    """Notes on disk that the run goes back to the checkpoint of a step (0: to its beginning), and
-    which batches it passes over from then on. BadStepError after too many to one checkpoint."""
+    """Records on disk that the run goes back to the checkpoint of a step (0: to its beginning), and
+    which batches it passes over from then on. BadStepError after too many rollbacks to it."""
     rollbacks = self._rollbacks()
     before = [other for other in rollbacks if other["checkpoint"] == checkpoint]
     if len(before) >= self.policy.max_rollbacks:
@@ -248,7 +248,7 @@ class BadSteps:
     )
 
   def _rollbacks(self) -> list[dict[str, Any]]:
-    """What process 0 finds noted: with a workdir in a bucket, only its machine has the file."""
+    """What process 0 has recorded: with a workdir in a bucket, only its machine has the file."""
     path = self.workdir / PASSED_OVER
     text = path.read_text() if jax.process_index() == 0 and path.exists() else ""
     if not (text := broadcast(text)):
@@ -289,13 +289,13 @@ class BadSteps:
 
 
 def bad_tensors(square_norms: Any, *, limit: int = 8) -> list[str]:
-  """The first parameters and layers whose gradient is not finite, as named_norms names them."""
+  """The first parameters and layers with a gradient that is not finite, named as in named_norms."""
   bad = [name for name, square in named_norms(square_norms) if not np.isfinite(square)]
   return bad[:limit]
 
 
 def named_norms(square_norms: Any) -> list[tuple[str, float]]:
-  """The square norm of each parameter by its path, of each layer with its number in brackets."""
+  """Path -> square norm of each parameter; for stacked layers with the number in brackets."""
   named = []
   for path, squares in jax.tree_util.tree_leaves_with_path(square_norms):
     name = "/".join(str(key.key) for key in path)

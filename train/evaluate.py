@@ -28,7 +28,7 @@ def evaluate(
   waiting: LossSums | None = None
   for batch in batches:
     sums = eval_step(params, batch)
-    # The host adds up one batch behind, so that the device never waits for it.
+    # The host adds up the batch before, so that the device never waits for it.
     if waiting is not None:
       loss, weight = loss + float(waiting.loss), weight + float(waiting.weight)
     waiting = sums

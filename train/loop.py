@@ -54,12 +54,12 @@ def fit(
   began: float | None = None,
 ) -> Outcome:
   """Trains `run` in `workdir` with all processes of `peers` (None: this one), from its newest
-  checkpoint if there is one; they are in the folder or URL `saves_to`, else in WORKDIR/checkpoints.
+  checkpoint if there is one. Checkpoints are in the folder or URL `saves_to` (WORKDIR/checkpoints).
 
-  "complete" after the last step; "stopped" when a peer was asked to and everything is saved.
-  `before_complete` is called on process 0 before a checkpoint counts, in the thread that writes.
-  The event log counts from `began`, seconds since 1970; None is the moment of this call.
-  Raises BadStepError, and ValueError for what a user can set right.
+  Returns "complete" after the last step; "stopped" when a process was asked to stop and everything
+  is saved. `before_complete` is called on process 0 before a checkpoint counts as complete, in the
+  thread that writes it. The event log starts at `began`, seconds since 1970 (None: this call).
+  Raises BadStepError, and ValueError for what a user can correct.
   """
   began = event_log.now() if began is None else began
   peers = peers or Peers.alone()
@@ -135,7 +135,7 @@ class _Running(NamedTuple):
 
   step: int
   metrics: StepMetrics
-  statistics: dict[str, Any] | None  # of the steps where they are due
+  statistics: dict[str, Any] | None  # None for steps where they are not due
 
 
 def _is_over(running: _Running) -> bool:
@@ -173,7 +173,7 @@ class _Session:
   def train(
     self, state: TrainState, step: int, last: int, metrics: Metrics, peers: Peers
   ) -> Outcome:
-    """Steps `step` + 1 to `last`; all of them have been looked at when it returns."""
+    """Runs steps `step` + 1 to `last`; all of them have been judged when it returns."""
     run, self.metrics = self.run, metrics
     self.throughput = Throughput(
       tokens_per_step=run.batch_size * run.data.row_length,
@@ -185,8 +185,8 @@ class _Session:
     with self._train_batches(step) as batches, self.events.span("step"):
       while step < last and not peers.reached(step):
         if running is not None and peers.count == 1 and _is_over(running):
-          # As on CPUs, where steps run as they are dispatched: the next one is not of its time.
-          # Several processes would not all see it before they begin the next step together.
+          # On a CPU a step runs while it is dispatched: without this its time would include the
+          # next one. With several processes, not all would see that it is over.
           self._finish(running)
           running = None
         with self.throughput.waiting(), self.events.waiting():
@@ -201,8 +201,8 @@ class _Session:
         kind = self.checkpoints.due(step) or ("permanent" if is_last else None)
         evaluates = self.eval_step is not None and (is_last or step % run.eval_every == 0)
         if kind or evaluates:
-          # First look at the step itself: a bad one is never saved. Evaluate before saving: what a
-          # restart does again, it does once.
+          # Judge the step first: a bad one is never saved. Evaluate before saving: a restart from
+          # this checkpoint then does not evaluate again.
           self._finish(running)
           running = None
           with self.throughput.excluded(after=state):
@@ -221,7 +221,7 @@ class _Session:
     return "complete" if step == last else "stopped"
 
   def _finish(self, running: _Running) -> None:
-    """Reads what a step on the device has told, once it is over; writes it if it is due."""
+    """Waits for a step on the device and reads its metrics; writes them if they are due."""
     step, metrics, statistics = running
     jax.block_until_ready(metrics.loss)
     self.watchdog.step(step)
@@ -300,13 +300,13 @@ class _Session:
     )
 
   def _share(self) -> dict[str, int]:
-    """Which rows of a batch this process reads: where its devices lie in the mesh decides."""
+    """Which rows of a batch this process reads; its devices' places in the mesh decide."""
     share = row_share(self.program.mesh.devices, jax.process_index())
     return {"process_index": share.index, "process_count": share.count}
 
 
 def within_the_data(run: Run) -> Run:
-  """The run, ended where its data ends, after checking that its data is for its model."""
+  """The run, shortened to the end of its data, after checking that the model fits the data."""
   vocabulary = pipeline.vocabulary(run.data)
   if vocabulary.size > run.model.vocab_size:
     raise ValueError(
@@ -327,7 +327,7 @@ def _draw(workdir: pathlib.Path) -> None:
 
 
 def _about(program: Program) -> dict[str, Any]:
-  """What the report needs to know of a run beside its metrics."""
+  """What the report needs to know about a run besides its metrics."""
   run = program.run
   return {
     "name": run.name,
@@ -340,7 +340,7 @@ def _about(program: Program) -> dict[str, Any]:
 
 
 def _last_step(run: Run, bad_steps: BadSteps) -> int:
-  """Where the run ends: batches that are passed over may be missing at the end of the data."""
+  """The last step; where the data ends, batches that are passed over make the run shorter."""
   available = pipeline.num_steps_available(
     run.data, batch_size=run.batch_size, passed_over=bad_steps.passed_over
   )

@@ -21,7 +21,7 @@ class LossSums(NamedTuple):
 def loss_sums(
   x_BTD: jax.Array, unembed_VD: jax.Array, batch: Batch, *, logit_cap: float | None
 ) -> LossSums:
-  """The sums of one batch; the logits are never whole, nor gathered over vocabulary shards."""
+  """The sums of one batch. Logits exist a chunk at a time, and are not gathered over shards."""
   with jax.named_scope("loss"):
     log_z_BT, target_logit_BT = _log_z_and_target_logit(x_BTD, unembed_VD, batch, logit_cap)
     weights_BT = batch.weights_BT

@@ -1,9 +1,8 @@
-"""The training recipe that configs/ share: what the paper states, and our choices where it is
-silent.
+"""The training recipe that configs/ share: the paper's settings, and our choices where it has none.
 
 Stated (arXiv:2402.19427): AdamW, rows of 2048 tokens, the token budgets of Table 2, bfloat16. Not
 published: learning rate, betas, weight decay, batch, warm-up, schedule, clipping, vocabulary. Those
-are ours and untuned; the learning rate falls with the width's size as small-scale practice has it.
+are ours and untuned; the learning rate falls with the width, as is common practice.
 """
 
 from data.pipeline import DataConfig
@@ -23,7 +22,7 @@ VOCAB_SIZE = 32_000
 
 
 def adamw(peak_lr: float, *, warmup_steps: int) -> AdamW:
-  """The optimizer of all runs in configs/ that pretrain, but for its learning rate and warm-up."""
+  """The optimizer of all pretraining runs in configs/, at this learning rate and warm-up."""
   return AdamW(
     peak_lr=peak_lr,
     warmup_steps=warmup_steps,

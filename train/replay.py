@@ -1,7 +1,7 @@
-"""One step again, to look at it: its loss by row, what is in the rows, its gradient by tensor.
+"""Runs one step again to look at it: its loss by row, the text of the rows, its gradient by tensor.
 
-Starts from the newest checkpoint before the step and reads what the run read. It takes no lock and
-writes nothing, so a run may be training in the same workdir.
+It starts from the newest checkpoint before the step and reads the batches that the run read. It
+takes no lock and writes nothing, so a run may be training in the same workdir.
 """
 
 import json
@@ -55,16 +55,16 @@ class Replayed(NamedTuple):
   is_applied: bool
   rows: list[ReplayedRow]
   gradients: list[tuple[str, float]]
-  told: float | None  # the loss that the run itself told, in a record or in metrics.jsonl
+  told: float | None  # the loss that the run itself reported, in a record or in metrics.jsonl
   record: pathlib.Path | None  # of the bad step, if it was one
 
 
 def replay(run: Run, workdir: pathlib.Path, step: int, *, saves_to: str | None = None) -> Replayed:
   """Step `step` (from 1) of the run in `workdir`; `saves_to` is as for train/loop.py: fit.
 
-  Where bad_steps/ has a record of that step, it is the step of the record, with the batch that was
-  passed over afterwards; the last one if there are several. ValueError for a step that the run
-  cannot have, and for a config that is not the run's.
+  If bad_steps/ has a record of that step, the step is repeated with the batch of the record, which
+  was passed over afterwards; the last record if there are several. ValueError for a step that the
+  run cannot have, and for a config that is not the run's.
   """
   run = within_the_data(run)
   if not 1 <= step <= run.total_steps:
@@ -112,7 +112,7 @@ def replay(run: Run, workdir: pathlib.Path, step: int, *, saves_to: str | None =
 
 
 def lines(replayed: Replayed, run: Run, words: Vocabulary | None, *, limit: int = 12) -> list[str]:
-  """What there is to see, for people: the worst rows and tensors first, `limit` of each.
+  """The result as lines for people: the worst rows and tensors first, `limit` of each.
 
   `words` decodes the rows; without it they are shown as token ids.
   """
@@ -146,8 +146,8 @@ def lines(replayed: Replayed, run: Run, words: Vocabulary | None, *, limit: int 
 
 
 class _Found(NamedTuple):
-  """What the run has left of the step: the loss it told; if it was a bad one, the last record of it
-  and the batches that were passed over by then."""
+  """What the run has recorded of the step: its loss; for a bad step also its last record, and the
+  batches that were passed over by then."""
 
   told: float | None
   record: pathlib.Path | None
@@ -155,7 +155,7 @@ class _Found(NamedTuple):
 
 
 def _found(workdir: pathlib.Path, step: int) -> _Found:
-  """The same on every process, whatever its machine has of the workdir."""
+  """`_found` on process 0, sent to all: other machines may not have the workdir's files."""
   text = _read_first(workdir, step) if jax.process_index() == 0 else ""
   told, record, passed_over = json.loads(broadcast(text))
   return _Found(
@@ -185,9 +185,9 @@ def _before(
   step: int,
   wanted: list[int] | None,
 ) -> tuple[Any, int]:
-  """State and step of the newest checkpoint before `step` that led to it; `bad_steps` is begun.
+  """State and step of the newest checkpoint before `step` that led to it; begins `bad_steps`.
 
-  `wanted` are the batches that were passed over then; None: those that are now.
+  `wanted` are the batches that were passed over at that time; None: today's.
   """
   now = run_record(program.run, program.model)
 
@@ -209,7 +209,7 @@ def _before(
 
 
 def _same_so_far(step: int, one: Sequence[int], other: Sequence[int]) -> bool:
-  """Whether the batches of the first `step` steps are the same with both lists passed over."""
+  """Whether the first `step` steps read the same batches, whichever of the lists is passed over."""
   ends = [position(step - 1, passed) if step else -1 for passed in (one, other)]
   missing = [{batch for batch in passed if batch < ends[0]} for passed in (one, other)]
   return ends[0] == ends[1] and missing[0] == missing[1]

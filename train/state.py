@@ -1,4 +1,4 @@
-"""What training carries from step to step, and where each array lies."""
+"""What training carries from step to step, and how each array is laid out."""
 
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +34,7 @@ def abstract_state(model: Model, tx: GradientTransformation) -> TrainState:
 
 
 def state_shardings(model: Model, *, mesh: jax.sharding.Mesh, rules: Rules) -> TrainState:
-  """The sharding of every array of the state on `mesh`: moments lie as `rules.moments` says."""
+  """The sharding of every array of the state on `mesh`; moments are laid out by `rules.moments`."""
   params = logical.shardings(model.axes, model.shapes, rules.parameters, mesh)
   moments = logical.shardings(model.axes, model.shapes, rules.moments, mesh)
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -76,7 +76,7 @@ def train_step(
     )
     (sums, grads), _ = jax.lax.scan(accumulate, start, microbatches(batch, num_microbatches))
 
-  # A batch without a single target (all padding) has nothing to divide by, and nothing to learn.
+  # A batch without any target (all padding) would divide by zero, and has nothing to learn from.
   weight = jnp.maximum(sums.weight, 1.0)
   grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   grads = logical.constrain_gradients(grads, model.axes)
@@ -120,8 +120,8 @@ def square_norm(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def microbatches(batch: Batch, num_microbatches: int) -> Batch:
-  """[B, ...] as [num_microbatches, B / num_microbatches, ...]; part j has the rows j, j + k, ...
+  """[B, ...] as [k, B / k, ...] with k = num_microbatches; part j has the rows j, j + k, ...
 
-  Every device's rows are dealt out evenly, so that no row moves to another device.
+  Every device's rows are distributed evenly over the parts, so no row moves to another device.
   """
   return jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -1,7 +1,7 @@
-"""Documents out of files: text, Markdown and JSONL, plain or compressed; every fault is named.
+"""Reads documents from files: text, Markdown and JSONL, plain or compressed; errors name the place.
 
-A .txt or .md file is one document; a .jsonl file is one per line, a field of its object. Each may
-end with .gz, .zst or .xz as well. Text is taken as it is but for a byte order mark.
+A .txt or .md file is one document; a .jsonl file has one per line, in a field of its object. Each
+may also end with .gz, .zst or .xz. Text is taken as it is, except for a byte order mark.
 """
 
 import codecs
@@ -26,7 +26,7 @@ _SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + COMPRESSIONS
 _CHUNK = 1 << 20
 # Plain JSONL is cut at line ends into pieces of about this size, for many workers on one file.
 PIECE_BYTES = 1 << 24
-# Windows of `zstd --long=31` too.
+# Accepts windows of `zstd --long=31` too.
 _MAX_WINDOW = 1 << 31
 
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class Place:
-  """str() is "path", or "path:line"; the line number is counted only when somebody reads it."""
+  """str() is "path", or "path:line"; the line number is counted only when str() is called."""
 
   def __init__(self, piece: Piece, line: int | None):
     self._piece, self._line = piece, line
@@ -55,7 +55,7 @@ class Place:
 
 
 class Document(NamedTuple):
-  """is_replaced: some bytes were no UTF-8 and are U+FFFD now. A blank line is an empty document."""
+  """is_replaced: bytes that were not UTF-8 became U+FFFD. A blank line is an empty document."""
 
   text: str
   where: Place | str
@@ -65,9 +65,9 @@ class Document(NamedTuple):
 def find(patterns: Iterable[str], *, made: Iterable[str] = ()) -> list[str]:
   """The files that the globs match (** too), in the order of the patterns and names.
 
-  Each is there once, by its first name: `a.txt` and `./a.txt` are one file, and so are links to it.
-  What a glob finds below the folders `made`, and is no text, is of a store or of what is not
-  finished, and is passed by.
+  Each is listed once, by its first name: `a.txt` and `./a.txt` are one file, and so are links to
+  it. What a glob finds below the folders `made` and is not text belongs to a store, finished or
+  not, and is ignored.
   """
   below_made = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in made)
   found: dict[str, str] = {}
@@ -113,8 +113,8 @@ def read(
 ) -> Iterator[Document]:
   """The documents of a piece, empty ones included; `on_bytes` sees each chunk of the file itself.
 
-  A file without a line is one empty document. Raises ValueError, naming file, line and byte, for
-  what is not UTF-8, not JSON, without the field, or cut off.
+  A file without a line is one empty document. ValueError, with file, line and byte, for text that
+  is not UTF-8, not JSON, without the field, or cut off.
   """
   suffix, compression = _kind(piece.path)
   content = _decompressed(piece.path, compression, chunks(piece, on_bytes))
@@ -143,7 +143,7 @@ class _Decompressor(Protocol):
 _DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
   ".gz": lambda: zlib.decompressobj(wbits=31),
   ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
-  # Not the older .lzma too: it takes zeros for a file of no bytes.
+  # Not the older .lzma format too: it would read zeros as an empty file.
   ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
 }
 
@@ -198,7 +198,7 @@ def _decompressed(path: str, compression: str, chunks: Iterator[bytes]) -> Itera
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-  """Lines without their line feed; a last one without a line feed too."""
+  """Lines without their line feeds, including a last line that has none."""
   start_of_line: list[bytes] = []
   for chunk in chunks:
     first, *rest = chunk.split(b"\n")
@@ -244,7 +244,7 @@ def _field(line: Document, text_field: str, errors: ErrorPolicy) -> Document:
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
-    # JSON can spell half of a surrogate pair, which is no character.
+    # JSON can express half of a surrogate pair, which is not a character.
     if errors == "strict":
       raise ValueError(
         f"{line.where}: character {error.start} is half of a surrogate pair, not text; "

@@ -49,7 +49,7 @@ def encode(
   words: Vocabulary,
   on_bytes: Callable[[int], object],
 ) -> Part:
-  """Makes the part of a piece; `on_bytes` is told how many bytes of the file were read."""
+  """Makes the part of a piece; `on_bytes` is called with the number of bytes that were read."""
   digest = hashlib.sha256()
 
   def seen(chunk: bytes) -> None:
@@ -86,7 +86,7 @@ def encode_all(
   num_workers: int,
   on_bytes: Callable[[int], object],
 ) -> None:
-  """Makes the parts of these pieces in any order; the first error ends it, what is done stays."""
+  """Makes the parts of these pieces in any order. The first error ends it; finished parts stay."""
   if num_workers == 1:
     words = settings.load()
     for piece, name in named:
@@ -119,7 +119,7 @@ class _StoppedError(Exception):
   """Another worker, or the user, ended the run."""
 
 
-# Of a worker process: what its tasks have in common.
+# In a worker process: what its tasks share.
 _worker: dict[str, Any] = {}
 
 
@@ -132,7 +132,7 @@ def _start_worker(settings: Settings, folder: pathlib.Path, counter: Any, stop: 
 
 
 def _leave_with_parent() -> None:
-  """Ends this process when its parent was killed; nobody else would."""
+  """Ends this process when its parent was killed, because nothing else would."""
   parent = multiprocessing.parent_process()
   if parent is not None:
     parent.join()

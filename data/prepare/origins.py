@@ -1,4 +1,4 @@
-"""What a token store was made of, as its manifest keeps it: to tell whether it is out of date."""
+"""What a token store was made from, as its manifest records it, to find out whether it is stale."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from data.prepare import documents
 
 
 def file(path: str) -> dict[str, Any]:
-  """A file as it looks from outside; its digest is added when it has been read."""
+  """Name, size and time of a file; its digest is added when it has been read."""
   status = os.stat(path)
   return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
@@ -31,14 +31,14 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
   for path, file in new.items():
     if file["size"] != old[path]["size"]:
       return f"{path} had {old[path]['size']} bytes, it has {file['size']}"
-    # A fresh checkout changes the time and not the content.
+    # A fresh checkout changes the time but not the content.
     if file["mtime_ns"] != old[path]["mtime_ns"] and file_digest(path) != old[path]["digest"]:
       return f"{path} was edited"
   return ""
 
 
 def file_digest(path: str) -> str:
-  """Of a file as it is now; equal to that of its parts."""
+  """The digest of a file as it is now; equal to that of its parts."""
   digests = []
   for piece in documents.pieces(path):
     digest = hashlib.sha256()
@@ -49,5 +49,5 @@ def file_digest(path: str) -> str:
 
 
 def join_digests(digests: list[str]) -> str:
-  """The digest of a file out of those of its pieces, in order."""
+  """The digest of a file, from those of its pieces in order."""
   return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Parts: what pieces of input became, in a working folder, until all are there to make a store.
+"""Parts: encoded pieces of the input, kept in a working folder until all are there to make a store.
 
-A part's name follows from all that its tokens depend on. So a killed run leaves its finished parts
-to the next one, and after a change of a file or of a setting the old ones are simply not found.
+A part's name follows from everything that its tokens depend on. So a killed run leaves its finished
+parts to the next one, and after a change of a file or a setting the old ones are simply not found.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from data.token_store import Writer
 
 # How many empty or replaced documents a report names.
 _NUM_NAMED = 3
-# Of a part's files; the description comes last: where it is, the part is whole.
+# Suffixes of a part's files. The description is written last: if it exists, the part is whole.
 _SUFFIXES = (".tokens", ".sizes", ".json")
 _PART_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|sizes|json)(\.\d+)?")
 # Tokens of a part that are in memory at a time.
@@ -31,9 +31,9 @@ _BLOCK_TOKENS = 1 << 22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-  """One finished part. empty and replaced: where the first such documents are.
+  """One finished part. empty and replaced: the places of the first such documents.
 
-  digest: sha256 of the bytes it was made of.
+  digest: sha256 of the bytes it was made from.
   """
 
   name: str
@@ -53,7 +53,7 @@ def part_name(identity: Any) -> str:
 
 @contextlib.contextmanager
 def working_folder(folder: pathlib.Path) -> Iterator[None]:
-  """Holds the folder for this process alone; if all went well, removes what is ours in it."""
+  """Locks the folder for this process; without an error, removes our files in it at the end."""
   with held(folder / "prepare.lock"):
     yield
     for file in folder.iterdir():
@@ -65,9 +65,9 @@ def working_folder(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(path: pathlib.Path) -> Iterator[None]:
-  """Holds the lock file `path` for this process alone; if all went well, removes it.
+  """Holds the lock file `path` for this process alone; without an error, removes it at the end.
 
-  Raises ValueError where another process holds it. A file system without locks is said so.
+  ValueError if another process holds it. On a file system without locks it warns.
   """
   with _locked(path):
     yield
@@ -86,7 +86,7 @@ def _locked(path: pathlib.Path) -> TextIO:
 
 
 class PartWriter:
-  """Writes one part, document by document, in a `with`; it is there after close(), not before."""
+  """Writes one part, document by document, in a `with`; it exists only after close()."""
 
   def __init__(self, folder: pathlib.Path, name: str, dtype: np.dtype):
     self._folder, self._name, self._dtype = folder, name, dtype
@@ -100,14 +100,14 @@ class PartWriter:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    # On a full disk closing fails once more, and must not keep the file there.
+    # On a full disk closing fails again, which must not keep the file there.
     with contextlib.suppress(OSError):
       self._file.close()
     for suffix in _SUFFIXES:
       self._unfinished(suffix).unlink(missing_ok=True)
 
   def append(self, tokens: np.ndarray, *, text_bytes: int, num_unknown: int) -> None:
-    """Adds a document; its ids are known to fit the part's type."""
+    """Adds a document; the ids must fit the part's dtype."""
     with self._writing():
       self._file.write(np.ascontiguousarray(tokens, self._dtype).data)
     self._sizes.append((len(tokens), text_bytes, num_unknown))
@@ -144,7 +144,7 @@ class PartWriter:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """An error of the disk says where it was; one of an open file has no name by itself."""
+    """Adds the path to an error of the disk: errors of open files do not name it."""
     try:
       yield
     except OSError as error:
@@ -152,12 +152,12 @@ class PartWriter:
       raise
 
   def _unfinished(self, suffix: str) -> pathlib.Path:
-    # By process: a worker of a killed run may live a moment longer, and write the same part.
+    # The process id is in the name: a worker of a killed run may still be writing the same part.
     return self._folder / f"{self._name}{suffix}.{os.getpid()}"
 
 
 def load(folder: pathlib.Path, name: str, dtype: np.dtype) -> Part | None:
-  """The finished part of this name, or None; one whose files are not whole is not finished."""
+  """The finished part of this name, or None; a part with incomplete files is not finished."""
   try:
     values = json.loads((folder / f"{name}.json").read_text())
     values["empty"], values["replaced"] = tuple(values["empty"]), tuple(values["replaced"])
@@ -180,7 +180,8 @@ def assemble(
   holdout_every: int,
   on_tokens: Callable[[int], object],
 ) -> None:
-  """Appends all parts in order to `train`, but each document number k * holdout_every to `holdout`.
+  """Appends all parts in order to `train`, and every holdout_every-th document to `holdout`
+  instead.
 
   Documents count from 1, over all parts.
   """
@@ -209,7 +210,7 @@ def _append(writer: Writer, tokens: np.ndarray, sizes: np.ndarray) -> None:
 def _blocks(
   part: Part, folder: pathlib.Path, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Tokens and sizes of runs of whole documents of about _BLOCK_TOKENS tokens."""
+  """Tokens and lengths of groups of whole documents, about _BLOCK_TOKENS tokens each."""
   if not part.num_documents:
     return
   sizes = np.fromfile(folder / f"{part.name}.sizes", np.int64).reshape(-1, 3)

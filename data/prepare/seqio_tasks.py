@@ -20,7 +20,7 @@ Provider = seqio.Task | seqio.Mixture
 
 def load(name: str, *, module: str) -> Provider:
   """The Task or Mixture registered under `name` once `module` is imported; "" imports nothing."""
-  # TensorFlow would take the whole memory of a GPU that it has no use for.
+  # TensorFlow would take the whole memory of a GPU that it does not need.
   tf.config.set_visible_devices([], "GPU")
   if module:
     try:
@@ -40,7 +40,8 @@ def load(name: str, *, module: str) -> Provider:
 
 
 def record(provider: Provider, *, feature: str) -> VocabularyRecord:
-  """The vocabulary of a feature; bos is None: documents start as the preprocessors made them.
+  """The vocabulary of a feature; bos is None, because documents start as the preprocessors made
+  them.
 
   A SentencePiece vocabulary without extra ids is the same as that of `--vocabulary PATH.model
   --bos_token none`, so such stores can be mixed.
@@ -78,11 +79,11 @@ def vocabulary_file(provider: Provider, *, feature: str) -> bytes:
 def documents(
   provider: Provider, *, split: str, feature: str, num_documents: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """(ids, bytes of text) of each document of the stream that seqio gives, unshuffled and uncut.
+  """(ids, bytes of text) of each document in seqio's stream, unshuffled and not truncated.
 
-  num_documents 0: one epoch, which for a Mixture ends with its first Task that is used up. Else so
-  many of the endless stream. Bytes are those of "FEATURE_pretokenized" where it is text, else of
-  the decoded ids.
+  num_documents 0: one epoch, which for a Mixture ends when its first Task runs out. Otherwise this
+  many documents of the endless stream. Bytes are those of "FEATURE_pretokenized" where that is
+  text, else those of the decoded ids.
   """
   if split not in provider.splits:
     splits = ", ".join(provider.splits)
@@ -91,7 +92,7 @@ def documents(
   if isinstance(provider, seqio.Mixture):
     arguments["copy_pretokenized"] = True
   dataset = provider.get_dataset(
-    # A length would cut off every document there.
+    # With a length, documents would be truncated there.
     sequence_length=None,
     split=split,
     shuffle=False,

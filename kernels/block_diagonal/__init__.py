@@ -1,24 +1,23 @@
-"""Two block-diagonal products of one input, with biases: what the gates of an RG-LRU are made of.
+"""Two block-diagonal products of one input, with biases: the pre-activations of an RG-LRU's gates.
 
   r_BTR, i_BTR = products(x_BTR, w_GI2J, b_G2J, implementation="auto")
 
 The R = G x I channels of x are G blocks, and block g of result k is x_g @ w[g, :, k] + b[g, k]. The
 sums are float32.
 
-  einsum          XLA's batched product, and results in float32. On TPU the compiler puts time where
-                  channels were, copies x before it, and both results behind it back. A CPU does
-                  that once instead of for every product where batch and time can be merged
-                  (`is_whole`)
+  einsum          XLA's batched product, and results in float32. On TPU the compiler swaps time and
+                  channels: it copies x before the product, and both results after it. A CPU does so
+                  once instead of for every product where batch and time can be merged (`is_whole`)
   einsum_rounded  the same with results in the dtype of x, rounded by the product
   pallas_tpu      rows of channels in and out, nothing copied; results, and the gradients of x and
                   w, rounded once to x's dtype
   pallas_gpu      the same by Triton, for activations of 2 bytes; dw as einsum_rounded. On an H100
                   0.12 ms forward and 0.31 backward at [8, 2048, 2560], einsum_rounded 0.29 and 0.45
 
-"auto" is pallas_tpu on TPU from v4 on, einsum elsewhere but on GPUs that have the RG-LRU's kernel,
-which takes what is rounded: there pallas_gpu, and einsum_rounded for float32. The Pallas kernels
-run on whole arrays or inside jax.shard_map with check_vma=False; each shard has whole blocks. The
-others are for the partitioner (`is_partitioned`).
+"auto" is pallas_tpu on TPU from v4 on. On GPUs that run the RG-LRU's kernel, which takes rounded
+results, it is pallas_gpu, or einsum_rounded for float32. Elsewhere it is einsum. The Pallas kernels
+run on whole arrays, or inside jax.shard_map with check_vma=False, where each shard has whole
+blocks. The compiler's partitioner can split the others (`is_partitioned`).
 """
 
 import functools
@@ -34,13 +33,13 @@ from kernels.block_diagonal import einsum_rounded, pallas_gpu, pallas_tpu
 # Those with a backward pass of their own: forward(x, w, b), backward(x, w, dr, di).
 _FUSED = {"einsum_rounded": einsum_rounded, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 IMPLEMENTATIONS = ("einsum", *_FUSED)
-# Whose matrix units a Pallas kernel cannot give bfloat16.
+# Pallas kernels cannot use bfloat16 in the matrix units of these.
 _WITHOUT_BFLOAT16 = ("TPU v2", "TPU v3")
 _DEFAULTS = {"cpu": "einsum", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def resolve(requested: str, *, itemsize: int = 2) -> str:
-  """The implementation that `requested` stands for on this platform, for activations of so many
+  """The implementation that `requested` stands for on this platform, for activations of `itemsize`
   bytes; see kernels/dispatch.py."""
   defaults = dispatch.gpu_defaults(_DEFAULTS, otherwise="einsum")
   if dispatch.target_kind() in _WITHOUT_BFLOAT16:
@@ -52,7 +51,7 @@ def resolve(requested: str, *, itemsize: int = 2) -> str:
 
 
 def is_partitioned(implementation: str) -> bool:
-  """Whether the compiler's partitioner splits it over devices, with no need of jax.shard_map."""
+  """Whether the compiler's partitioner splits it over devices, without jax.shard_map."""
   return not implementation.startswith("pallas")
 
 
@@ -112,8 +111,8 @@ def _fused(implementation, x_BTR, w_GI2J, b_G2J):
 def _fused_forward(implementation, x_BTR, w_GI2J, b_G2J):
   results = _FUSED[implementation].forward(x_BTR, w_GI2J, b_G2J)
   if implementation == "pallas_gpu":
-    # A remat policy can keep what is named: a GPU has the memory, where to form them again is to
-    # read and write three arrays.
+    # Named, so that a remat policy can keep them: a GPU has the memory, and to compute them again
+    # is to read and write three arrays.
     results = checkpoint_name(results, "gates")
   return results, (x_BTR, w_GI2J)
 

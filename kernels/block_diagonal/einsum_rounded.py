@@ -1,4 +1,4 @@
-"""Two block-diagonal products by XLA for GPUs, whose results are rounded as they are written.
+"""Two block-diagonal products by XLA for GPUs, with results rounded before they are written.
 
 With activations of 2 bytes a channel and token:
 
@@ -6,8 +6,9 @@ With activations of 2 bytes a channel and token:
              written                                                                     16 bytes
   backward   for each result the product for dx and that for dw, sums for db, both dx in order 30
 
-One product of both in float32 would be read again for bias, rounding and order, and the gradients
-joined for it: 22 and more. The bias meets what is rounded already, and the sum is rounded again.
+A single product for both in float32 would be read again for bias, rounding and order, and its
+gradients joined: 22 bytes and more. Here the bias is added after rounding, and the sum rounded
+again.
 """
 
 import jax
@@ -57,7 +58,7 @@ def weight_gradients(
 
 
 def _product(x_BTGI: jax.Array, w_GIJ: jax.Array) -> jax.Array:
-  """Of each block, in the dtype of both; as an einsum it would lie with time innermost."""
+  """The product for each block, in the dtype of both; an einsum would put time innermost."""
   y_GBTJ = jax.lax.dot_general(x_BTGI, w_GIJ, (((3,), (1,)), ((2,), (0,))))
   return jnp.moveaxis(y_GBTJ, 0, 2)
 

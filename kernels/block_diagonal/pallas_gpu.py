@@ -1,21 +1,22 @@
-"""Two block-diagonal products as Triton kernels, nothing put in another order before or behind.
+"""Two block-diagonal products as Triton kernels, without reordering before or after.
 
-With activations of 2 bytes, a channel and token, beside einsum_rounded.py's 16 and 30:
+Bytes per channel and token, with activations of 2 bytes; einsum_rounded.py moves 16 and 30:
 
   forward    reads x; writes r, i                                          6 bytes
   backward   reads dr, di; writes dx; the products of dw read x, dr, x, di      14
 
-Letters of this file: P tokens of the whole batch, C tokens of a tile, I and J channels that go
-into a piece of a block and come out of it.
+Letters of this file: P tokens of the whole batch, C tokens of a tile, I and J the input and output
+channels of a piece of a block.
 
-A program has a block and some tokens. Triton's arrays have powers of two: a block of 160 channels
-is pieces of 128 and 32, each piece of a result the sum of a product for each piece of x. The
-gradients of the weights are left to XLA: sums over all tokens, which a program has few of.
-Those of the biases begin here, summed over the tokens of a program.
+A program has a block and some tokens. The sizes of Triton's arrays are powers of two: a block of
+160 channels is pieces of 128 and 32, and each piece of a result is the sum of one product for each
+piece of x. XLA computes the gradients of the weights, because they are sums over all tokens, of
+which a program has few. Those of the biases are summed here over the tokens of a program, and then
+by XLA.
 
 A program with one tile reads 102 KB of weights for 20 KB of x; on Hopper a program keeps them for
-many. On an H100, at [8, 2048, 2560] in 16 blocks, forward takes 0.123 ms instead of 0.163 and dx
-with the biases' sums 0.127 instead of 0.212; a copy of these bytes takes 0.096.
+many tiles. On an H100, at [8, 2048, 2560] in 16 blocks, forward then takes 0.123 ms instead of
+0.163, and dx with the biases' sums 0.127 instead of 0.212; a copy of these bytes takes 0.096.
 """
 
 import functools
@@ -35,15 +36,15 @@ from kernels.block_diagonal import einsum_rounded
 from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 _TOKENS = 64
-# Ampere takes weights from registers, which are too few to keep them. "" is the newest.
+# Ampere multiplies from registers, which are too few to keep the weights. "" means the newest.
 _HOPPER = re.compile(r"(NVIDIA (GH200|H100|H200|H800|H20).*)?")
 _MOST, _LEAST = 128, 16
 
 
 class Cut(NamedTuple):
-  """How a program multiplies: tiles of _TOKENS one after the other, with the weights in shared
-  memory meanwhile if there are several, and buffers for some; forward for one of the two results or
-  for both."""
+  """How a program multiplies: how many tiles of _TOKENS one after the other (with several, the
+  weights stay in shared memory), with how many buffers; forward also for one of the results or for
+  both."""
 
   tiles: int = 1
   stages: int = 2
@@ -51,7 +52,7 @@ class Cut(NamedTuple):
 
   @classmethod
   def forward(cls, x_PR: jax.Array, *, blocks: int, size: int) -> "Cut":
-    # With small blocks each result alone is too little for a program.
+    # With small blocks one result alone is too little work for a program.
     return cls(tiles=16, results=1)._or_once(x_PR, blocks, size, sizes=(65, 256), fewest=256)
 
   @classmethod
@@ -61,8 +62,8 @@ class Cut(NamedTuple):
   def _or_once(
     self, x_PR: jax.Array, blocks: int, size: int, *, sizes: tuple[int, int], fewest: int
   ) -> "Cut":
-    """This, if blocks are of these `sizes` (a multiprocessor of a Hopper has room for the weights);
-    with fewer tiles where few tokens would leave too few programs for its 132 multiprocessors."""
+    """The cut for blocks of these `sizes` (a multiprocessor of a Hopper has room for the weights),
+    with fewer tiles if few tokens would leave too few programs for its 132 multiprocessors."""
     programs = math.prod(self._replace(tiles=1).grid(x_PR, blocks=blocks))
     tiles, (least, most) = min(self.tiles, programs // fewest), sizes
     if tiles < 2 or not least <= size <= most or not _HOPPER.fullmatch(dispatch.target_kind()):
@@ -70,8 +71,8 @@ class Cut(NamedTuple):
     return self._replace(tiles=tiles)
 
   def grid(self, x_PR: jax.Array, *, blocks: int) -> tuple[int, int]:
-    """Programs by (block and results, tokens). The blocks of a token beside each other: together
-    they read and write whole rows of memory."""
+    """Programs by (block and results, tokens). The blocks of the same tokens run side by side:
+    together they read and write whole rows of memory."""
     return blocks * (2 // self.results), pl.cdiv(x_PR.shape[0], _TOKENS * self.tiles)
 
 
@@ -108,7 +109,7 @@ def backward(
 
 
 class _Call(NamedTuple):
-  """A program for each block and each few tokens of the first array."""
+  """Launches a program for each block and each group of tokens of the first array."""
 
   kernel: Callable[..., None]
   results: tuple[jax.ShapeDtypeStruct, ...]
@@ -169,7 +170,7 @@ def _backward_kernel(dr_ref, di_ref, w_ref, dx_ref, sums_ref, *, size, cut):
 
 
 def _pieces(size: int) -> list[tuple[int, int, int]]:
-  """The channels of a block: (first, how many an array has, how many of those there are)."""
+  """The pieces of a block: (first channel, size of the array, how many of its channels exist)."""
   pieces, first = [], 0
   while first < size:
     left = size - first
@@ -180,18 +181,18 @@ def _pieces(size: int) -> list[tuple[int, int, int]]:
 
 
 class _Program:
-  """A block and some tiles of tokens; what is not there is loaded as 0."""
+  """A block and some tiles of tokens; whatever is past an edge is loaded as 0."""
 
   def __init__(self, tokens: int, size: int, cut: Cut):
     self.tokens, self.size, self.cut = tokens, size, cut
     self.block, self.index = pl.program_id(0), pl.program_id(1)
     self.branches = [jnp.int32(0), jnp.int32(1)]
     if cut.results == 1:
-      # The programs of both results beside each other: one of them finds x in the cache.
+      # The programs of both results run side by side: one of them finds x in the cache.
       self.block, *self.branches = self.block // 2, self.block % 2
 
   def walk(self, one_tile: Callable[["_Tile", Any], Any], carry: Any) -> Any:
-    """`one_tile` for every tile, with what it gave for the one before."""
+    """Calls `one_tile` for every tile, with its result for the tile before."""
     first = self.index * self.cut.tiles
     if self.cut.tiles == 1:
       return one_tile(_Tile(self, first), carry)
@@ -200,8 +201,8 @@ class _Program:
     )
 
   def weights(self, ref: Any, pieces: list) -> Callable[..., jax.Array]:
-    """(branch, inputs, outputs) -> weights, which a program with one tile loads where it needs them
-    and one with more before all tiles."""
+    """(branch, inputs, outputs) -> weights. A program with one tile loads them where it needs them,
+    one with more before its first tile."""
     load = functools.partial(self._load_weights, ref)
     if self.cut.tiles == 1:
       return load
@@ -210,7 +211,7 @@ class _Program:
     return lambda *which: loaded[which]
 
   def _load_weights(self, ref, branch, inputs, outputs):
-    # Numbers of JAX: what is past the end of a block is for the mask to leave out.
+    # As JAX numbers; the mask excludes whatever is past the end of a block.
     place = (self.block, _span(inputs), self.branches[branch], _span(outputs))
     return _load(ref, place, _is_there(inputs), _is_there(outputs))
 
@@ -224,7 +225,7 @@ class _Program:
 
 
 class _Tile:
-  """The tokens of a program that are multiplied at once."""
+  """The tokens that a program multiplies at once."""
 
   def __init__(self, program: _Program, index: jax.Array):
     self.program, cut = program, program.cut
@@ -242,7 +243,7 @@ class _Tile:
     plgpu.store(ref.at[self._place(piece)], y_CJ.astype(ref.dtype), mask=mask_CJ)
 
   def store_result(self, refs, branch, piece, y_CJ):
-    """To that one of the arrays."""
+    """Stores to the given one of the arrays."""
     if self.program.cut.results == len(refs):
       return self.store(refs[branch], piece, y_CJ)
     for number, ref in enumerate(refs):
@@ -262,7 +263,7 @@ def _span(piece):
 
 
 def _is_there(piece) -> jax.Array | None:
-  """Which channels of a piece there are; None: all."""
+  """Which channels of a piece exist; None: all."""
   _, length, real = piece
   return None if length == real else jax.lax.iota(jnp.int32, length) < real
 
@@ -274,7 +275,7 @@ def _load(ref, place, rows, columns):
 
 
 def _both(rows, columns, shape) -> jax.Array | None:
-  """Where both are there, and None where nothing is missing: masks cost registers."""
+  """Where both masks are true; None if nothing is missing, because masks cost registers."""
   masks = [] if rows is None else [jnp.broadcast_to(rows[:, None], shape)]
   masks += [] if columns is None else [jnp.broadcast_to(columns[None], shape)]
   return functools.reduce(jnp.logical_and, masks) if masks else None

@@ -5,15 +5,16 @@
 
 Letters of this file: P tokens of the whole batch, L the channels of a tile, M tiles of 128 lanes.
 
-A block of 160 channels begins anywhere in a register of 128 lanes. So nothing is cut by blocks: the
-128 lanes of results that lie in one register come from the registers in which their blocks' inputs
-lie, by a product with a dense matrix that has zeros where blocks differ. `Bands` says which these
-are; for 4 blocks of 160 in 5 registers, 2, 3, 3, 3 and 2 of them: 13 products of 128 x 128 for each
-result, where the blocks one by one, filled up to whole registers, would be 16. The matrices of both
-results lie beside each other, 256 columns, below those of the register before.
+A block of 160 channels can begin anywhere in a register of 128 lanes, so the work is cut by
+registers and not by blocks. A register of 128 results is computed from the registers that hold its
+blocks' inputs, by a product with a dense matrix that is zero where input and output belong to
+different blocks. `Bands` lists these registers. For 4 blocks of 160 in 5 registers they are 2, 3,
+3, 3 and 2: 13 products of 128 x 128 for each result, where padding each block to whole registers
+would take 16. The matrices of both results lie side by side, 256 columns, below those of the
+register before.
 
-A program of the grid has the least number of registers that begins and ends with a block, or a
-multiple. Any number of tokens, and of channels: zero stands for what is past the edge.
+A program of the grid has the smallest number of registers that begins and ends with a block, or a
+multiple of it. Any number of tokens and channels: past the edge there are zeros.
 """
 
 import functools
@@ -27,9 +28,10 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.linear_scan.pallas_tpu import LANES, lanes, on_tpu_or_interpreted
 from kernels.varying import shaped_alike
 
-# Bytes of the tiles of activations, each twice, beside the matrices: v3 and v4 have 16 MiB of VMEM.
+# Bytes for the tiles of activations, each twice, in addition to the matrices: v3 and v4 have 16 MiB
+# of VMEM.
 _TILE_BYTES = 5 * 2**20
-# Channels of a tile, where whole blocks allow it.
+# Channels of a tile, if whole blocks allow it.
 _TILE_WIDTH = 1024
 _TILE_TOKENS = 512
 
@@ -37,15 +39,15 @@ _TILE_TOKENS = 512
 class Bands:
   """How `num_blocks` blocks of `size` channels lie in tiles of `tile_width` lanes.
 
-  bands: for each register of results in a tile, the lanes of its inputs, and the first of the rows
-  that its matrix has among the `num_rows` of the tile's.
+  bands: for each register of results in a tile, the lanes of its inputs, and the first row of its
+  matrix among the tile's `num_rows`.
   """
 
   def __init__(self, num_blocks: int, size: int):
     self.num_blocks, self.size, self.width = num_blocks, size, num_blocks * size
     whole = LANES * pl.cdiv(self.width, LANES)
     least = math.lcm(size, LANES)
-    # Two cores of a v4 or v5p share the tiles: one for each, if possible.
+    # Two cores of a v4 or v5p share the tiles: at least one for each, if possible.
     fitting = [
       width
       for width in range(least, min(max(_TILE_WIDTH, least), whole - 1) + 1, least)
@@ -63,7 +65,7 @@ class Bands:
     self.num_rows = row
 
   def packed(self, w_GI2J: jax.Array) -> jax.Array:
-    """[tiles, num_rows, 256]: the matrices of all registers."""
+    """[tiles, num_rows, 256]: the dense matrices of all registers."""
     blocks = pl.cdiv(self.tile_width, self.size)
     w_GI2J = jnp.pad(w_GI2J, ((0, self.num_tiles * blocks - self.num_blocks), *[(0, 0)] * 3))
     w_MGI2J = w_GI2J.reshape(self.num_tiles, blocks, *w_GI2J.shape[1:])
@@ -81,7 +83,7 @@ class Bands:
     return jnp.concatenate(parts, axis=1)
 
   def unpacked(self, matrices: jax.Array) -> jax.Array:
-    """[G, I, 2, J]: what stands where `packed` puts the weights."""
+    """[G, I, 2, J]: the entries at the places where `packed` puts the weights."""
     found = [[] for _ in range(pl.cdiv(self.tile_width, self.size))]
     for register, (inputs, rows) in enumerate(self.bands):
       for block, _, columns in self._pieces(register):
@@ -93,7 +95,7 @@ class Bands:
     return w_MGI2J.reshape(-1, *w_MGI2J.shape[2:])[: self.num_blocks]
 
   def _pieces(self, register: int):
-    """(block, which of its results, in which lanes) of all that lie in a register of a tile."""
+    """(block, which of its results, in which lanes) of all blocks in a register of a tile."""
     first, last = register * LANES, (register + 1) * LANES
     for block in range(first // self.size, (last - 1) // self.size + 1):
       start, stop = max(first, block * self.size), min(last, (block + 1) * self.size)
@@ -101,7 +103,7 @@ class Bands:
       yield block, outputs, slice(start - first, stop - first)
 
   def tile_tokens(self, tokens: int, token_bytes: int) -> int:
-    """The tokens of a tile, where a token of all arrays has `token_bytes` per channel."""
+    """The tokens of a tile; a token of all arrays takes `token_bytes` per channel."""
     fitting = _TILE_BYTES // (2 * token_bytes * self.tile_width) // LANES * LANES
     return min(max(LANES, min(fitting, _TILE_TOKENS)), LANES * pl.cdiv(tokens, LANES))
 
@@ -162,7 +164,7 @@ def backward(
 
 
 def _flat(x_BTR: jax.Array) -> jax.Array:
-  """[tokens, R]: without a copy where 8 divides the time."""
+  """[tokens, R]; not copied if 8 divides the time."""
   return x_BTR.reshape(-1, x_BTR.shape[-1])
 
 
@@ -172,7 +174,7 @@ def _tokens(size: int, bands: Bands) -> pl.BlockSpec:
 
 def _matrices(bands: Bands) -> pl.BlockSpec:
   shape = (1, bands.num_rows, 2 * LANES)
-  # Once in VMEM: megabytes that change with the tile of channels alone.
+  # A single buffer in VMEM: megabytes that change only with the tile of channels.
   return pl.BlockSpec(shape, lambda column, step: (column, 0, 0), pipeline_mode=pl.Buffered(1))
 
 
@@ -181,7 +183,7 @@ def _channels(bands: Bands) -> pl.BlockSpec:
 
 
 def _within(z_PL, bands: Bands, num_tokens: int | None):
-  """z, and 0 past the last token or channel: what lies there may be no number."""
+  """z, and 0 past the last token or channel, where memory may hold NaN."""
   inside = None
   if bands.width % bands.tile_width:
     channel_PL = jax.lax.broadcasted_iota(jnp.int32, z_PL.shape, 1)
@@ -192,7 +194,7 @@ def _within(z_PL, bands: Bands, num_tokens: int | None):
     inside = is_token_PL if inside is None else inside & is_token_PL
   if inside is None:
     return z_PL
-  # In float32: Mosaic has no mask for bfloat16 that is the same in all rows.
+  # In float32: Mosaic cannot mask bfloat16 with a mask that is the same in all rows.
   return jnp.where(inside, z_PL.astype(jnp.float32), 0).astype(z_PL.dtype)
 
 

@@ -6,22 +6,22 @@
   y_t = b + sum_k w_k z_{t-(K-1-k)}, over the taps whose token is of the document of token t
 
 so tap K-1 is on the token itself. Sums are float32: those of the outputs and, over all tokens, the
-gradients of w, b and b_in. Before the row there is nothing; rows that follow something have it in
-`before_BHR` (H = K-1 tokens, as z is) and `before_document_BH`.
+gradients of w, b and b_in. A row usually has no tokens before it. If it has, they are in
+`before_BHR` (H = K-1 tokens of z) and `before_document_BH`.
 
-y comes twice, since two kernels read it: autodiff then leaves it to the backward pass to add up
-what comes back from both, which costs no pass over memory.
+y is returned twice, because two kernels read it: the backward pass here then adds up the gradients
+of both, which costs no extra pass over memory.
 
-  shifts      plain JAX. XLA for GPUs forms the K + 2 sums over tokens of the backward pass two at a
-              time, each time reading what they are of; on TPUs the moved tokens cost it several
-              times what the bytes do
+  shifts      plain JAX. XLA for GPUs computes the K + 2 sums over tokens of the backward pass two
+              at a time, and reads their inputs again each time; on TPUs moving tokens costs it
+              several times what the bytes do
   pallas_gpu  Triton kernels that read and write every activation once: 4 bytes a channel and token
               forward and 8 backward where XLA's passes move 4 and 16, for activations of 2 bytes
   pallas_tpu  the same for TPUs, at most 17 taps
 
-"auto" is the kernel on TPUs and on GPUs that have the RG-LRU's, shifts elsewhere. Rows that
-something is before are left to shifts: prompts and single tokens, and the shards of rows that are
-split over devices.
+"auto" is the kernel on TPUs and on GPUs that run the RG-LRU's kernel, and shifts elsewhere. Rows
+with tokens before them always use shifts: prompts and single tokens, and the shards of rows that
+are split over devices.
 """
 
 import functools
@@ -104,7 +104,7 @@ def _shifts(x_BTR, b_in_R, w_KR, b_R, document_BT, before_BHR=None, before_docum
 
 
 def _same(document_BT, distance, before_document_BH=None):
-  """Whether the token `distance` before each is there, and of its document."""
+  """Whether the token `distance` before each exists and belongs to the same document."""
   time = document_BT.shape[1]
   if before_document_BH is None:
     same_BT = document_BT[:, distance:] == document_BT[:, : max(0, time - distance)]
@@ -127,7 +127,7 @@ def _forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
 
 def _fused_forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT):
   y_BTR = _forward(implementation, x_BTR, b_in_R, w_KR, b_R, document_BT)
-  # Written for kernels: a remat policy can keep what is named rather than form it again.
+  # Named, so that a remat policy can keep it instead of computing it again.
   y_BTR = checkpoint_name(y_BTR, "conv")
   return (y_BTR, y_BTR), (x_BTR, b_in_R, w_KR, document_BT)
 

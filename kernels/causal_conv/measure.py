@@ -20,7 +20,7 @@ from kernels import timing
 from kernels.causal_conv import IMPLEMENTATIONS, convolve
 
 _TAPS = 4
-# Activations that a pass reads and writes, and the one result: the other is the same array.
+# Activations that a pass reads and writes; one result counts, because both are the same array.
 _MOVED = {"forward": 2, "forward_backward": 6}
 _GIVEN_OUT = slice(1)
 

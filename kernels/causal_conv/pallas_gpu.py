@@ -1,16 +1,16 @@
 """The short convolution as Triton kernels, which read and write every activation once.
 
 Letters of this file: C channels of a program, N chunks of a row, S sums over tokens. A program is
-one warp with some tokens of one row, two channels to a thread, and goes over them with the K-1
-inputs before (and, backward, the K-1 gradients behind) in registers.
+one warp with some tokens of one row and two channels to a thread. It goes over the tokens with the
+K-1 inputs before (and, backward, the K-1 gradients after) in registers.
 
 Bytes per element, for activations of 2 bytes:
 
   forward    reads x; writes y                              4
   backward   reads x and two gradients of y; writes dx      8
 
-The sums over tokens begin here, in float32; XLA adds those of all programs, 4 (K + 2) bytes for
-each 64 tokens. Which taps of a token are of its document is in the bits of a word.
+A program sums over its own tokens, in float32; XLA adds the sums of all programs, 4 (K + 2) bytes
+for each 64 tokens. The bits of a word say which taps of a token belong to its document.
 """
 
 import functools
@@ -27,7 +27,7 @@ from kernels.triton_call import on_gpu_or_interpreted, program_ids, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 _CHANNELS = 64
-# Tokens of a program, and of those how many are read side by side.
+# Tokens of a program, and how many of them are read side by side.
 _STEPS = 64
 _GROUP = 8
 # Bits of a word.
@@ -37,7 +37,7 @@ _MOST_TAPS = 31
 def forward(
   x_BTR: jax.Array, b_in_R: jax.Array, w_KR: jax.Array, b_R: jax.Array, same: list[jax.Array]
 ) -> jax.Array:
-  """y in the dtype of x. `same[d - 1]` is whether the token d before each is of its document."""
+  """y in the dtype of x. `same[d - 1]`: whether the token d before belongs to the same document."""
   shape, taps = x_BTR.shape, w_KR.shape[0]
   call = _Call(_forward, (shape_of(x_BTR),), shape, taps, "causal_conv_forward")
   (y_BTR,) = on_gpu_or_interpreted(
@@ -208,7 +208,7 @@ def _backward(
   def one_group(group, carry):
     before, behind, links_behind, sums = carry
     times, sums = chunk.times(group), list(sums)
-    # Those of this group: its inputs, and the gradients and links `history` tokens later.
+    # For this group: its inputs, and the gradients and links of `history` tokens later.
     z = [*before, *(inputs(t, may_miss=not chunk.is_whole) for t in times)]
     dy = [*behind, *(gradients(t + history) for t in times)]
     links = [*links_behind, *(chunk.load_links(links_ref, t + history) for t in times)]
@@ -221,7 +221,7 @@ def _backward(
         product_C = dy[step] * z[step + history - distance]
         sums[history - distance] += jnp.where(_has(links[step], distance), product_C, 0.0)
       sums[taps] += dy[step]
-      # Behind the row all gradients are 0.
+      # After the row all gradients are 0.
       sums[taps + 1] += dx_C
       chunk.store(dx_ref, t, dx_C)
     return tuple(z[_GROUP:]), tuple(dy[_GROUP:]), tuple(links[_GROUP:]), tuple(sums)

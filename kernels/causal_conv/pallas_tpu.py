@@ -1,8 +1,11 @@
 """The short convolution on TPU, which reads and writes every activation once.
 
-The grid and the tiles are those of kernels/linear_scan/pallas_tpu.py. Inside, 128 channels at a
-time, 16 tokens after 16: those d tokens away are the same rows turned by d, and of what turned
-around the edge the rows of the 16 tokens before take the place (backward: of those behind).
+Letters of this file: R, inside the kernels, is the ROWS = 16 tokens computed at a time, and L the
+128 lanes of a block of channels; elsewhere R is the width of the recurrence.
+
+The grid and the tiles are those of kernels/linear_scan/pallas_tpu.py. A kernel takes 128 channels
+at a time, and their tokens in groups of 16. The tokens d away are the same rows rotated by d; rows
+that come around the edge are replaced by those of the 16 tokens before (backward: after).
 
 Bytes per element, for activations of 2 bytes:
 
@@ -10,12 +13,12 @@ Bytes per element, for activations of 2 bytes:
   backward   reads x and two gradients of y; writes dx      8
 
 The sums over the tokens of a row are float32 and stay in VMEM. With m_d the gradients of the tokens
-whose token d before is of their document, and u_d those moved d tokens back,
+whose token d before belongs to their document, and u_d the same moved d tokens back,
 
   dz = sum_d w_{K-1-d} u_d      dw_{K-1-d} = sum_t z_t u_d,t
 
-so that the backward pass needs no z but its own. Which taps of a token are of its document is in
-the bits of a word.
+so the backward pass needs only the z of its own tokens. The bits of a word say which taps of a
+token belong to its document.
 """
 
 import functools
@@ -30,11 +33,11 @@ from kernels.linear_scan import pallas_tpu as rows
 from kernels.linear_scan.pallas_tpu import LANES, ROWS, Tiles
 from kernels.varying import shaped_alike
 
-# A tap further away than the 16 tokens before is not among them.
+# Taps must be among the 16 tokens before.
 _MOST_TAPS = ROWS + 1
-# Registers of channels in one turn of the loop: more are not worth their registers.
+# Blocks of channels in one turn of the loop: more would take too many registers.
 _FORWARD_BESIDE, _BACKWARD_BESIDE = 4, 2
-# Rows that a sum is left spread over: a register's.
+# Rows over which a sum stays spread: those of a register.
 _SUBLANES = 8
 
 
@@ -47,7 +50,7 @@ def forward(
   *,
   tile: tuple[int, int] | None = None,
 ) -> jax.Array:
-  """y in the dtype of x. `same[d - 1]` is whether the token d before each is of its document."""
+  """y in the dtype of x. `same[d - 1]`: whether the token d before belongs to the same document."""
   tiles = _tiles(x_BTR, tile, arrays=2, reverse=False)
   taps = w_KR.shape[0]
 
@@ -135,7 +138,7 @@ def _words(tiles: Tiles):
 
 
 def _neighbours(tiles: Tiles, taps: int):
-  """ROWS tokens that the tile before gave, turned, for each distance and all channels."""
+  """The last ROWS tokens of the tile before, rotated, for each distance and all channels."""
   return pltpu.VMEM((max(1, taps - 1) * ROWS, tiles.tile_width), jnp.float32)
 
 
@@ -232,8 +235,9 @@ def _backward_kernel(
 def _for_rows(tiles: Tiles, rows_of, carries, *, beside: int) -> None:
   """carry = rows_of(row, channels, carry) for every ROWS tokens of the tile, in its order.
 
-  `carries` are (reference, rows of one, how many): what passes from rows to rows, of all channels.
-  `beside` registers of channels go side by side: some wait while others are computed.
+  `carries` are (reference, rows of one, how many): what is passed from one group of tokens to the
+  next, for all channels. `beside` blocks of channels run side by side: some wait while others are
+  computed.
   """
   count = tiles.rows_of_tile(tiles.first_token())
   at = [

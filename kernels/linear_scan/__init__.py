@@ -4,8 +4,8 @@
 
 y_t = h_t in the dtype of x; the carry, a, h0 and the last state hT are float32. `reverse=True` runs
 from the last token to the first (h_t = a_t h_{t+1} + x_t, hT is then h at token 0). Decays of
-exactly 0 (a document starts) and 1 are exact: nothing divides by a, and no sum of logarithms is
-formed, so what comes before a 0 changes no bit of what comes after.
+exactly 0 (a document starts) and 1 are exact: nothing divides by a, and no logarithms are summed,
+so tokens before a 0 do not change a bit of the results after it.
 
 The gradient is written once, here. With g the gradient that reaches h,
 
@@ -15,8 +15,8 @@ The gradient is written once, here. With g the gradient that reaches h,
 so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and nothing more:
 
   reference     one step at a time (jax.lax.scan): least memory traffic, T dependent steps
-  chunked       all chunks of a row at once, twice, their carries between: near 3 sqrt(T) dependent
-                steps; x and a are read twice
+  chunked       all chunks of a row at once, then their carries, then all chunks again: about
+                3 sqrt(T) dependent steps; x and a are read twice
   associative   a tree (jax.lax.associative_scan): log T dependent steps, several times the traffic
   pallas_tpu    one pass, tile by tile, the carry in VMEM; interpreted (slow) where named on a CPU
   pallas_gpu    one Triton kernel, or two where rows and channels are few; x and a are read once, or
@@ -24,11 +24,11 @@ so an implementation is a function `scan(x_BTD, a_BTD, h0_BD, *, reverse)` and n
                 on a CPU
 
 Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x and a are a
-shard's own tokens and the results are those of the whole row: h0 is the row's (that of the shard
-where it begins counts), hT the row's last state, on every shard. Whatever its length, a row costs
-one all-gather of [shards, 2, batch, width] float32 forward (sequence_parallel.py); backward another
-one, a decay [batch, width] from the next shard, and the sum of dhT over the shards. Any
-implementation will do: it is called on a shard's own tokens, twice.
+shard's own tokens, and the results are those of the whole row. h0 is the row's: only that of the
+shard where the row begins counts. hT is the row's last state, on every shard. A row of any length
+costs one all-gather of [shards, 2, batch, width] float32 forward (sequence_parallel.py). Backward
+it costs another one, a decay [batch, width] from the next shard, and the sum of dhT over the
+shards. This works with every implementation: it is called twice, on a shard's own tokens.
 """
 
 import functools
@@ -121,7 +121,7 @@ def _run(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name):
 
 def _forward(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name):
   y_BTD, hT_BD, before_BD = _run(x_BTD, a_BTD, h0_BD, implementation, reverse, axis_name)
-  # A remat policy can keep what is named: the states, rather than run the recurrence again.
+  # Named, so that a remat policy can keep the states instead of running the recurrence again.
   y_BTD = checkpoint_name(y_BTD, "scan")
   if axis_name is not None:
     before_BD = checkpoint_name(before_BD, "scan")
@@ -132,7 +132,7 @@ def _backward(implementation, reverse, axis_name, residuals, cotangents):
   y_BTD, a_BTD, before_BD = residuals
   dy_BTD, dhT_BD = cotangents
   first = -1 if reverse else 0
-  # The decay that g_{t+1} meets on its way to g_t; dhT enters the last token whole.
+  # a_{t+1} of the gradient's recurrence; at the last token 1, so that dhT enters whole.
   edge_BD = jnp.ones_like(a_BTD[:, 0])
   if axis_name is not None:
     edge_BD = halo.from_neighbour(
@@ -154,6 +154,6 @@ _linear_scan.defvjp(_forward, _backward)
 
 
 def _shifted(x_BTD: jax.Array, edge_BD: jax.Array, *, forward: bool) -> jax.Array:
-  """x moved by one token, forward (t-1 stands at t) or backward, with `edge` where none is left."""
+  """x moved by one token, forward (x_{t-1} at t) or backward, with `edge` at the end of the row."""
   parts = [edge_BD[:, None], x_BTD[:, :-1]] if forward else [x_BTD[:, 1:], edge_BD[:, None]]
   return jnp.concatenate(parts, axis=1)

@@ -1,9 +1,9 @@
-"""Chunks of a row in parallel: what each does to a state, then the states between, then all states.
+"""Chunks of a row in parallel: the effect of each on a state, the states between, then all states.
 
 Letters of this file: N chunks of a row, C steps of a chunk. A chunk takes the state s before it to
-l + p s: l its last state from zero, p the product of its decays. The first pass keeps these alone;
-the second starts every chunk from its own s and steps as the definition does. A decay of 0 makes p
-exactly 0.
+l + p s: l is its last state from zero, p the product of its decays. The first pass computes only l
+and p. The second starts every chunk from its own s and steps as the definition does. A decay of 0
+makes p exactly 0.
 """
 
 import math
@@ -27,7 +27,7 @@ def scan(
     z_BTD_padded = jnp.pad(z_BTD, padding, constant_values=fill_value)
     return jnp.moveaxis(z_BTD_padded.reshape(batch, num_chunks, chunk, width), 2, 0)
 
-  # The steps that fill up a chunk only carry the state on: a = 1 and x = 0.
+  # Padding of the last chunk only passes the state on: a = 1 and x = 0.
   inputs_CBND = (steps_first(x_BTD, 0), steps_first(a_BTD, 1))
 
   def inside(carry, inputs):
@@ -35,7 +35,7 @@ def scan(
     x_BND, a_BND = (z_BND.astype(jnp.float32) for z_BND in inputs)
     return (a_BND * local_BND + x_BND, a_BND * product_BND), None
 
-  # Made from h0, to vary over the mesh axes that it varies over (jax.shard_map).
+  # Made from h0, to vary over the same mesh axes (jax.shard_map).
   zeros_BND = jnp.broadcast_to(jnp.zeros_like(h0_BD)[:, None], (batch, num_chunks, width))
   (local_BND, product_BND), _ = jax.lax.scan(
     inside, (zeros_BND, jnp.ones_like(zeros_BND)), inputs_CBND, reverse=reverse

@@ -34,7 +34,7 @@ def measure(batch: int, time_steps: int, width: int, dtype: str) -> dict:
   for name in filter(timing.runs_here, IMPLEMENTATIONS):
 
     def loss(x, a, h0, name=name):
-      # Something elementwise on either side, as in a model: reading and writing is not free there.
+      # Elementwise work on either side, as in a model, where reading and writing are not free.
       y, _ = linear_scan(x * 1.01, a * 0.999, h0, implementation=name)
       return jnp.sum(jnp.tanh(y.astype(jnp.float32)) * weights)
 

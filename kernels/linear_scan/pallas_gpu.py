@@ -2,28 +2,29 @@
 
 Letters of this file: K channels of a program, N chunks of a row, S parts of a chunk, in the order
 of the recurrence. A program has a chunk of `steps` tokens of one row, and each of its warps a part
-of it, two channels to a thread. It goes over them from a state of zero, and keeps each state h_t
-and the product p_t of the decays up to it in registers; h_t + p_t s is what the state s before the
-part makes of it. Chunks of all rows run side by side, and each activation is read once and written
-once, however few rows and channels there are.
+of the chunk, with two channels to a thread. A warp goes over its tokens from a state of zero, and
+keeps each state h_t and the product p_t of the decays so far in registers. With the state s before
+the part, the true state is h_t + p_t s. Chunks of all rows run side by side, and each activation is
+read once and written once, however few rows and channels there are.
 
 Parts are for the registers: a warp waits for memory once, with all its loads under way, and the
-fewer tokens it has, the more warps there are meanwhile. Chunks are for the row: the fewer, the less
-is told along it. What the parts of a chunk do, (p, h), their warps exchange in shared memory.
+fewer tokens it has, the more warps fit. Chunks are for the row: the fewer there are, the less has
+to be passed along it. The warps of a chunk exchange their (p, h) in shared memory.
 
-State s comes along the row, through a small array in memory that starts as _UNKNOWN (a NaN that no
-instruction makes). Every program writes there what its chunk does to a state, (p, h), and the state
-behind it as soon as that is known: from the state `window` chunks before, s <- p s + h over the
-chunks since. These are the operations of the row in order, so that no result ever depends on who
-was first. Programs start in the order of the grid, chunks last, so that nobody waits for one that
-cannot start. Before the first chunk of a row that array has a window of chunks that do nothing.
+The state s is passed along the row in a small array that starts as _UNKNOWN (a NaN that no
+instruction produces). Every program writes the effect of its chunk, (p, h), to it, and later the
+state after the chunk, which it computes from the state `window` chunks before: s <- p s + h over
+the chunks since. The operations are always those of the row in order, so no result depends on which
+program was first. Programs start in the order of the grid, with chunks as the slowest index, so
+none waits for one that cannot start. Before the first chunk of a row the array has a window of
+chunks without effect.
 
-Bytes per element, for x and y of 2 bytes and decays of 4: 8, the least there is, and 0.8 for that
-array. The plain scan in XLA moves at least 8 and launches a kernel for every step; chunked.py at
-least 14, with near 3 sqrt(T) launches.
+Bytes per element, for x and y of 2 bytes and decays of 4: 8, the minimum, and 0.8 for that array.
+The plain scan in XLA moves at least 8 and launches a kernel for every step; chunked.py moves at
+least 14, with about 3 sqrt(T) launches.
 
-On CPU the kernels run in Pallas' interpreter, slowly: they are there to be tested. What is public
-here serves kernels/rg_lru/pallas_gpu.py too.
+On CPU the kernels run in Pallas' interpreter, slowly, for tests. kernels/rg_lru/pallas_gpu.py uses
+the public names here too.
 """
 
 import functools
@@ -43,21 +44,21 @@ from kernels.triton_call import on_gpu_or_interpreted, program_ids, shape_of
 
 # A warp's threads, two channels each: a cache line, of 2 bytes each.
 CHANNELS = 64
-# Tokens of a chunk, and its parts. States are kept: seven registers for each token of a part while
+# Tokens of a chunk, and its parts. States stay in registers: seven for each token of a part while
 # it is read, of the 255 that a thread has.
 _STEPS, _WARPS = 32, 1
-# Steps that are computed side by side, because one alone waits for every instruction. A part is a
-# whole number of such groups. And groups whose loads are under way meanwhile.
+# Steps that are computed side by side, because a single one waits for every instruction. A part is
+# a whole number of such groups. And how many groups ahead loads are started.
 GROUP = 8
 _AHEAD = 4
-# Tokens, of a program's channels, that an H100 has under way (16 of each of 16 warps or more, to a
-# multiprocessor), and of how many chunks before it a program learns at once: as many as are under
-# way, between these.
+# Tokens, of a program's channels, that an H100 processes at a time (16 of each of at least 16 warps
+# to a multiprocessor). A program looks back over as many chunks at once as are being processed,
+# within these bounds.
 _UNDER_WAY = 132 * 256
 _WINDOWS = (4, 12)
 _MOST_CHUNKS = 65_535
 _UNKNOWN = int(np.uint32(0xFFABCDEF).astype(np.int32))
-# What is in the array of links, for each row, chunk and channel.
+# The entries of the array of links for each row, chunk and channel.
 _PRODUCT, _LAST, _STATE = range(3)
 
 
@@ -94,7 +95,7 @@ class Tiles(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, int]:
-    """Of a program's values, [S, K]: this one for all, so that all of them lie alike in threads."""
+    """[S, K], the shape of all values of a program, so that all are laid out alike over threads."""
     return self.warps, CHANNELS
 
   @property
@@ -104,7 +105,7 @@ class Tiles(NamedTuple):
 
   @property
   def window(self) -> int:
-    """Of how many chunks a program learns at once."""
+    """How many chunks a program looks back over at once."""
     fewest, most = _WINDOWS
     channels, rows, _ = self.grid
     return max(fewest, min(most, _UNDER_WAY // (self.steps * channels * rows)))
@@ -118,8 +119,8 @@ class Tiles(NamedTuple):
     return jnp.sum(jnp.where(flags_BNG, 1 << jnp.arange(GROUP), 0), axis=2, dtype=jnp.int32)
 
   def links(self, first_BD: jax.Array) -> jax.Array:
-    """Nothing told yet, after a window of chunks that change nothing and have the states before
-    the rows behind them."""
+    """The initial array of links: a window of chunks without effect, whose states are those before
+    the rows, and then _UNKNOWN."""
     ones_BD = jnp.ones(first_BD.shape, jnp.float32)
     # As _PRODUCT, _LAST and _STATE.
     before_BD = jnp.concatenate([ones_BD, 0.0 * ones_BD, first_BD.astype(jnp.float32)])
@@ -130,7 +131,7 @@ class Tiles(NamedTuple):
 
   @property
   def summary(self) -> jax.ShapeDtypeStruct:
-    """Of a number for each part of a chunk and channel, to be summed."""
+    """The shape of one number for each part and channel, to be summed."""
     num_parts = self.num_chunks * self.warps
     return jax.ShapeDtypeStruct((self.batch, num_parts, self.width), jnp.float32)
 
@@ -167,7 +168,7 @@ def launch(
   reverse: bool,
   name: str,
 ) -> tuple[jax.Array, ...]:
-  """`kernel(chunk, *array_refs, *out_refs)` for each chunk; every one sees the arrays whole.
+  """Runs `kernel(chunk, *array_refs, *out_refs)` for each chunk; each gets the whole arrays.
 
   `first_BD` are the states before the rows.
   """
@@ -177,7 +178,7 @@ def launch(
 
 
 class _Launch(NamedTuple):
-  """As kernels/triton_call.py wants it."""
+  """A launch for kernels/triton_call.py."""
 
   kernel: Callable[..., None]
   out_shapes: tuple[jax.ShapeDtypeStruct, ...]
@@ -215,7 +216,7 @@ def _scan(chunk, x_ref, a_ref, y_ref, hT_ref):
 
 
 class LocalStates(NamedTuple):
-  """Of a part's steps so far: products of decays, and states had the one before it been zero."""
+  """The products of decays, and the states from zero, after each step of a part so far."""
 
   products: list[jax.Array]
   states: list[jax.Array]
@@ -225,7 +226,7 @@ class LocalStates(NamedTuple):
     return cls([zeros_SK + 1.0], [zeros_SK])
 
   def extend(self, steps: tuple[list, list], math: gpu_math.Math) -> None:
-    """By the decays and the inputs of some steps."""
+    """Appends steps with these decays and inputs."""
     for a_SK, in_SK in zip(*steps, strict=True):
       self.products.append(a_SK * self.products[-1])
       self.states.append(math.fma(a_SK, self.states[-1], in_SK))
@@ -268,14 +269,14 @@ class Chunk(NamedTuple):
     return [first_S1 + step for step in range(GROUP)]
 
   def is_inside(self, t_S1: jax.Array) -> jax.Array | None:
-    """Whether the row has step t; None where all of a chunk always are."""
+    """Whether the row has step t; None if every chunk is whole."""
     return None if self.is_whole else self._is_of_row(t_S1)
 
   def _is_of_row(self, t_S1: jax.Array) -> jax.Array:
     return (t_S1 >= 0) & (t_S1 < self.tiles.time)
 
   def groups(self, load: Callable[[list[jax.Array]], Any]) -> Iterator[tuple[list, Any]]:
-    """All steps, a group at a time, with what `load` reads of it, well before it is used."""
+    """All steps, a group at a time, with the result of `load`, which is called well before."""
     groups = [self.times(group) for group in range(self.tiles.part // GROUP)]
     loaded = [load(times) for times in groups[:_AHEAD]]
     for number, times in enumerate(groups):
@@ -293,7 +294,7 @@ class Chunk(NamedTuple):
 
     def one_group(group, state):
       loaded, carry = state
-      # Behind the last group it is read again.
+      # After the last group, that group is read again.
       ahead = load(self.times(jnp.minimum(group + 1, num_groups - 1)))
       return ahead, compute(self.times(group), loaded, carry)
 
@@ -301,15 +302,15 @@ class Chunk(NamedTuple):
     return carry
 
   def load_all(self, refs: tuple[Any, ...], times: list[jax.Array]) -> list[list[jax.Array]]:
-    """Of each array the steps of a group."""
+    """The steps of a group, for each array."""
     return [[self.load(ref, t_S1) for t_S1 in times] for ref in refs]
 
   def load(self, ref: Any, t_S1: jax.Array) -> jax.Array:
-    """Token t; 0 where there is none."""
+    """Token t; 0 if there is none."""
     return self._load(self._token(ref, t_S1), self.is_inside(t_S1)).astype(jnp.float32)
 
   def load_flags(self, ref: Any, times: list[jax.Array]) -> list[jax.Array]:
-    """Of each step of a group, from `packed` flags."""
+    """The flag of each step of a group, from `packed` flags."""
     first_S1 = self.tiles.time - 1 - times[0] if self.reverse else times[0]
     word_S1 = plgpu.load(ref.at[self.row, jax.lax.div(first_S1, GROUP)])
     return [(word_S1 & (1 << step)) != 0 for step in range(GROUP)]
@@ -324,13 +325,13 @@ class Chunk(NamedTuple):
     return self._load(ref.at[self.row, self.column_SK])
 
   def store_last(self, ref: Any, h_SK: jax.Array) -> None:
-    """By the program of the row's last chunk."""
+    """Stores h, in the program of the row's last chunk only."""
     is_last = self.index == self.tiles.num_chunks - 1
     at = ref.at[self._by_one(self.row, ref), self.column_SK]
     self._store(at, h_SK, is_last, self._is_first_part())
 
   def store_states(self, local: LocalStates, y_ref: Any, hT_ref: Any) -> None:
-    """The state after each step, and the row's last one, from that before the row."""
+    """Stores the state after each step, and the row's last one."""
     before_SK, behind_SK = self.join(local.products[-1], local.states[-1])
     groups = range(self.tiles.part // GROUP)
     times = itertools.chain.from_iterable(self.times(group) for group in groups)
@@ -339,12 +340,12 @@ class Chunk(NamedTuple):
     self.store_last(hT_ref, behind_SK)
 
   def store_summary(self, ref: Any, x_SK: jax.Array) -> None:
-    """Of each part."""
+    """Stores one number for each part and channel."""
     part_S1 = self.index * self.tiles.warps + self.part_S1
     self._store(ref.at[self.row, part_S1, self.column_SK], x_SK)
 
   def keep(self, times: list, a: list, inputs: list) -> tuple[list, list]:
-    """Decays and inputs, those of steps behind the row's end such that they change nothing."""
+    """Decays and inputs, with those of steps past the row's end replaced by 1 and 0."""
     if self.is_whole:
       return a, inputs
     inside = [self._is_of_row(t_S1) for t_S1 in times]
@@ -354,8 +355,7 @@ class Chunk(NamedTuple):
     )
 
   def join(self, product_SK: jax.Array, last_SK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The states before each part, which makes `product s + last` of a state s, and behind the
-    chunk."""
+    """The states before each part, and after the chunk; a part maps s to product s + last."""
     fma, parts = self.math.fma, range(self.tiles.warps)
     products, lasts = self._of_parts(parts, product_SK, last_SK)
     product_SK, last_SK = products[0], lasts[0]
@@ -373,7 +373,7 @@ class Chunk(NamedTuple):
     return before_SK, behind_SK
 
   def _of_parts(self, parts: range, *arrays: jax.Array) -> list[list[jax.Array]]:
-    """Of each float32 array the values that these parts have, for all."""
+    """For each float32 array the values of these parts, in all parts."""
     if self.tiles.warps == 1:
       return [[x_SK] for x_SK in arrays]
     if self.math is gpu_math.of(interpret=True):
@@ -381,8 +381,8 @@ class Chunk(NamedTuple):
     return exchanged(self.part_S1, self.column_SK, parts, arrays)
 
   def _state_before(self) -> jax.Array:
-    """From the state some chunks before, over those since; looks until all of them have told. The
-    first part looks, for all."""
+    """The state before this chunk, from the state `window` chunks before and the chunks since.
+    Waits until all of them have written. The first part reads, for all."""
 
     def look(_):
       state_SK = self._told(_STATE, self.tiles.window)
@@ -399,7 +399,7 @@ class Chunk(NamedTuple):
     return self._of_parts(range(1), state_SK)[0][0]
 
   def _link(self, which: int, distance: int) -> tuple[jax.Array, jax.Array]:
-    """Where it is of the chunk so many before this one."""
+    """The place in the array of links for the chunk `distance` before this one."""
     return self.row + which * self.tiles.batch, self.index + (self.tiles.window - distance)
 
   def _tell(self, which: int, x_SK: jax.Array) -> None:
@@ -409,25 +409,25 @@ class Chunk(NamedTuple):
     self._store(at, bits_SK, self._is_first_part())
 
   def _told(self, which: int, distance: int) -> jax.Array:
-    """Bits of what another chunk's program told, _UNKNOWN before; 0 for all parts but the first."""
+    """Bits written by another chunk's program, or _UNKNOWN; 0 in all parts but the first."""
     at = self.links_ref.at[*self._link(which, distance), self.column_SK]
-    # Volatile: from where other multiprocessors write to, at each look.
+    # Volatile: each read goes to the memory that other multiprocessors write to.
     return self._load(at, self._is_first_part(), volatile=True)
 
   def _is_first_part(self) -> jax.Array | None:
     return None if self.tiles.warps == 1 else self.part_S1 == 0
 
   def _by_one(self, row: jax.Array, ref: Any) -> jax.Array:
-    """The row of an array to which the first part writes; for the others none of it, lest the
-    interpreter put back what was there, as it does where a mask is not."""
+    """The row of an array for the first part, and a row outside of it for the others: where a mask
+    is false the interpreter writes the old value back, which would undo the first part's write."""
     return row + self.part_S1 * ref.shape[0]
 
   def _token(self, ref: Any, t_S1: jax.Array) -> Any:
-    # Unsigned: to the interpreter -1 would be the last token, which another part may be writing.
+    # Unsigned: for the interpreter -1 is the last token, which another part may be writing.
     return ref.at[self.row, t_S1.astype(jnp.uint32), self.column_SK]
 
   def _load(self, at: Any, *masks: jax.Array | None, volatile: bool = False) -> jax.Array:
-    """[S, K], 0 where a mask is not."""
+    """[S, K], 0 where a mask is false."""
     mask_SK = self._all(*masks)
     other = None if mask_SK is None else 0
     return plgpu.load(at, mask=mask_SK, other=other, volatile=volatile)
@@ -436,7 +436,7 @@ class Chunk(NamedTuple):
     plgpu.store(at, x_SK, mask=self._all(*masks))
 
   def _all(self, *masks: jax.Array | None) -> jax.Array | None:
-    """Where a channel is real and all of the masks are."""
+    """Where the channel exists and all masks are true."""
     given = [mask for mask in (self.is_real_SK, *masks) if mask is not None]
     if not given:
       return None

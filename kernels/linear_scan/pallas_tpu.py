@@ -1,19 +1,20 @@
 """The recurrence on TPU: one pass over x and a, blocked over time, the carry in VMEM.
 
-Letters of this file: N blocks of 128 channels (a vector register is 8 sublanes of 128 lanes).
+Letters of this file: N blocks of 128 channels (a vector register is 8 sublanes of 128 lanes);
+inside the kernel R is ROWS = 16 tokens, and L the 128 lanes.
 
-A program of the grid has one row, a tile of channels and a tile of time; the tiles of time come one
-after the other, so that the carry stays where it is. Inside, 16 tokens at a time:
+A program of the grid has one row, a tile of channels and a tile of time. The tiles of time run one
+after the other, so the carry stays in VMEM. Inside, 16 tokens at a time:
 
-  tokens lie over the sublanes in x, but a step of the recurrence wants a register full of channels
+  In x, tokens lie over the sublanes, but a step of the recurrence needs a register full of channels
   of the same token. So 8 blocks of channels are written below each other, block n from row 17 n on,
-  and every 17th row is read: 1024 channels of one token. 17 and not 16: rows that are a multiple of
-  8 apart are in the same sublane, and the compiler counts them as read one after the other.
-  The steps depend on each other; those of other blocks of channels fill the time between.
+  and every 17th row is read: 1024 channels of one token. It is 17 and not 16 because rows that are
+  a multiple of 8 apart are in the same sublane, and the compiler counts them as read one by one.
+  Each step depends on the one before; steps of other blocks of channels fill the waiting time.
 
 Per state of a bfloat16 x and float32 a: 6 bytes read, 2 written. Any time and any width: the last
-tiles reach over the edge of the arrays, and tokens past the end only carry the state on (a = 1,
-x = 0). On CPU the same kernel runs in Pallas' interpreter, slowly: it is there to be tested.
+tiles reach over the edge of the arrays, and tokens past the end only pass the state on (a = 1,
+x = 0). On CPU the same kernel runs in Pallas' interpreter, slowly, for tests.
 """
 
 import functools
@@ -28,11 +29,11 @@ from kernels.varying import shaped_alike
 LANES = 128
 # Tokens in a step of the loop: a register of bfloat16 holds 16 rows.
 ROWS = 16
-# Blocks of channels that lie in one register of one token.
+# Blocks of channels in one register, all of one token.
 GROUP = 8
 _PITCH = ROWS + 1
-# Bytes of the tiles of all arrays, each twice (one is computed on, one is on its way). TPU v3 and
-# v4 have 16 MiB of VMEM, and the rest needs a little.
+# Bytes of the tiles of all arrays, each twice (one in use, one being copied). TPU v3 and v4 have 16
+# MiB of VMEM, and the rest of the kernel needs a little.
 _TILE_BYTES = 11 * 2**20
 _TILE_TIME = 256
 
@@ -105,8 +106,8 @@ COMPILER_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "paralle
 def on_tpu_or_interpreted(call, *arrays: jax.Array):
   """call(interpret, *arrays): compiled where the program is for TPU, interpreted on CPU.
 
-  It is the platform that the program is lowered for that counts, not the one that traces it: a
-  program for TPU compiled ahead of time on a CPU has the kernel. On others lowering fails.
+  The platform that the program is lowered for decides, not the one that traces it: a program for
+  TPU that is compiled ahead of time on a CPU has the kernel. On other platforms lowering fails.
   """
   return jax.lax.platform_dependent(
     *arrays, cpu=functools.partial(call, True), tpu=functools.partial(call, False)
@@ -114,19 +115,20 @@ def on_tpu_or_interpreted(call, *arrays: jax.Array):
 
 
 def tile_of(shape: tuple[int, ...], token_bytes: int) -> tuple[int, int]:
-  """(tokens, channels) of a tile, where a token of all arrays has `token_bytes` per channel."""
+  """(tokens, channels) of a tile; a token of all arrays takes `token_bytes` per channel."""
   batch, time, width = shape
   num_blocks = pl.cdiv(width, LANES)
   fitting_blocks = max(GROUP, _TILE_BYTES // (2 * token_bytes * LANES * _TILE_TIME))
-  # Two cores of a v4 or v5p share the rows and the tiles of channels: a row alone needs two tiles.
+  # Two cores of a v4 or v5p share the rows and the tiles of channels: a single row needs two tiles.
   num_tiles = max(pl.cdiv(num_blocks, fitting_blocks), min(2, num_blocks) if batch == 1 else 1)
   tile_width = LANES * pl.cdiv(num_blocks, num_tiles)
-  # Document starts lie over lanes: a tile that is not the whole row is a multiple of 128 tokens.
+  # Document starts lie over lanes, so a tile that is not the whole row has a multiple of 128
+  # tokens.
   fitting = min(512, _TILE_BYTES // (2 * token_bytes * tile_width) // LANES * LANES)
   if time <= max(fitting, LANES):
     return ROWS * pl.cdiv(time, ROWS), tile_width
   sizes = range(LANES, max(fitting, LANES) + 1, LANES)
-  # Best without a last tile that is partly empty.
+  # Preferably without a last tile that is partly empty.
   return max(sizes, key=lambda size: (time % size == 0, size)), tile_width
 
 
@@ -150,12 +152,12 @@ class Tiles:
     return self.num_times - 1 - step if self.reverse else step
 
   def tokens(self) -> pl.BlockSpec:
-    """Of an array [batch, time, width]."""
+    """The block of an array [batch, time, width]."""
     shape = (1, self.tile_time, self.tile_width)
     return pl.BlockSpec(shape, lambda row, column, step: (row, self._time(step), column))
 
   def tokens_before(self) -> pl.BlockSpec:
-    """The ROWS tokens before the tile, or the first ones of the row."""
+    """The block of the ROWS tokens before the tile, or the row's first ones."""
     ratio = self.tile_time // ROWS
 
     def index(row, column, step):
@@ -164,7 +166,7 @@ class Tiles:
     return pl.BlockSpec((1, ROWS, self.tile_width), index)
 
   def token_row(self) -> pl.BlockSpec:
-    """Of an array [batch, 1, time]: tokens over the lanes."""
+    """The block of an array [batch, 1, time]: tokens over the lanes."""
     shape = (1, 1, self.row_lanes)
     return pl.BlockSpec(shape, lambda row, column, step: (row, 0, self._time(step)))
 
@@ -173,19 +175,19 @@ class Tiles:
     return LANES * pl.cdiv(self.tile_time, LANES)
 
   def edge(self) -> pl.BlockSpec:
-    """Of an array [batch, 1, width]."""
+    """The block of an array [batch, 1, width]."""
     return pl.BlockSpec((1, 1, self.tile_width), lambda row, column, step: (row, 0, column))
 
   def channel_row(self) -> pl.BlockSpec:
-    """Of an array [1, width]."""
+    """The block of an array [1, width]."""
     return pl.BlockSpec((1, self.tile_width), lambda row, column, step: (0, column))
 
   def carry(self):
-    """The states after a token: a block of channels in each row."""
+    """VMEM for the states after a token: a block of channels in each row."""
     return pltpu.VMEM((len(self.groups) * GROUP, LANES), jnp.float32)
 
   def columns(self, count: int) -> list:
-    """For each group, `count` columns of ROWS tokens of its blocks, _PITCH rows apart."""
+    """VMEM for `count` columns of ROWS tokens for each group, its blocks _PITCH rows apart."""
     column = pltpu.VMEM((GROUP * _PITCH + 7, LANES), jnp.float32)
     return [column] * (count * len(self.groups))
 
@@ -193,7 +195,7 @@ class Tiles:
     return self._time(pl.program_id(2)) * self.tile_time
 
   def past(self, token):
-    """Which of ROWS tokens from `token` on, over all lanes, are past the end; None: none ever."""
+    """Which of ROWS tokens from `token` on are past the end, over all lanes; None if none is."""
     if self.time % ROWS == 0:
       return None
     row_RL = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
@@ -203,7 +205,7 @@ class Tiles:
     return value_RL if past_RL is None else jnp.where(past_RL, otherwise, value_RL)
 
   def rows_of_tile(self, first_token):
-    """How often ROWS tokens the tile from `first_token` on has."""
+    """How many groups of ROWS tokens there are in the tile that starts at `first_token`."""
     count = self.tile_time // ROWS
     if self.time % self.tile_time:
       count = jnp.minimum(count, jax.lax.div(self.time - first_token + (ROWS - 1), ROWS))
@@ -228,14 +230,14 @@ def lanes(block: int) -> slice:
 
 
 def lanes_to_rows(lanes_ref, rows_ref) -> None:
-  """What a tile's tokens have, [1, 1, tokens], from the lanes to the rows, each over all lanes:
-  once for all channels of a tile."""
+  """Values of a tile's tokens, [1, 1, tokens], moved from lanes to rows and repeated over all
+  lanes; done once for all channels of a tile."""
   shape = rows_ref.shape
   rows_ref[...] = jnp.transpose(jnp.broadcast_to(lanes_ref[...][0], shape[::-1]))
 
 
 def channels_to_rows(channels_ref, rows_ref, tiles: Tiles) -> None:
-  """[1, 1, width] -> a block in each row, every group from a multiple of GROUP on."""
+  """[1, 1, width] -> a block in each row; every group starts at a multiple of GROUP."""
   for row, block in _rows_and_blocks(tiles):
     rows_ref[row : row + 1, :] = channels_ref[0, :, lanes(block)]
 
@@ -259,7 +261,7 @@ def read_rows(column_ref, slot: int, offset: int = 0):
 
 
 def token(row: int):
-  """The rows of a column that are its ROWS' token `row`, of all blocks: [GROUP, LANES]."""
+  """Token `row` of a column's ROWS tokens, for all blocks: [GROUP, LANES]."""
   return pl.ds(row, GROUP, stride=_PITCH), slice(None)
 
 

@@ -1,9 +1,9 @@
 """The recurrence with its row split over the shards of a mesh axis: what a shard starts from.
 
-A shard takes the state s before it to l + p s: l its last state from zero, p the product of its
-decays. These pairs, [2, batch, width] in float32, are all that the shards exchange, in one
-all-gather; over the pairs the recurrence is itself a linear scan, as long as there are shards. So a
-shard reads x and a twice: once for its pair, once for its states.
+A shard takes the state s before it to l + p s: l is its last state from zero, p the product of its
+decays. The shards exchange only these pairs, [2, batch, width] in float32, in one all-gather. Over
+the pairs the recurrence is a linear scan again, with one step for each shard. So a shard reads x
+and a twice: once for its pair, once for its states.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Scan = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def is_first(*, reverse: bool, axis_name: str | tuple[str, ...]) -> jax.Array:
-  """Whether the recurrence enters the row in this shard."""
+  """Whether the recurrence begins in this shard."""
   return jax.lax.axis_index(axis_name) == (jax.lax.axis_size(axis_name) - 1 if reverse else 0)
 
 
@@ -43,9 +43,9 @@ def states_between(
 def start_of_shard(
   h0_BD: jax.Array, *, reverse: bool, axis_name: str | tuple[str, ...]
 ) -> jax.Array:
-  """What a shard's l starts from: 0, and on the first shard the row's own h0.
+  """The state from which a shard's l starts: 0, or on the first shard the row's own h0.
 
-  It goes in there, so that no other shard needs it.
+  So no other shard needs h0.
   """
   return jnp.where(is_first(reverse=reverse, axis_name=axis_name), h0_BD, 0.0)
 

@@ -1,4 +1,4 @@
-"""What the warps of a Triton program tell each other: by PTX, as Triton has no words for it.
+"""Exchange of values between the warps of a Triton program, in PTX, because Triton has none.
 
 Letters of this file: S parts of a program, a warp each; K channels, a power of 2, two to a thread.
 """
@@ -11,19 +11,19 @@ from jax.experimental.pallas import triton as plgpu
 def exchanged(
   part_S1: jax.Array, column_SK: jax.Array, parts: range, arrays: tuple[jax.Array, ...]
 ) -> list[list[jax.Array]]:
-  """Of each float32 array [S, K] the values that these parts have, for all: by one barrier, through
-  shared memory that nothing else uses.
+  """For each float32 array [S, K] the values of the parts given, in all parts: by one barrier,
+  through shared memory that nothing else uses.
 
-  Sums over S, of what is 0 but for one part, do it too, with four barriers for each. Every element
-  goes by its part and column, wherever Triton has it: only that a thread has two is taken for
-  granted, as many as [S, K] has for each.
+  A sum over S of an array that is 0 except in one part would do the same, with four barriers each.
+  Elements are addressed by part and column, wherever Triton keeps them. The code only relies on
+  each thread having two, as many as [S, K] has for each.
   """
   shape, count = column_SK.shape, len(arrays)
   channels, element_bytes = shape[1], 4 * count
   part_bytes = channels * element_bytes
 
   def stored(element: int) -> list[str]:
-    """The elements of all arrays; $0 or $1 becomes where those of part 0 are."""
+    """The PTX for the elements of all arrays; $0 or $1 becomes the address of those of part 0."""
     values = ", ".join(f"${6 + 2 * which + element}" for which in range(count))
     return [
       f"and.b32 column, ${4 + element}, {channels - 1};",

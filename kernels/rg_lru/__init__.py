@@ -9,22 +9,22 @@ With x, r and i of token t (r and i as they enter the sigmoid, [batch, time, R] 
   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)
 
 `decay` is minus the paper's Lambda. Where `is_start`, a_t is 0 and the square root 1: the state is
-forgotten and the first token enters whole. y_t = h_t in the dtype of x; gates, decay and state are
-float32, as are h0 and the last state hT. The square root's derivative is held at 1000.
+reset and the first token enters whole. y_t = h_t in the dtype of x; gates, decay and state are
+float32, as are h0 and the last state hT. The square root's derivative is at most 1000.
 
-An implementation named as one of kernels/linear_scan makes a_t and what enters with plain JAX, and
-leaves the recurrence to that scan; what enters, and its gradient, are rounded to the dtype of x on
-their way. A fused one does all of it in one pass over x, r and i, which it takes in the dtype of x,
-and rounds nothing between. It is two functions (all arrays as above; ddecay and dh0 are float32),
-and the one custom gradient that joins them is here:
+An implementation with the name of one of kernels/linear_scan computes a_t and the recurrence's
+input in plain JAX, and runs that scan. The input, and its gradient, are rounded to the dtype of x
+on the way. A fused one does everything in one pass over x, r and i, which it takes in the dtype of
+x, and rounds nothing in between. It consists of two functions (all arrays as above; ddecay and dh0
+are float32), which the one custom gradient here combines:
 
   forward(x, r, i, decay, is_start, h0) -> (y_BTR, hT_BR)
   backward(x, r, i, decay, is_start, h0, y, dy_BTR, dhT_BR) -> (dx, dr, di, ddecay_R, dh0_BR)
 
 Inside jax.shard_map with the time of every row split over the mesh axis `axis_name`, x, r, i and
-is_start are a shard's own tokens; h0 and hT are the row's, and what shards send is as in
-kernels/linear_scan. A fused backend then runs twice each way: once for what a shard does to the
-state (forward: hT from zero; backward: dh0 for a dhT of zero), once from the right state.
+is_start are a shard's own tokens; h0 and hT are the row's, and shards send the same as in
+kernels/linear_scan. A fused backend then runs twice in each direction: once for the shard's effect
+on the state (forward: hT from zero; backward: dh0 for a dhT of zero), once from the right state.
 """
 
 import functools
@@ -42,7 +42,7 @@ from kernels.varying import varying_alike
 
 
 class Fused(NamedTuple):
-  """A backend that goes from pre-activations to states in one pass, and back in another."""
+  """A backend with one pass from pre-activations to states, and one for all gradients."""
 
   forward: Callable[..., tuple[jax.Array, jax.Array]]
   backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]]
@@ -96,7 +96,7 @@ def rg_lru(
   shapes.check("rg_lru", f"x {x_BTR.shape}", expected)
   implementation = resolve(implementation)
   if implementation in _FUSED:
-    # The gates' product rounds them as it writes them: no float32 activation lies in memory.
+    # The gates' product rounds its results before writing: no float32 activation is in memory.
     r_BTR, i_BTR = r_BTR.astype(x_BTR.dtype), i_BTR.astype(x_BTR.dtype)
     arrays = varying_alike(
       x_BTR, r_BTR, i_BTR, decay_R.astype(jnp.float32), is_start_BT, h0_BR.astype(jnp.float32)
@@ -135,7 +135,7 @@ def _run(implementation, axis_name, x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h
 
 def _fused_forward(implementation, axis_name, *arrays):
   y_BTR, hT_BR, before_BR = _run(implementation, axis_name, *arrays)
-  # A remat policy can keep what is named: the states, rather than run the recurrence again.
+  # Named, so that a remat policy can keep the states instead of running the recurrence again.
   y_BTR = checkpoint_name(y_BTR, "scan")
   if axis_name is not None:
     before_BR = checkpoint_name(before_BR, "scan")
@@ -145,8 +145,8 @@ def _fused_forward(implementation, axis_name, *arrays):
 def _fused_backward(implementation, axis_name, residuals, cotangents):
   backward, (dy_BTR, dhT_BR) = _FUSED[implementation].backward, cotangents
   if axis_name is not None:
-    # The gradient runs the row backward: what reaches a shard's last state comes from the shards
-    # after it, as the state before its first token came from those before.
+    # The gradient runs backward along the row: the gradient of a shard's last state comes from the
+    # shards after it, as the state before its first token came from the shards before.
     _, r_BTR, _, decay_R, is_start_BT, _, _ = residuals
     along = {"reverse": True, "axis_name": axis_name}
     dhT_BR = jax.lax.psum(dhT_BR, axis_name)

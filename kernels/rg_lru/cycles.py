@@ -1,6 +1,6 @@
 """The TPU compiler's estimate of the kernels' cycles: `python -m kernels.rg_lru.cycles`.
 
-Prints what kernels/cycle_estimate.py says of it, for the chips that are named or all.
+Prints the estimates of kernels/cycle_estimate.py for the chips named, or for all.
 """
 
 import functools

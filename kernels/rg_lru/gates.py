@@ -1,10 +1,10 @@
-"""From the gates' pre-activations to what enters the recurrence and its decay, in float32."""
+"""The input of the recurrence and its decay, from the gates' pre-activations, in float32."""
 
 import jax
 import jax.numpy as jnp
 
 C = 8.0
-# Where 1 - a^2 is below this, the square root's derivative is held at 1000 (arXiv:2404.07839).
+# Where 1 - a^2 is below this, the square root's derivative is limited to 1000 (arXiv:2404.07839).
 LEAST_ONE_MINUS_A2 = 1.0 / (4.0 * 1000.0**2)
 
 
@@ -15,7 +15,7 @@ def gated_input(
   decay_R: jax.Array,
   is_start_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """What enters the recurrence (in x's dtype) and its decay a (float32)."""
+  """The input of the recurrence (in x's dtype) and its decay a (float32)."""
   # Float32 from here: in bfloat16 a decay of 0.999 rounds to 1 and never forgets.
   open_BTR = jax.nn.sigmoid(i_BTR.astype(jnp.float32))
   start_BT1 = is_start_BT[..., None]
@@ -40,7 +40,7 @@ def _decay_minus_1(r_BTR: jax.Array, decay_R: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def bounded_sqrt(z_BTR: jax.Array) -> jax.Array:
-  """sqrt(z), its derivative at most 1000: at z = 0 the true one is infinite."""
+  """sqrt(z) with a derivative of at most 1000; the true one is infinite at z = 0."""
   return jnp.sqrt(z_BTR)
 
 

@@ -6,8 +6,8 @@ milliseconds of the forward pass and of forward and backward together, compile s
 bytes of the latter, and what part of the copy's bytes per second each pass reaches.
 
 The bytes are the least that a pass must move, whatever an implementation does: x, r, i and y
-forward; backward x, r, i, y, dy, dx, dr and di. The bars on an accelerator are 0.8 forward and 0.7
-for both together. Runs of the implementations alternate.
+forward; backward x, r, i, y, dy, dx, dr and di. The targets on an accelerator are 0.8 forward and
+0.7 for both together. Runs of the implementations alternate.
 """
 
 import functools

@@ -1,9 +1,10 @@
 """The RG-LRU as Triton kernels, for Hopper and Ampere.
 
 Letters of this file: K channels of a program, N chunks of a row, S parts of a chunk. Chunks, and
-how the state comes along a row, are those of kernels/linear_scan/pallas_gpu.py; here the gates'
-nonlinearities, the decay, the input's scale and the resets happen between the loads and the state,
-in float32, and are never written. The backward pass makes them again, and h_{t-1} it reads from y.
+the way in which the state moves along a row, are those of kernels/linear_scan/pallas_gpu.py. Here
+the gates' nonlinearities, the decay, the input's scale and the resets are computed between the
+loads and the state, in float32, and never written. The backward pass recomputes them, and reads
+h_{t-1} from y.
 
 With c_t = a_{t+1} g_{t+1} (the last c is dhT), u_t = scale_t i_t x_t, and z = 1 - a^2:
 
@@ -12,22 +13,22 @@ With c_t = a_{t+1} g_{t+1} (the last c is dhT), u_t = scale_t i_t x_t, and z = 1
   dr_t = -8 softplus(decay) r_t (1 - r_t) dlog_a_t
   ddecay = -8 sigmoid(decay) sum_t r_t dlog_a_t, summed over chunks and rows outside the kernel
 
-The recurrence backward needs r and dy alone: they are read first, r once more with the rest, which
-by then is in the cache.
+The backward recurrence needs only r and dy: they are read first. r is read again with the other
+arrays, and is in the cache by then.
 
 Bytes per element, for activations of 2 bytes; "plain" is the least that gates.py and a scan in XLA
-move, with their float32 r, i, a and gradients of these:
+move, with their float32 r, i, a and the gradients of these:
 
                                       kernel   plain
   forward     x r i -> y                   8      24
   backward    x r i y dy -> dx dr di      16      42
 
-No product of decays and no float32 copy of an activation is written; what programs tell each other,
-and the partial sums of ddecay, are [rows, chunks, R]: another 0.4 bytes forward and 0.8 backward.
+No product of decays and no float32 copy of an activation is written. What programs exchange, and
+the partial sums of ddecay, are [rows, chunks, R]: another 0.4 bytes forward and 0.8 backward.
 
 On an H100 (docs/h100_rg_lru.jsonl, docs/benchmarks.md), in bfloat16: 0.148 ms forward and 0.458
-with backward at [8, 2048, 2560], 0.562 and 1.790 ms at [1, 65536, 2560]; 0.87, 0.84, 0.87 and 0.82
-of what a copy of these bytes reaches.
+with backward at [8, 2048, 2560], 0.562 and 1.790 ms at [1, 65536, 2560]: 0.87, 0.84, 0.87 and 0.82
+of the speed of a copy.
 """
 
 import jax
@@ -38,11 +39,11 @@ from kernels.linear_scan.pallas_gpu import LocalStates, Tiles, launch
 from kernels.rg_lru.gates import LEAST_ONE_MINUS_A2, C
 from kernels.triton_call import shape_of
 
-# Tokens of a chunk, and its parts, each of which a warp has: forward, where states are kept, and
-# backward, where none are, and what is read twice stays in the cache.
+# Tokens of a chunk, and its parts, one for each warp: forward, where states stay in registers, and
+# backward, where they do not, and where arrays that are read twice stay in the cache.
 _STEPS, _WARPS = 64, 4
 _BACKWARD_STEPS, _BACKWARD_WARPS = 32, 1
-# 1 - exp(y) by its series from here on: without it the difference loses digits.
+# 1 - exp(y) by its series above this: the difference itself would lose digits.
 _SERIES = -0.125
 # 2 to this power is 0.
 _FORGOTTEN = -1000.0
@@ -104,7 +105,7 @@ def _rate(decay_R: jax.Array) -> jax.Array:
   return -C * LOG2_E * jax.nn.softplus(decay_R.astype(jnp.float32))
 
 
-# Lists are of steps side by side: each line is one instruction, or a few, of every step.
+# Lists hold steps side by side: each line is one instruction, or a few, for every step.
 
 
 def _sigmoid(x: list, math) -> list:
@@ -113,7 +114,7 @@ def _sigmoid(x: list, math) -> list:
 
 
 def _decay(r: list, rate_SK, is_start: list, math) -> tuple[list, list, list]:
-  """The recurrence gate; log2 of the decay, and the decay, which a start makes 0."""
+  """The recurrence gate, log2 of the decay, and the decay, which is 0 at a start."""
   gates = _sigmoid(r, math)
   log2s = [jnp.where(start, _FORGOTTEN, rate_SK * gate) for start, gate in zip(is_start, gates)]
   return gates, log2s, [math.exp2(log2_SK) for log2_SK in log2s]
@@ -194,7 +195,7 @@ def _backward(
     dz = [
       g_SK * open_SK * x_SK * slope_SK for g_SK, open_SK, x_SK, slope_SK in zip(g, opens, x, slopes)
     ]
-    # a is 0 at a start, and so is all of this.
+    # At a start a is 0, and so are all of these.
     flows = [
       math.fma(-a_SK, dz_SK, g_SK * h_SK) for a_SK, g_SK, h_SK, dz_SK in zip(a, g, before, dz)
     ]

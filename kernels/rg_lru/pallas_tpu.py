@@ -1,20 +1,24 @@
 """The RG-LRU on TPU: pre-activations to states in one pass, and all gradients in another.
 
-The grid, the tiles and the recurrence are those of kernels/linear_scan/pallas_tpu.py; sigmoids,
+Letters of this file: outside the kernels R is the width of the recurrence, as everywhere. Inside
+them R is the ROWS = 16 tokens that are computed at a time, and L the 128 lanes of a block of
+channels: x_RL is [16 tokens, 128 channels], and sum_1L one number for each channel.
+
+The grid, the tiles and the recurrence are those of kernels/linear_scan/pallas_tpu.py. Sigmoids,
 decay, input scale and resets are computed beside it, in float32, and never leave VMEM.
 
   forward    reads x, r, i; writes y                       8 bytes per bfloat16 state
   backward   reads x, r, i, y, dy; writes dx, dr, di      16 bytes per bfloat16 state
 
-and 16 tokens of y again for every tile of time; the backward computes gates and decays again from
-x, r and i. The plain way, gates by XLA and then a scan of bfloat16 x and float32 a:
+and 16 tokens of y again for every tile of time. The backward pass recomputes gates and decays from
+x, r and i. Without this kernel, gates by XLA and then a scan of bfloat16 x and float32 a move:
 
   forward    reads x, r, i (float32: 10); writes in, a (6); reads in, a (6); writes y (2)       24
   backward   the gates again (16); reads dy, the shifted a, and writes g (8); reads g, y and writes
              da (8); reads x, r, i, g, da and writes dx, dr, di (26)                            58
 
-With the carry c_t = a_t g_t, where g is the gradient that reaches h, the backward recurrence needs
-no decay of another token, so that tiles join like those of the forward:
+With the carry c_t = a_t g_t, where g is the gradient of h, the backward recurrence needs no decay
+of another token, so tiles join in the same way as in the forward pass:
 
   c_t = a_t c_{t+1} + a_t dy_t      c_{T+1} = dhT      dh0 = c_1
   g_t = dy_t + c_{t+1}              dlog_a_t = c_t h_{t-1} - g_t i_t x_t a_t^2 / sqrt(1 - a_t^2)
@@ -37,8 +41,8 @@ from kernels.varying import shaped_alike
 
 # Keeps sqrt(z) = z rsqrt(z) at 0 for z = 0.
 _TINY = 1e-30
-# Where log2 a is nearer to 0 than this, 1 - a is a polynomial, as 1 - exp2 would cancel: Taylor's
-# with its fourth term replaced by the quadratic nearest to it (Chebyshev), within 3.2e-7 of 1 - a.
+# Where log2 a is nearer to 0 than this, 1 - exp2 would cancel, and 1 - a is a polynomial: Taylor's
+# with its fourth term replaced by the nearest quadratic (Chebyshev), within 3.2e-7 of 1 - a.
 _NEAR = 1 / 16 / math.log(2)
 _NEAR_1 = -math.log(2) * (1 - (1 / 16) ** 3 / 768)
 _NEAR_2 = -(math.log(2) ** 2) * (1 / 2 - 9 / 384 * (1 / 16) ** 2)
@@ -272,7 +276,7 @@ def _backward_kernel(
         opened_RL = open_RL * x_RL
         through_a_RL = opened_RL * (a_RL * a_RL) * slope_RL
         kept.append((tanh_r_RL, scale_RL * open_RL, x_RL - opened_RL, through_a_RL))
-      # The carry that enters stands behind the last token's, one row on.
+      # The incoming carry is stored one row after that of the last token.
       c_column[rows.token(ROWS)] = carries[group]
       carries[group] = rows.recur(a_column, in_column, c_column, carries[group], reverse=True)
       for slot, block in enumerate(blocks):

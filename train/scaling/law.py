@@ -5,10 +5,10 @@
   surface(runs)   L(N, D) = E + A N^-alpha + B D^-beta, fitted in log L with a Huber loss from a
                   grid of starts (the same paper, approach 3)
 
-Intervals are a residual bootstrap's: the design is kept, as it was chosen, and the residuals of the
-fit, scaled for the constants that it fitted, are drawn anew. Percentiles are widened by Student's t
-over the normal quantile, as few runs need it. They tell of scatter around the law, not of whether
-the law holds. N counts the tied embedding once; C is the runs' own FLOPs, logits included.
+Intervals come from a residual bootstrap: the sizes and budgets stay, and the residuals of the fit,
+scaled for its number of constants, are drawn anew. Because runs are few, percentiles are widened by
+the ratio of Student's t quantile to the normal one. The intervals show scatter around the law, not
+whether the law holds. N counts the tied embedding once; C is the runs' own FLOPs, logits included.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from scipy import stats
 from train.scaling.surface_fit import fit_surfaces, log_surface, starts
 
 LEVEL = 0.9  # of every interval
-# Fewer budgets cannot tell a floor from a smaller exponent.
+# With fewer budgets a floor looks the same as a smaller exponent.
 _BUDGETS_FOR_A_FLOOR = 5
 _CHANCE = 0.002  # of claiming a floor where there is none
 
@@ -113,7 +113,7 @@ class Surface(NamedTuple):
 
 
 def isoflop(runs: Runs, *, num_samples: int = 1000, seed: int = 0) -> Isoflop:
-  """The parabola of each budget with three sizes or more, and the powers through their minima."""
+  """The parabola of each budget with at least three sizes, and the powers through their minima."""
   budgets = [
     budget for budget in np.unique(runs.budgets) if len(set(_of(runs, budget).parameters)) >= 3
   ]
@@ -155,7 +155,7 @@ def isoflop(runs: Runs, *, num_samples: int = 1000, seed: int = 0) -> Isoflop:
 
 
 def surface(runs: Runs, *, num_samples: int = 400, seed: int = 0) -> Surface | None:
-  """The law over all runs; None where they are too few to fit its five constants."""
+  """The law over all runs; None if there are too few runs to fit its five constants."""
   if len(runs) <= 6 or len(set(runs.parameters)) < 3 or len(set(runs.tokens)) < 3:
     return None
   log_N, log_D, log_L = np.log(runs.parameters), np.log(runs.tokens), np.log(runs.losses)
@@ -185,7 +185,7 @@ class _Curve:
     place, height = _vertex(self._coefficients[None])
     low, high = self._log_N.min() - self._center, self._log_N.max() - self._center
     self.is_bracketed = bool(self._coefficients[0] > 0 and low < place[0] < high)
-    # A sample whose parabola has no minimum near the sizes tells no more than that it is far.
+    # A sample whose parabola has no minimum near the sizes only shows that the minimum is far away.
     self._reach = (low - (high - low), high + (high - low))
     self.log_loss = float(height[0])
     self.log_parameters = float(place[0] + self._center)
@@ -222,7 +222,7 @@ def _vertex(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _power(
   log_x: np.ndarray, log_y: np.ndarray, samples: np.ndarray, degrees: int, *, with_floor: bool
 ) -> Power:
-  """y = a x^b through the points; with a floor if that is asked for and the points support it."""
+  """y = a x^b through the points, with a floor if one is wanted and the points support it."""
   straight = _straight(log_x, log_y[None])[0]
   sampled = _straight(log_x, samples)
   if with_floor and _supports_floor(log_x, log_y, samples):
@@ -234,7 +234,7 @@ def _power(
 
 
 def _supports_floor(log_x: np.ndarray, log_y: np.ndarray, samples: np.ndarray) -> bool:
-  """Whether a floor explains more than it would of scatter around a law without one."""
+  """Whether a floor explains more than it would if the law had none and the rest were scatter."""
   if len(log_x) < _BUDGETS_FOR_A_FLOOR:
     return False
 
@@ -263,7 +263,7 @@ def _straight(log_x: np.ndarray, log_y: np.ndarray) -> np.ndarray:
 
 
 def _bent(log_x: np.ndarray, log_y: np.ndarray) -> np.ndarray:
-  """[R, 3] = (E, log a, b) of y = E + a x^b: for each of many floors the line, and the best."""
+  """[R, 3] = (E, log a, b) of y = E + a x^b: the best of the lines fitted for many floors."""
   y = np.exp(log_y)
   shares = np.concatenate([[0.0], 1 - np.geomspace(1.0, 0.02, 60)[1:]])
   floors = (shares[:, None] * y.min(axis=1)).ravel()
@@ -300,7 +300,7 @@ def _sampled_losses(
   num_samples: int,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """log L [R, n] with the residuals drawn anew; `degrees` of freedom are left by the fit."""
+  """log L [R, n] with residuals drawn anew; the fit leaves `degrees` of freedom."""
   if degrees < 1:
     return np.tile(fitted, (num_samples, 1))
   scaled = residuals * np.sqrt(len(residuals) / degrees)
@@ -308,7 +308,7 @@ def _sampled_losses(
 
 
 def _interval(value: float, samples: np.ndarray, degrees: int) -> Interval:
-  """Percentiles around the estimate, widened; infinite where nothing is left to judge by."""
+  """Percentiles around the estimate, widened; infinite where the fit leaves no freedom."""
   if degrees < 1:
     return Interval(float(value), -np.inf, np.inf)
   low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="weibull")

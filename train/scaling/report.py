@@ -1,4 +1,4 @@
-"""A sweep's laws as one page: pictures, constants with their intervals, and every run behind them.
+"""A sweep's laws as one page: pictures, constants with their intervals, and all runs.
 
 SWEEP/report.html    self-contained, no script; loss.svg, isoflop.svg and optimal.svg beside it
 SWEEP/points.json    every finished run and every constant, for programs
@@ -50,7 +50,7 @@ class Laws(NamedTuple):
 
 
 def read(path: pathlib.Path) -> Points:
-  """The points of a sweep's folder, as far as it has come, or of a points.json."""
+  """The finished points of a sweep's folder, or those of a points.json."""
   if path.is_file():
     try:
       content = json.loads(path.read_text())
@@ -95,9 +95,9 @@ def fit(points: Points) -> Laws:
 
 
 def report(path: pathlib.Path, output: pathlib.Path | None) -> list[str]:
-  """Draws the sweep in the folder `path`, or that of a points.json, and gives what was found as
-  lines. `output` is the page; the pictures and points.json are written beside it. None is
-  report.html where the sweep is."""
+  """Draws the sweep in the folder `path`, or that of a points.json, and returns the results as
+  lines. `output` is the page (None: report.html in the sweep's folder); the pictures and
+  points.json are written beside it."""
   folder = path.parent if path.is_file() else path
   points = read(path)
   laws = fit(points)
@@ -122,7 +122,7 @@ def write(points: Points, laws: Laws, path: pathlib.Path) -> None:
 
 
 def summary(points: Points, laws: Laws) -> list[str]:
-  """What was found: the headline, the laws of each family, and what is missing."""
+  """The results as lines: the headline, the laws of each family, and what is missing."""
   lines = [headline(laws)]
   for family, law in laws.isoflop.items():
     words = f"{family}: "
@@ -185,7 +185,7 @@ def page(points: Points, laws: Laws, pictures: Mapping[str, bytes]) -> str:
 
 
 def headline(laws: Laws) -> str:
-  """Which family is best at the largest budget that all of them have, and whether that is sure."""
+  """Which family is best at the largest budget they share, and whether the intervals overlap."""
   known = {family: {one.budget: one for one in law.minima} for family, law in laws.isoflop.items()}
   common = set.intersection(*(set(minima) for minima in known.values())) if known else set()
   if not common or len(known) < 2:

@@ -1,8 +1,8 @@
-"""Runs what is left of a sweep as processes, a few at a time, and outlives being killed itself.
+"""Runs what is left of a sweep as processes, a few at a time; the sweep itself may be killed.
 
-A run holds a lock on SWEEP/runs/NAME/running for as long as it lives, however its starter ends: it
-inherits the open file. So a sweep that starts again finds the runs that its killed forerunner left
-behind, waits for them, and never starts one twice.
+A run inherits an open file with a lock on SWEEP/runs/NAME/running, and so holds the lock as long as
+it lives, whatever happens to the process that started it. A sweep that is started again finds the
+runs that are still going, waits for them, and never starts one twice.
 """
 
 import os
@@ -24,7 +24,7 @@ from train.workdir.lock import InUseError
 
 OUTPUT = "output.log"
 _POLL_SECONDS = 0.1
-# A run that is told to stop saves a checkpoint first.
+# A run that is asked to stop saves a checkpoint first.
 _STOP_SECONDS = 120.0
 
 Command = Callable[[str], list[str]]
@@ -43,14 +43,14 @@ def is_running(folder: pathlib.Path) -> bool:
 
 
 def collect(state: State) -> None:
-  """Takes over the results of runs that have finished since, wherever they ran."""
+  """Copies the results of runs that have finished since, wherever they ran."""
   for name, record in state.in_grid.items():
     if record["result"] is None:
       record["result"] = read_result(state.run_folder(name), record["steps"])
 
 
 class Runner:
-  """Works off the runs of `state` that have no result and fewer than `max_attempts` failures."""
+  """Runs those of `state` that have no result and fewer than `max_attempts` failures."""
 
   def __init__(self, state: State, command: Command, *, jobs: int, max_attempts: int):
     self.state, self.command, self.jobs, self.max_attempts = state, command, jobs, max_attempts
@@ -65,7 +65,7 @@ class Runner:
     while stop.signal_name is None:
       for name in list(self._children):
         self._look_after(name)
-      # More are under way than may start where an earlier sweep left some.
+      # There may be more than that, if an earlier sweep left some running.
       for name in self._left()[: max(0, self.jobs - len(self._children))]:
         self._start(name)
       if not self._children:
@@ -92,7 +92,7 @@ class Runner:
     if lock is None:
       raise InUseError(f"{folder} is in use: a process of an earlier start lives; wait for it")
     with lock, (folder / OUTPUT).open("ab") as output:
-      # In a session of its own: Ctrl-C reaches this process only, which tells its runs to save.
+      # In a session of its own: Ctrl-C reaches only this process, which asks its runs to save.
       process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -107,7 +107,7 @@ class Runner:
     logging.debug("%s", shlex.join(command))
 
   def _look_after(self, name: str) -> None:
-    """Takes over the result of a run that has ended, or counts its failure."""
+    """Copies the result of a run that has ended, or counts its failure."""
     child, folder = self._children[name], self.state.run_folder(name)
     status = child.process.poll() if child.process is not None else None
     if (status is None) if child.process is not None else is_running(folder):
@@ -130,7 +130,7 @@ class Runner:
     return f"{sum(one['result'] is not None for one in records)} of {len(records)} runs done"
 
   def _stop_all(self, stop: StopRequest) -> None:
-    """Lets every run save; what does not leave in time is left running, and found again."""
+    """Asks every run to save and leave. Those that do not in time are left running for the next."""
     logging.info("%s: %d runs are told to save and leave", stop.signal_name, len(self._children))
     for name, child in self._children.items():
       if child.process is None:
@@ -152,8 +152,8 @@ class Runner:
 
 
 def submit(state: State, command: Command, names: Sequence[str], *, max_attempts: int) -> None:
-  """Hands each of these runs to a cluster: `command` returns once it is accepted, and what it
-  prints is kept. A run that is not accepted counts as failed once."""
+  """Submits each of these runs to a cluster: `command` returns once the run is accepted, and its
+  output is kept. A run that is not accepted counts as one failure."""
   for name in names:
     record, folder = state.runs[name], state.run_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def submit(state: State, command: Command, names: Sequence[str], *, max_attempts
 
 
 def failure(record: Record, folder: pathlib.Path, status: int | None, max_attempts: int) -> str:
-  """Why a run has no result, and what comes next, in one line."""
+  """Why a run has no result, and what happens next, in one line."""
   if status is None:
     what = "ended before its last step"
   elif status < 0:

@@ -1,10 +1,10 @@
-"""log L(N, D) = log(E + A N^-alpha + B D^-beta) with the least Huber loss, for many data sets at
-once: a bootstrap fits hundreds."""
+"""Fits log L(N, D) = log(E + A N^-alpha + B D^-beta) by the Huber loss, to many data sets at once:
+a bootstrap has hundreds."""
 
 import numpy as np
 
-# Of log L: what is further off the law pulls no harder for it. Published is 1e-3, which is below
-# the scatter of small runs: there it fits a median, whose intervals are a fifth wider.
+# In log L: points further from the law than this pull no harder. The published value is 1e-3, which
+# is below the scatter of small runs: it would fit a median, whose intervals are a fifth wider.
 HUBER_DELTA = 1e-2
 _GRID_ALPHA = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 _ITERATIONS = 20
@@ -13,8 +13,8 @@ _ITERATIONS = 20
 def fit_surfaces(
   log_N: np.ndarray, log_D: np.ndarray, log_L: np.ndarray, first: np.ndarray
 ) -> np.ndarray:
-  """For each row of log_L [R, n] the constants [R, 5] = (log E, log A, log B, alpha, beta) that
-  minimise the Huber loss, the best that is found from the starts `first` [S, 5]."""
+  """For each row of log_L [R, n] the constants [R, 5] = (log E, log A, log B, alpha, beta) of the
+  smallest Huber loss that is found from the starts `first` [S, 5]."""
   num_rows, num_starts = len(log_L), len(first)
   theta = np.tile(first, (num_rows, 1))
   target = np.repeat(log_L, num_starts, axis=0)
@@ -24,7 +24,7 @@ def fit_surfaces(
 
 
 def starts(log_N: np.ndarray, log_D: np.ndarray, log_L: np.ndarray) -> np.ndarray:
-  """Starts [S, 5]: a grid of both exponents, with what is linear in the law solved for each."""
+  """Starts [S, 5]: a grid of both exponents, with E, A and B solved for each."""
   L = np.exp(log_L)
   found = []
   for alpha in _GRID_ALPHA:
@@ -57,7 +57,7 @@ _HIGHEST = np.array([8.0, 80.0, 80.0, 4.0, 4.0])
 def _levenberg_marquardt(
   theta: np.ndarray, target: np.ndarray, log_N: np.ndarray, log_D: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The constants [R, 5] of the least Huber loss near `theta`, and that loss; all rows at once."""
+  """The constants [R, 5] of the smallest Huber loss near `theta`, and that loss, for all rows."""
   damping = np.full(len(theta), 1e-2)
   cost = _huber(log_surface(theta, log_N, log_D) - target)
   for _ in range(_ITERATIONS):

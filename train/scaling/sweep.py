@@ -1,4 +1,4 @@
-"""A sweep: its runs, what each costs, and SWEEP/sweep.json, which says how far each has come.
+"""A sweep: its runs, what each costs, and SWEEP/sweep.json, the progress of each.
 
 SWEEP/sweep.json       this state, written whole or not at all; a result is copied into it once
 SWEEP/runs/NAME/       the folder of each run, as `python -m launch.train` makes it
@@ -52,7 +52,7 @@ NO_EFFECT = (
 class Point:
   """One run of a sweep. `name` is its folder and, after the sweep's own, its config's argument.
 
-  budget: the FLOPs it was given, equal for the runs of an isoFLOP curve; None where tokens were.
+  budget: its FLOPs, equal for the runs of an isoFLOP curve; None if the config sets tokens instead.
   """
 
   name: str
@@ -73,8 +73,8 @@ _NAME_CHARACTERS = {*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 
 
 class Facts(NamedTuple):
-  """What is known of a run before it starts. Parameters count the tied embedding once, because the
-  unembedding that it is takes part in every FLOP count; `flops` are those of training, logits
+  """What is known about a run before it starts. Parameters count the tied embedding once, because
+  as the unembedding it takes part in every FLOP count; `flops` are those of training, logits
   included (models/flops.py)."""
 
   parameters: int
@@ -87,14 +87,14 @@ class Facts(NamedTuple):
 
 
 def facts(run: Run) -> Facts:
-  """What `run` takes; of its mesh, axes of -1 count as one device."""
+  """The costs of `run`; mesh axes of -1 count as one device."""
   count = count_params(run.model)
   tokens = run.batch_size * run.data.row_length * run.total_steps
   sizes = {axis: max(1, getattr(run.mesh, axis)) for axis in ("data", "fsdp", "sequence", "tensor")}
   stores = [path for path, _ in run.data.sources]
   available = (
     sum(token_store.read_manifest(path).num_tokens for path in stores)
-    # A plan is made also where no way leads to the bucket.
+    # A plan must be possible where the bucket cannot be reached.
     if all(not is_url(path) and token_store.is_complete(path) for path in stores)
     else None
   )
@@ -110,7 +110,7 @@ def facts(run: Run) -> Facts:
 
 
 def flops_name(flops: float) -> str:
-  """1e13, 2.5e12: short, and fit for the name of a folder."""
+  """FLOPs as in 1e13 or 2.5e12: short, and usable in a folder's name."""
   digits, _, exponent = f"{flops:.6e}".partition("e")
   return f"{float(digits):g}e{int(exponent)}"
 
@@ -136,7 +136,7 @@ class State:
     return self.folder / "runs" / name
 
   def save(self) -> None:
-    """All or nothing, also when the power goes."""
+    """Writes sweep.json completely or not at all, even if the power fails."""
     content = {
       "format": FORMAT,
       "config": self.config,
@@ -163,7 +163,7 @@ class State:
 
 
 class Changes(NamedTuple):
-  """How a grid differs from the one that sweep.json knows; `altered` says what of each run."""
+  """How a grid differs from the one in sweep.json; `altered` has the changed settings by run."""
 
   added: list[str]
   removed: list[str]
@@ -176,7 +176,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def compare(runs: Mapping[str, Record], points: Sequence[Point]) -> Changes:
-  """What is new in `points`, the grid as it is now, by run and path of the setting."""
+  """The differences of `points`, today's grid, by run and path of the setting."""
   known = {name for name, record in runs.items() if record["in_grid"]}
   names = [point.name for point in points]
   altered = {}
@@ -216,8 +216,8 @@ def new_record(point: Point) -> Record:
 
 
 def read_result(folder: pathlib.Path, steps: int) -> dict[str, float] | None:
-  """The held-out loss after the last step, in nats per token, and the speed on the way there; None
-  unless the run is complete."""
+  """The held-out loss after the last step, in nats per token, and the speed of the run; None unless
+  the run is complete."""
   records = read_jsonl(folder / JSONL)
   last = next((record for record in reversed(records) if "eval/loss" in record), None)
   if last is None or last["step"] != steps:
@@ -241,7 +241,7 @@ Phase = Literal["done", "failed", "running", "submitted", "stopped", "waiting"]
 
 
 def phase(record: Record, *, is_running: bool, has_started: bool, max_attempts: int) -> Phase:
-  """Where a run stands."""
+  """The progress of a run."""
   if record["result"] is not None:
     return "done"
   if is_running:
@@ -254,12 +254,12 @@ def phase(record: Record, *, is_running: bool, has_started: bool, max_attempts: 
 
 
 def last_step(folder: pathlib.Path) -> int:
-  """The last step that a run's metrics tell of; 0 before the first."""
+  """The last step in a run's metrics; 0 before the first."""
   return max((record["step"] for record in read_jsonl(folder / JSONL)), default=0)
 
 
 class Speed(NamedTuple):
-  """What finished runs say of those to come."""
+  """What finished runs predict for later ones."""
 
   flops_per_second: float
   start_seconds: float  # to start, compile, evaluate and save
