@@ -4,6 +4,8 @@
     --json=docs/row_lengths.jsonl --svg=docs/row_lengths.svg
   python -m launch.row_lengths --size=1b --measure --json=docs/row_lengths.jsonl
   python -m launch.row_lengths --size=1b --machine=v5p:16,v5e:16,h100:8
+  python -m launch.row_lengths --size=1b --machine=h100:1 --recorded \
+    --json=docs/row_lengths.jsonl --svg=docs/row_lengths_h100.svg
 
 Batches have as many tokens whatever the row length. With --remat all three have one layout (fsdp
 over all devices, ZeRO stage 3); without, each has its own best (train/planning/search.py), with the
@@ -16,6 +18,8 @@ With --measure the steps run on the devices at hand, in one layout as with --rem
 first and then timed one after another. Those of the first row length are compiled alone: a compiler
 for GPUs chooses algorithms of products by timing them, and remembers what it chose for the others,
 of which some are compiled side by side.
+
+With --recorded nothing is compiled or run: the picture is drawn again from what --json holds.
 """
 
 import dataclasses
@@ -28,7 +32,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from absl import app, flags
@@ -37,7 +41,6 @@ from launch import step_times
 from launch.console import check_output, parse_flags, refuse, writing
 from launch.families import FAMILIES, best_layout, with_rows
 from launch.overrides import load
-from launch.pages import line_chart, svg
 from models.flops import count_params
 from sharding import machine as machines
 from sharding import topology
@@ -45,6 +48,8 @@ from sharding.machine import Machine
 from sharding.mesh import MeshShape
 from train import program as programs
 from train.config import Run
+from train.drawing import colors
+from train.drawing.line_chart import Axis, Line, chart
 from train.planning import plan as plans
 from train.planning.footprint import resolved_kernels
 from train.planning.layouts import REMATS, Layout, layout_of
@@ -68,6 +73,7 @@ _COMPILERS = 4
 # What a picture is drawn from.
 _KEYS = {"config", "machine", "row_length", "how"}
 _JSON = flags.DEFINE_string("json", None, "A file that gets a line for each result.")
+_RECORDED = flags.DEFINE_bool("recorded", False, "Draw --svg from --json, and do nothing else.")
 _SVG = flags.DEFINE_string("svg", None, "A picture of the last machine, from all in --json.")
 
 
@@ -133,49 +139,53 @@ def machine_here() -> str:
 
 
 def picture(results: list[dict[str, Any]], title: str) -> str:
-  """Tokens/s over row length, a line for each family: measured where anything was, with faint lines
-  for what is compiled; else of compiled steps where there are any, with dots for the compiler's own
-  estimate and faint lines for the model."""
+  """Tokens/s over row length as SVG, a line for each family: measured where anything was, with
+  faint lines for what is compiled; else of compiled steps where there are any, with dots for the
+  compiler's own estimate and faint lines for the model."""
   ways = {one["how"] for one in results}
   lines = []
-  for family, color in zip(FAMILIES, svg.COLORS):
+  for family in FAMILIES:
+    color = colors.of_family(family).color
     of_family = [one for one in results if one["config"].startswith(family)]
 
-    def points(how: str, key: str, of_family: Any = of_family) -> list[tuple[float, float]]:
+    def line(
+      how: str,
+      name: str,
+      style: Literal["line", "faint", "dots"] = "line",
+      *,
+      key: str = "tokens_per_second",
+      of_family: Any = of_family,
+      color: str = color,
+    ) -> Line:
       # Of equal ones the last counts.
       found = {one["row_length"]: one.get(key) for one in of_family if one["how"] == how}
-      return [(float(row), found[row]) for row in sorted(found) if found[row] is not None]
+      points = [(float(row), found[row]) for row in sorted(found) if found[row] is not None]
+      return Line(points, color, "" if style == "faint" else name, f"{name}, {how}", style)
 
-    compiled = points("compiled", "tokens_per_second")
     if "measured" in ways:
+      lines += [line("compiled", family, "faint"), line("measured", family)]
+    elif "compiled" in ways:
+      estimated = "tokens_per_second_estimated"
       lines += [
-        line_chart.Line(compiled, color, style="faint"),
-        line_chart.Line(points("measured", "tokens_per_second"), color, label=family),
+        line("model", family, "faint"),
+        line("compiled", family),
+        line("compiled", f"{family}, compiler's", "dots", key=estimated),
       ]
-      continue
-    model = points("model", "tokens_per_second")
-    if "compiled" not in ways:
-      lines.append(line_chart.Line(model, color, label=family))
-      continue
-    estimates = points("compiled", "tokens_per_second_estimated")
-    lines += [
-      line_chart.Line(model, color, style="faint"),
-      line_chart.Line(compiled, color, label=family),
-      line_chart.Line(estimates, color, label=f"{family}, compiler's", style="dots"),
-    ]
-  return line_chart.chart(
+    else:
+      lines.append(line("model", family))
+  rows = sorted({one["row_length"] for one in results})
+  x = Axis("tokens in a row", scale="log", show="{:,.0f}".format, at=rows)
+  drawn = chart(
     lines,
-    x=line_chart.Axis(
-      label=f"tokens/s over tokens in a row: {title}",
-      scale="log",
-      show=lambda x: f"{x:,.0f}",
-      at=sorted({one["row_length"] for one in results}),
-    ),
-    y=line_chart.Axis(low=0.0),
-    width=680,
-    height=340,
-    room=150.0,
+    title=f"Tokens per second over row length: {title}",
+    x=x,
+    y=Axis("tokens per second", exact="{:,.0f}".format, low=0.0),
+    width=720,
+    height=370,
   )
+  if drawn is None:
+    raise ValueError(f"row_lengths: --svg: there is no result of {title} to draw; see --json")
+  return drawn.svg()
 
 
 def main(argv: list[str]) -> None:
@@ -190,6 +200,11 @@ def main(argv: list[str]) -> None:
       _measure()
       return
     jax.config.update("jax_platforms", "cpu")
+    if _RECORDED.value:
+      if _JSON.value is None or _SVG.value is None:
+        raise ValueError("row_lengths: --recorded draws --svg from --json: name both files")
+      _draw(str(_machine(_MACHINE.value[-1])), [])
+      return
     for name in _MACHINE.value:
       _compare(name)
   except ValueError as error:
@@ -209,11 +224,15 @@ def _check_lists() -> None:
       raise ValueError(f"row_lengths: --families: {family!r} is none of {', '.join(FAMILIES)}")
 
 
-def _compare(name: str) -> None:
+def _machine(name: str) -> Machine:
   chip, _, count = name.partition(":")
   if not count.isdecimal():
     raise ValueError(f"row_lengths: machine {name!r} is not CHIP:HOW_MANY, such as v5p:16")
-  machine = machines.of_chips(chip, int(count))
+  return machines.of_chips(chip, int(count))
+
+
+def _compare(name: str) -> None:
+  machine = _machine(name)
   if _COMPILE.value and (_REMAT.value is None or machine.uncompilable is not None):
     why = machine.uncompilable or "--remat is missing"
     raise ValueError(f"row_lengths: --compile needs --remat and a compiler for {machine}: {why}")

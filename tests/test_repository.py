@@ -35,6 +35,7 @@ OWNERS = {
   "wandb": ("train/telemetry/metrics.py",),
   "tensorboardX": ("train/telemetry/tensorboard.py",),
   "ml_collections": ("launch/",),
+  "matplotlib": ("train/drawing/", "train/scaling/charts.py"),
 }
 
 
@@ -101,6 +102,17 @@ def test_private_names_of_jax_are_in_one_file():
 def test_the_processes_of_a_job_compare_every_source_file():
   """Wherever train/job/agreement.py lies: a root that is not ours would have nothing to compare."""
   assert list(agreement._sources()) == [path.relative_to(ROOT).as_posix() for path in _files()]
+
+
+def test_no_module_loads_matplotlib():
+  """It takes a second of every start: functions that draw import it, and annotations name it."""
+  wrong = [
+    path.relative_to(ROOT)
+    for path in _files()
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
+  ]
+  assert not wrong
 
 
 def test_data_never_imports_jax():

@@ -1,11 +1,12 @@
 """Pictures of what the layers of a run do, from its statistics.jsonl."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from launch.pages import svg
-from launch.pages.line_chart import Axis, Line, Mark, chart, smoothed, ticks
+from train.drawing import colors
+from train.drawing.line_chart import Axis, Line, Mark, chart, dress, label_ends, smoothed
+from train.drawing.numbers import short
+from train.drawing.picture import TITLE_HEIGHT, Picture, drawing
 from train.telemetry.history import History
 
 NOTE = (
@@ -14,68 +15,63 @@ NOTE = (
   "gate wide open. Gates are saturated below 0.05 (recurrence: the state is kept; input: closed) "
   "or above 0.95 (the state fades as fast as it can; open).</p>"
 )
-Titled = tuple[str, str, str]  # title, unit or explanation, picture
-_HEIGHT = 240.0
+_HEIGHT = 260.0
 _MOST_LABELS = 9
 
 
 def recurrence(
   run: History, x_of: Callable[[int], float], x: Axis, marks: Sequence[Mark], width: float
-) -> Iterator[Titled]:
+) -> Iterator[Picture | None]:
   """Horizons over training and now, and gates that are saturated."""
   horizon = [{step: value[2] for step, value in column.items()} for column in run.layer("horizon")]
-  picture = _by_block(horizon, x_of, x, Axis(scale="log"), marks, width)
-  yield "Memory horizon", "tokens, median channel of each layer", picture
-  yield (
-    "Memory horizons now",
-    "tokens, channels of each layer",
-    _distribution(run, width),
-  )
+  tokens = Axis("tokens", scale="log")
+  yield _by_block(horizon, "Memory horizon of the median channel", x_of, x, tokens, marks, width)
+  yield _distribution(run, width)
   for gate in ("recurrence", "input"):
     share = [
       {step: 100 * (lows[step] + highs[step]) for step in lows}
       for lows, highs in zip(run.layer(f"{gate}_gate_low"), run.layer(f"{gate}_gate_high"))
     ]
-    picture = _by_block(share, x_of, x, Axis(show="{:.3g}%".format, low=0.0), marks, width)
-    yield f"Saturated {gate} gates", "share of a batch", picture
+    y = Axis("share of a batch (%)", show="{:.3g}%".format, exact="{:.3g}%".format, low=0.0)
+    yield _by_block(share, f"Saturated {gate} gates", x_of, x, y, marks, width)
 
 
 def norms(
   run: History, x_of: Callable[[int], float], x: Axis, marks: Sequence[Mark], width: float
-) -> Iterator[Titled]:
+) -> Iterator[Picture | None]:
   """Gradient, update over parameters, residual stream and states, a line for each block."""
-  log = Axis(scale="log")
   updates = [
     {step: value / params[step] for step, value in column.items() if params.get(step)}
     for column, params in zip(run.layer("update_norm"), run.layer("param_norm"))
   ]
-  for title, note, columns in (
-    ("Gradient norm of each block", "before clipping", run.layer("grad_norm")),
-    ("Update of each block", "relative to its parameters", updates),
-    ("Residual stream", "root mean square behind each block", run.layer("output_rms")),
-    ("Recurrent state", "root mean square of h", run.layer("state_rms")),
+  for title, unit, columns in (
+    ("Gradient of each block, before clipping", "Euclidean norm", run.layer("grad_norm")),
+    ("Update of each block over its parameters", "ratio of norms", updates),
+    ("Residual stream behind each block", "root mean square", run.layer("output_rms")),
+    ("Recurrent state h of each block", "root mean square", run.layer("state_rms")),
   ):
-    yield title, note, _by_block(columns, x_of, x, log, marks, width)
+    yield _by_block(columns, title, x_of, x, Axis(unit, scale="log"), marks, width)
 
 
 def _by_block(
   columns: Sequence[dict[int, Any]],
+  title: str,
   x_of: Callable[[int], float],
   x: Axis,
   y: Axis,
   marks: Sequence[Mark],
   width: float,
-) -> str:
+) -> Picture | None:
   """A line for each block that has values, dark for the first to light for the last."""
   blocks = [block for block, column in enumerate(columns) if column]
   named = _named(blocks)
   lines = []
   for block in blocks:
     points = [(x_of(step), value) for step, value in columns[block].items()]
-    last = y.show(points[-1][1]) if points else ""
-    label = f"block {block}: {last}" if block in named else ""
-    lines.append(Line(smoothed(points), svg.in_order(block, len(columns)), label))
-  return chart(lines, x=x, y=y, width=width, height=_HEIGHT, marks=marks)
+    label = f"block {block}: {y.show(points[-1][1])}" if block in named else ""
+    color = colors.in_order(block, len(columns))
+    lines.append(Line(smoothed(points), color, label, f"block {block}"))
+  return chart(lines, title=title, x=x, y=y, width=width, height=_HEIGHT, marks=marks)
 
 
 def _named(blocks: Sequence[int]) -> set[int]:
@@ -86,66 +82,46 @@ def _named(blocks: Sequence[int]) -> set[int]:
   return {blocks[round(index * last / (_MOST_LABELS - 3))] for index in range(_MOST_LABELS - 2)}
 
 
-def _distribution(run: History, width: float) -> str:
+def _distribution(run: History, width: float) -> Picture | None:
   """For each recurrent block: 5 to 95 % and 25 to 75 % of its channels, the median, and a ring for
   the median with the gate wide open."""
   line = run.layers[-1]
   blocks = [(block, values) for block, values in enumerate(line.get("horizon", [])) if values]
   if not blocks:
-    return ""
-  opened = line.get("horizon_open", [])
-  lows = [values[0] for _, values in blocks] + [values[2] for values in opened if values]
-  highs = [values[-1] for _, values in blocks] + ([run.row_length] if run.row_length else [])
-  low, high = min(lows) / 1.3, max(highs) * 1.3
-  place = _log_places(low, high, _HEIGHT - 38, 14)
-  left, right = 46.0, width - 110.0
-  shapes = []
-  for tick in ticks(low, high, "log", most=4):
-    shapes.append(svg.line([(left, place(tick)), (right, place(tick))], svg.GRID))
-    label = svg.short(tick)
-    shapes.append(
-      svg.text(left - 7, place(tick) + 4, label, anchor="end", color=svg.FAINT, size=12)
-    )
-  if run.row_length:
-    at = place(run.row_length)
-    shapes.append(svg.line([(left, at), (right, at)], svg.FAINT, dashes="2 3"))
-  slot = (right - left) / len(blocks)
-  bar = min(16.0, slot * 0.6)
-  every = max(1, -(-len(blocks) // 10))
-  for index, (block, (p5, p25, p50, p75, p95)) in enumerate(blocks):
-    x = left + slot * (index + 0.5)
-    color = svg.in_order(block, len(line["horizon"]))
-    shapes.append(svg.line([(x, place(p5)), (x, place(p95))], color, width=1.4))
-    shapes.append(
-      svg.rect(x - bar / 2, place(p75), bar, place(p25) - place(p75), color, f"block {block}")
-    )
-    shapes.append(svg.line([(x - bar / 2, place(p50)), (x + bar / 2, place(p50))], "#fff", width=2))
-    if opened and opened[block]:
-      shapes.append(svg.circle(x, place(opened[block][2]), 3.2, color, filled=False))
-    if index % every == 0:
-      shapes.append(
-        svg.text(x, _HEIGHT - 20, f"{block}", anchor="middle", color=svg.FAINT, size=12)
-      )
-  shapes.append(svg.text(right, _HEIGHT - 4, "block", anchor="end", color=svg.FAINT, size=12))
-  # What the parts of the last block's shape are, beside it.
-  _, (p5, p25, p50, p75, p95) = blocks[-1]
-  names = [(p95, "95 % of channels"), (p75, "75 %"), (p50, "median"), (p25, "25 %"), (p5, "5 %")]
-  if run.row_length:
-    names.append((float(run.row_length), f"a row: {run.row_length:,}"))
-  shapes += _beside(sorted((place(value), words) for value, words in names), right)
-  return svg.svg(width, _HEIGHT, shapes)
-
-
-def _beside(names: Sequence[tuple[float, str]], right: float) -> list[str]:
-  shapes, top = [], -100.0
-  for y, words in names:
-    top = max(y, top + 13)
-    shapes.append(svg.text(right + 8, top + 4, words, color=svg.FAINT, size=11))
-  return shapes
-
-
-def _log_places(low: float, high: float, bottom: float, top: float) -> Callable[[float], float]:
-  def place(value: float) -> float:
-    return bottom - (bottom - top) * math.log(value / low) / math.log(high / low)
-
-  return place
+    return None
+  opened = [values and values[2] for values in line.get("horizon_open", [])]
+  opened += [None] * (len(line["horizon"]) - len(opened))
+  row = [float(run.row_length)] if run.row_length else []
+  shown = [*(value for _, values in blocks for value in values), *filter(None, opened), *row]
+  with drawing(width, _HEIGHT, title="Memory horizons of the channels now") as picture:
+    axes = picture.axes(64, width - 130, TITLE_HEIGHT + 4, _HEIGHT - 42)
+    dress(axes, "y", Axis("tokens", scale="log"), shown, most=5)
+    axes.grid(True, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(-0.5, len(blocks) - 0.5)
+    every = -(-len(blocks) // 10)
+    numbers = [str(block) for block, _ in blocks[::every]]
+    axes.set_xticks(range(0, len(blocks), every), labels=numbers)
+    axes.set_xlabel("block")
+    for at in row:
+      axes.axhline(at, color=colors.FAINT, linewidth=1.0, linestyle=(0, (2, 3)))
+    for place, (block, (p5, p25, p50, p75, p95)) in enumerate(blocks):
+      color, half = colors.in_order(block, len(line["horizon"])), min(0.3, 0.04 * len(blocks))
+      axes.plot([place, place], [p5, p95], color=color, linewidth=1.4)
+      axes.bar(place, p75 - p25, 2 * half, bottom=p25, color=color)
+      axes.plot([place - half, place + half], [p50, p50], color="#ffffff", solid_capstyle="butt")
+      told = [f"95 %: {p95:,.4g} tokens", f"75 %: {p75:,.4g}", f"median: {p50:,.4g}"]
+      told += [f"25 %: {p25:,.4g}", f"5 %: {p5:,.4g}"]
+      if (ring := opened[block]) is not None:
+        axes.plot(place, ring, "o", color=color, markerfacecolor="#ffffff", markersize=6)
+        told.append(f"median with the gate wide open: {ring:,.4g}")
+      words = "\n".join([f"block {block}, horizons of its channels", *told])
+      picture.tell(axes, (place - 0.5, place + 0.5), None, words)
+    # What the parts of the last block's shape are, beside it.
+    names = zip(("5 %", "25 %", "median", "75 %", "95 % of channels"), blocks[-1][1])
+    ends = [(value, name) for name, value in names]
+    ends += [(at, f"a row: {short(at)}" if at >= 1e6 else f"a row: {at:,.0f}") for at in row]
+    right = len(blocks) - 0.5
+    label_ends(picture, axes, [((right, value), name, colors.FAINT) for value, name in ends])
+  return picture

@@ -5,20 +5,23 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from launch.pages import layer_charts, svg, time_charts
-from launch.pages.line_chart import Axis, Line, Mark, chart, smoothed, without_first_steps
+from launch.pages import layer_charts, time_charts
+from train.drawing import colors
+from train.drawing.line_chart import Axis, Line, Mark, chart, smoothed, without_first_steps
+from train.drawing.numbers import short
+from train.drawing.picture import Picture
 from train.telemetry.history import History, duration
 
 WIDE, HALF = 860.0, 420.0
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:900px;margin:2em auto;
 padding:0 1.2em}h1{font-size:1.35em;margin:.2em 0 .6em}h2{font-size:1.15em;margin:2em 0 .3em}
-h3{font-size:.98em;font-weight:600;margin:1em 0 .1em}h3 span{font-weight:400;color:#777}
 p{margin:.3em 0}.faint{color:#777}table{border-collapse:collapse;width:100%;font-size:.9em}
 th,td{text-align:right;white-space:nowrap;padding:.25em .55em;border-bottom:1px solid #e6e6e6}
 th{color:#777;font-weight:500}td:first-child,th:first-child{text-align:left}code{font-size:.92em}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:0 20px}svg{width:100%;height:auto;
-display:block}@media(max-width:640px){.pair{grid-template-columns:1fr}}
+display:block;margin:.7em 0}.told:hover{fill-opacity:.07}
+@media(max-width:640px){.pair{grid-template-columns:1fr}}
 """
 
 
@@ -37,8 +40,8 @@ def page(runs: Sequence[History], *, command: str) -> str:
       *_notes(runs),
       "<h2>Loss</h2>",
       *_losses(runs),
-      "<h2>Speed and gradient</h2>",
-      *_pair(_throughput(runs), _grad_norm(runs)),
+      "<h2>Speed, gradient and learning rate</h2>",
+      *_pair(_throughput(runs), _grad_norm(runs), _learning_rate(runs)),
       *_time(runs),
       *(part for run, label in zip(runs, labels(runs)) for part in _layers(run, label, runs)),
       f'<p class="faint">{now}: <code>{html.escape(command)}</code></p>',
@@ -63,7 +66,7 @@ def _table(runs: Sequence[History]) -> str:
   columns: list[tuple[str, Callable[[History], str | None]]] = [
     ("", lambda run: run.state),
     ("steps", _steps),
-    ("tokens", lambda run: _shown(_times(run.step, run.tokens_per_step), svg.short)),
+    ("tokens", lambda run: _shown(_times(run.step, run.tokens_per_step), short)),
     ("loss", lambda run: _shown(_end_of(run, "train/loss"), "{:.3f}".format)),
     ("held out", lambda run: _shown(run.last("eval/loss"), "{:.3f}".format)),
     ("bits/byte", lambda run: _shown(run.last("eval/bits_per_byte"), "{:.3f}".format)),
@@ -85,7 +88,7 @@ def _table(runs: Sequence[History]) -> str:
 
 
 def _steps(run: History) -> str:
-  show = "{:,}".format if run.step < 10_000 else svg.short
+  show = "{:,}".format if run.step < 10_000 else short
   return f"{show(run.step)} of {show(run.total_steps)}" if run.total_steps else show(run.step)
 
 
@@ -100,49 +103,55 @@ def _notes(runs: Sequence[History]) -> list[str]:
 
 
 def _losses(runs: Sequence[History]) -> list[str]:
-  unit = "nats per token" + ("" if len(runs) == 1 else "; lines: training, dots: held out")
   progress, x_of = _progress(runs)
-  by_progress = _loss_chart(runs, x_of, progress, WIDE, 330, _step_marks(runs, x_of))
-  by_flops = _loss_chart(runs, _flops, Axis("training FLOPs", low=0.0), HALF, 240, ())
   clock, scale = _clock_axis(runs)
-  by_time = _loss_chart(runs, _clock(scale), clock, HALF, 240, _clock_marks(runs, scale))
-  return [
-    _titled(f"over {progress.label}", unit, by_progress),
-    *_pair(_titled("over compute", "", by_flops), _titled("over wall-clock time", "", by_time)),
-  ]
+  flops, kinds = Axis("training FLOPs", low=0.0), "" if len(runs) == 1 else "; dots: held out"
+  by_flops = _loss_chart(runs, "Loss over compute", _flops, flops, HALF, 260, ())
+  by_time = _loss_chart(
+    runs, "Loss over wall-clock time", _clock(scale), clock, HALF, 260, _clock_marks(runs, scale)
+  )
+  title, marks = f"Loss over {progress.label}{kinds}", _step_marks(runs, x_of)
+  by_progress = _loss_chart(runs, title, x_of, progress, WIDE, 350, marks)
+  return [_drawn(by_progress), *_pair(by_flops, by_time)]
 
 
 XOf = Callable[[History, int], float]
 
 
 def _loss_chart(
-  runs: Sequence[History], x_of: XOf, x: Axis, width: float, height: float, marks: Sequence[Mark]
-) -> str:
+  runs: Sequence[History],
+  title: str,
+  x_of: XOf,
+  x: Axis,
+  width: float,
+  height: float,
+  marks: Sequence[Mark],
+) -> Picture | None:
   lines, values = [], []
   is_one = len(runs) == 1
   for run, label, color in zip(runs, labels(runs), _run_colors(runs)):
+    of = "" if is_one else f"{label} "
     train, held_out = run.metrics.get("train/loss", {}), run.metrics.get("eval/loss", {})
     points = _points(run, train, x_of)
-    lines.append(Line(points, color, style="faint"))
     mean = smoothed(points)
-    name = f"training {mean[-1][1]:.3f}" if mean else ""
+    lines.append(Line(points, color, name=f"{of}training", style="faint"))
+    last = list(held_out.values() or train.values())[-1:]
     if is_one:
-      lines.append(Line(mean, color, name))
+      label = f"training {mean[-1][1]:.3f}" if mean else ""
     else:
-      last = list(held_out.values() or train.values())[-1:]
-      name = f"{label} {last[0]:.3f}" if last else ""
-      lines.append(Line(mean, color, "" if held_out else name))
+      label = f"{label} {last[0]:.3f}" if last and not held_out else ""
+    lines.append(Line(mean, color, label, f"{of}training, mean"))
     if held_out:
-      held_color = svg.COLORS[1] if is_one else color
-      if is_one:
-        name = f"held out {list(held_out.values())[-1]:.3f}"
-      lines.append(Line(_points(run, held_out, x_of), held_color, name, "dots"))
+      label = "held out" if is_one else of.strip()
+      held_color = color if not is_one else _held_out_color(color)
+      points = _points(run, held_out, x_of)
+      lines.append(Line(points, held_color, f"{label} {last[0]:.3f}", f"{of}held out", "dots"))
     values += [*train.values(), *held_out.values()]
-  y = Axis(show="{:.3g}".format, high=without_first_steps(values))
-  return chart(lines, x=x, y=y, width=width, height=height, marks=marks)
+  y = Axis("loss (nats per token)", show="{:.3g}".format, high=without_first_steps(values))
+  return chart(lines, title=title, x=x, y=y, width=width, height=height, marks=marks)
 
 
-def _throughput(runs: Sequence[History]) -> str:
+def _throughput(runs: Sequence[History]) -> Picture | None:
   x, x_of = _progress(runs)
   lines = []
   for run, label, color in zip(runs, labels(runs), _run_colors(runs)):
@@ -150,20 +159,13 @@ def _throughput(runs: Sequence[History]) -> str:
     if median is not None:
       points = _points(run, run.metrics["train/tokens_per_second"], x_of)
       name = "median" if len(runs) == 1 else label
-      lines.append(Line(points, color, style="faint"))
-      lines.append(Line(smoothed(points), color, f"{name} {svg.short(median)}"))
-  picture = chart(
-    lines,
-    x=x,
-    y=Axis(low=0.0),
-    width=HALF,
-    height=240,
-    marks=_step_marks(runs, x_of),
-  )
-  return _titled("Throughput", "tokens per second, all devices", picture)
+      lines.append(Line(points, color, style="faint", name="" if len(runs) > 1 else "tokens/s"))
+      lines.append(Line(smoothed(points), color, f"{name} {short(median)}", _mean(label, runs)))
+  y = Axis("tokens per second", low=0.0)
+  return _half("Throughput of all devices", lines, x, y, _step_marks(runs, x_of))
 
 
-def _grad_norm(runs: Sequence[History]) -> str:
+def _grad_norm(runs: Sequence[History]) -> Picture | None:
   x, x_of = _progress(runs)
   lines = []
   for run, label, color in zip(runs, labels(runs), _run_colors(runs)):
@@ -171,17 +173,34 @@ def _grad_norm(runs: Sequence[History]) -> str:
     if points:
       mean = smoothed(points)
       name = "" if len(runs) == 1 else f"{label} "
-      lines.append(Line(points, color, style="faint"))
-      lines.append(Line(mean, color, f"{name}{mean[-1][1]:.3g}"))
-  picture = chart(
-    lines,
-    x=x,
-    y=Axis(scale="log"),
-    width=HALF,
-    height=240,
-    marks=_step_marks(runs, x_of),
-  )
-  return _titled("Gradient norm", "before clipping", picture)
+      lines.append(Line(points, color, style="faint", name="" if len(runs) > 1 else "norm"))
+      lines.append(Line(mean, color, f"{name}{mean[-1][1]:.3g}", _mean(label, runs)))
+  y = Axis("Euclidean norm", scale="log")
+  return _half("Gradient, before clipping", lines, x, y, _step_marks(runs, x_of))
+
+
+def _learning_rate(runs: Sequence[History]) -> Picture | None:
+  x, x_of = _progress(runs)
+  lines = []
+  for run, label, color in zip(runs, labels(runs), _run_colors(runs)):
+    points = _points(run, run.metrics.get("train/learning_rate", {}), x_of)
+    if points:
+      name = "" if len(runs) == 1 else f"{label} "
+      end = f"{name}{short(points[-1][1])}"
+      lines.append(Line(points, color, end, f"{name}rate"))
+  y = Axis("step size", low=0.0)
+  return _half("Learning rate", lines, x, y, _step_marks(runs, x_of))
+
+
+def _half(
+  title: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Sequence[Mark]
+) -> Picture | None:
+  return chart(lines, title=title, x=x, y=y, width=HALF, height=260, marks=marks)
+
+
+def _mean(label: str, runs: Sequence[History]) -> str:
+  """What the smoothed values of a run are called under the pointer."""
+  return "mean of those around" if len(runs) == 1 else label
 
 
 def _time(runs: Sequence[History]) -> list[str]:
@@ -191,9 +210,11 @@ def _time(runs: Sequence[History]) -> list[str]:
   parts = ["<h2>Where the time went</h2>"]
   for run, label in logged:
     seconds = run.log.seconds()
-    total = sum(seconds.values())
-    head = f"{label}: goodput {run.goodput:.0%} of {duration(total)}"
-    parts += [_titled(head, "", time_charts.bar(seconds, WIDE) + time_charts.strip(run, WIDE))]
+    title = f"{label}: goodput {run.goodput:.0%} of {duration(sum(seconds.values()))}"
+    parts += [
+      _drawn(time_charts.bar(seconds, title, WIDE)),
+      _drawn(time_charts.strip(run, WIDE)),
+    ]
   return parts
 
 
@@ -209,26 +230,18 @@ def _layers(run: History, label: str, runs: Sequence[History]) -> list[str]:
 
   parts = []
   if any(run.layer("horizon")):
-    titled = [
-      _titled(title, note, picture)
-      for title, note, picture in layer_charts.recurrence(run, x_of, x, marks, HALF)
-    ]
-    parts += [f"<h2>What the recurrence{of} does</h2>", layer_charts.NOTE, *_pair(*titled)]
-  titled = [
-    _titled(title, note, picture)
-    for title, note, picture in layer_charts.norms(run, x_of, x, marks, HALF)
-  ]
-  return [*parts, f"<h2>Layers{of}</h2>", *_pair(*titled)]
+    pictures = layer_charts.recurrence(run, x_of, x, marks, HALF)
+    parts += [f"<h2>What the recurrence{of} does</h2>", layer_charts.NOTE, *_pair(*pictures)]
+  pictures = layer_charts.norms(run, x_of, x, marks, HALF)
+  return [*parts, f"<h2>Layers{of}</h2>", *_pair(*pictures)]
 
 
-def _titled(title: str, note: str, picture: str) -> str:
-  if not picture:
-    return ""
-  return f"<div><h3>{html.escape(title)} <span>{html.escape(note)}</span></h3>{picture}</div>"
+def _drawn(picture: Picture | None) -> str:
+  return "" if picture is None else picture.svg()
 
 
-def _pair(*parts: str) -> list[str]:
-  return ['<div class="pair">', *(part for part in parts if part), "</div>"]
+def _pair(*pictures: Picture | None) -> list[str]:
+  return ['<div class="pair">', *(_drawn(picture) for picture in pictures), "</div>"]
 
 
 def _progress(runs: Sequence[History]) -> tuple[Axis, XOf]:
@@ -264,16 +277,14 @@ def _clock_axis(runs: Sequence[History]) -> tuple[Axis, float]:
     (max(run.metrics["time"].values()) - run.began() for run in runs if run.metrics["time"]),
     default=0.0,
   )
-  for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")):
-    if longest >= 2 * size or size == 1.0:
-      return Axis(f"{unit} since the first start", show="{:.4g}".format, low=0.0), size
-  raise AssertionError
+  scale, unit = time_charts.clock(longest)
+  return Axis(f"{unit} since the first start", show="{:.4g}".format, low=0.0), scale
 
 
 def _step_marks(runs: Sequence[History], x_of: XOf) -> list[Mark]:
   marks = []
   for run, color in zip(runs, _run_colors(runs)):
-    color = svg.FAINT if len(runs) == 1 else color
+    color = colors.FAINT if len(runs) == 1 else color
     marks += [Mark(x_of(run, start.step or 0), "restart", color) for start in run.restarts]
   return marks
 
@@ -281,13 +292,17 @@ def _step_marks(runs: Sequence[History], x_of: XOf) -> list[Mark]:
 def _clock_marks(runs: Sequence[History], scale: float) -> list[Mark]:
   marks = []
   for run, color in zip(runs, _run_colors(runs)):
-    color = svg.FAINT if len(runs) == 1 else color
+    color = colors.FAINT if len(runs) == 1 else color
     marks += [Mark((start.time - run.began()) / scale, "restart", color) for start in run.restarts]
   return marks
 
 
 def _run_colors(runs: Sequence[History]) -> list[str]:
-  return [svg.COLORS[index % len(svg.COLORS)] for index in range(len(runs))]
+  return colors.of_runs([run.name for run in runs])
+
+
+def _held_out_color(color: str) -> str:
+  return colors.BLUE if color == colors.VERMILLION else colors.VERMILLION
 
 
 def _end_of(run: History, name: str) -> float | None:

@@ -2,7 +2,7 @@
 
 import statistics
 
-from launch.pages import svg
+from train.drawing.numbers import short
 from train.telemetry.history import History, duration
 
 
@@ -38,8 +38,8 @@ def summary_lines(run: History, label: str) -> list[str]:
     middle = statistics.median(value for _, value in horizons)
     shortest, longest = (choose(horizons, key=lambda pair: pair[1]) for choose in (min, max))
     lines.append(
-      f"  memory horizon of the median channel: {svg.short(middle)} tokens; from "
-      f"{svg.short(shortest[1])} in block {shortest[0]} to {svg.short(longest[1])} in block "
+      f"  memory horizon of the median channel: {short(middle)} tokens; from "
+      f"{short(shortest[1])} in block {shortest[0]} to {short(longest[1])} in block "
       f"{longest[0]}"
     )
   return lines + [f"  missing: {line}" for line in run.missing]

@@ -3,58 +3,67 @@
 import math
 from collections.abc import Sequence
 
-from launch.pages import svg
+from train.drawing import bar_chart, colors
+from train.drawing.bar_chart import Bar
+from train.drawing.line_chart import Axis, dress
+from train.drawing.picture import TITLE_HEIGHT, Picture, drawing
 from train.telemetry import goodput
 from train.telemetry.history import History, duration
 
 # Words and color for each of goodput.KINDS, in the order of the bar.
 KINDS = {
-  "step": ("training steps, kept", "#009e73"),
-  "data_wait": ("waiting for data", "#56b4e9"),
-  "evaluation": ("evaluation", "#6a51a3"),
-  "checkpoint": ("checkpoints", "#0072b2"),
-  "restore": ("restoring", "#8c6d31"),
-  "compile": ("compiling", "#cc79a7"),
-  "init": ("starting up", "#e6ab02"),
-  "lost": ("lost, done again", "#d55e00"),
-  "idle": ("not running", "#c4c4c4"),
+  "step": ("training steps, kept", colors.GREEN),
+  "data_wait": ("waiting for data", colors.SKY),
+  "evaluation": ("evaluation", colors.WINE),
+  "checkpoint": ("checkpoints", colors.BLUE),
+  "restore": ("restoring", colors.BROWN),
+  "compile": ("compiling", colors.PINK),
+  "init": ("starting up", colors.SAND),
+  "lost": ("lost, done again", colors.VERMILLION),
+  "idle": ("not running", colors.SILVER),
 }
+_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
-def bar(seconds: dict[str, float], width: float) -> str:
+def bar(seconds: dict[str, float], title: str, width: float) -> Picture:
   """One bar, a part for each kind of time; a name and a share below for each."""
-  total, x, shapes, shown = sum(seconds.values()), 0.0, [], []
+  total, rows = sum(seconds.values()), []
   for kind, (words, color) in KINDS.items():
     share = seconds[kind] / total
-    if share <= 0:
-      continue
-    shown.append((words, color, share, seconds[kind]))
-    shapes.append(svg.rect(x, 4, width * share, 34, color, f"{words}: {share:.1%}"))
-    if width * share > 44:
-      dark = kind in ("idle", "init", "data_wait")
-      ink = svg.INK if dark else "#fff"
-      middle = x + width * share / 2
-      shapes.append(svg.text(middle, 26, f"{share:.0%}", anchor="middle", color=ink, weight=600))
-    x += width * share
-  for index, (words, color, share, spent) in enumerate(shown):
-    left, top = (index % 3) * 290, 52 + index // 3 * 22
     percent = f"{share:.1%}" if share >= 0.001 else "under 0.1%"
-    shapes.append(svg.rect(left, top, 12, 12, color))
-    shapes.append(svg.text(left + 18, top + 11, f"{words}  {percent}, {duration(spent)}", size=12))
-  return svg.svg(width, 56 + -(-len(shown) // 3) * 22, shapes)
+    exact = f"{percent}, {duration(seconds[kind])}"
+    rows.append(Bar(words, 100 * share, exact, color, f"{share:.0%}"))
+  return bar_chart.parts(rows, title=title, unit="share of all time (%)", width=width)
 
 
-def strip(run: History, width: float) -> str:
+def strip(run: History, width: float) -> Picture:
   """The same in the order in which it happened, with a tick at every start."""
   begin, end = run.log.pieces[0].start, run.log.pieces[-1].end
-  scale = width / max(end - begin, 1e-9)
-  starts = [(start.time - begin) * scale for start in run.log.starts[1:]]
-  words = "in the order it happened" + (", a tick at each restart" if starts else "")
-  shapes = [svg.text(0, 12, words, color=svg.FAINT, size=12)]
-  for kind, first, last in _columns(run.log.pieces, begin, scale):
-    shapes.append(svg.rect(first, 22, last - first, 16, KINDS[kind][1], KINDS[kind][0]))
-  shapes += [svg.line([(at, 18), (at, 42)], svg.INK) for at in starts]
-  return svg.svg(width, 46, shapes)
+  scale, unit = clock(end - begin)
+  starts = [(start.time - begin) / scale for start in run.log.starts[1:]]
+  title = "In the order it happened" + (", a tick at each restart" if starts else "")
+  left, right, top = 14.0, width - 14, TITLE_HEIGHT + 6
+  columns = (right - left) / max(end - begin, 1e-9)
+  with drawing(width, top + 60, title=title) as picture:
+    axes = picture.axes(left, right, top, top + 18)
+    label = f"{unit} since the first start"
+    dress(axes, "x", Axis(label, low=0.0), [(end - begin) / scale], pad=0.0, most=10)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    for kind, first, last in _columns(run.log.pieces, begin, columns):
+      x, size = (place / columns / scale for place in (first, last - first))
+      axes.barh(0.5, size, 1.0, left=x, color=KINDS[kind][1])
+      told = f"{KINDS[kind][0]}: {duration((last - first) / columns)}"
+      picture.tell(axes, (x, x + size), (0, 1), f"{told}\nfrom {x:.4g} {unit} on")
+    for at in starts:
+      axes.axvline(at, ymin=-0.25, ymax=1.25, color=colors.INK, linewidth=1.0, clip_on=False)
+  return picture
+
+
+def clock(seconds: float) -> tuple[float, str]:
+  """The unit for an axis as long as this: its seconds and its name."""
+  return next(unit for unit in _UNITS if seconds >= 2 * unit[0] or unit[0] == 1.0)
 
 
 def _columns(

@@ -7,10 +7,11 @@ import re
 
 import pytest
 
-from launch.pages import layer_charts, report_page, svg, time_charts
-from launch.pages.line_chart import Axis, Line, _thinned, chart
+from launch.pages import layer_charts, report_page, time_charts
 from launch.pages.report_text import summary_lines
+from tests import drawn
 from tests.reported_runs import QUANTILES, killed_run, page_words, write
+from train.drawing import colors
 from train.telemetry import history
 
 
@@ -21,46 +22,72 @@ def _edited(folder, name, edit):
   write(folder / name, lines)
 
 
-def _words(picture):
-  """word -> its place in a picture, (x, y)."""
-  found = re.findall(r'<text x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*)<', picture)
-  return {html.unescape(word): (float(x), float(y)) for x, y, word in found}
-
-
-def _points(picture):
-  """Of each line of a picture its places, (x, y)."""
-  return [
-    [tuple(map(float, point.split(","))) for point in points.split()]
-    for points in re.findall(r'points="([^"]*)"', picture)
-  ]
+def _pictures(page):
+  """title -> picture of a page."""
+  return {
+    html.unescape(re.search(r'aria-label="([^"]*)"', picture)[1]): picture
+    for picture in re.findall(r"<svg.*?</svg>", page, re.S)
+  }
 
 
 def test_runs_in_a_picture_share_a_unit_though_one_does_not_know_its_tokens(tmp_path):
-  folders = [killed_run(tmp_path / name, name=name) for name in ("knows", "does not")]
+  folders = [
+    killed_run(tmp_path / name, name=name, statistics=False) for name in ("knows", "does not")
+  ]
   (folders[1] / "events.jsonl").unlink()
   runs = [history.read(folder) for folder in folders]
   assert [run.tokens_per_step for run in runs] == [1000, None]
-  page = report_page.page(runs, command="")
-  pictures = dict(re.findall(r"<h3>([\w -]+) <span>.*?</h3>(<svg.*?</svg>)", page, re.S))
-  assert "over tokens" not in pictures
-  for title in ("over steps", "Throughput", "Gradient norm"):
-    assert ">steps</text>" in pictures[title]
-    ends = [points[-1][0] for points in _points(pictures[title]) if len(points) == 40]
+  pictures = _pictures(report_page.page(runs, command=""))
+  assert not any("over tokens" in title for title in pictures)
+  for title in ("Loss over steps; dots: held out", "Throughput of all devices"):
+    assert "steps" in drawn.words(pictures[title])
+    ends = [places[-1][0] for _, places in drawn.lines(pictures[title]) if len(places) == 40]
     assert len(ends) >= 2
     assert len(set(ends)) == 1
   # Who knows no tokens knows no FLOPs: only the other has its curves there, in its color.
   for order in (runs, runs[::-1]):
-    page = report_page.page(order, command="")
-    (picture,) = re.findall(r"<h3>over compute .*?(<svg.*?</svg>)", page, re.S)
-    color = svg.COLORS[order.index(runs[0])]
-    assert re.findall(r'fill="(#\w+)">((?:knows|does not) [^<]*)<', picture) == [
-      (color, "knows 2.017")
-    ]
-  assert ">tokens</text>" in report_page.page(runs[:1], command="")
+    picture = _pictures(report_page.page(order, command=""))["Loss over compute"]
+    color = colors.DISTINCT[order.index(runs[0])]
+    assert drawn.color_of(picture, "knows 2.017") == color
+    assert not any("does not" in word for word in drawn.words(picture))
+    assert {line_color for line_color, places in drawn.lines(picture) if len(places) > 5} == {color}
+  (tokens,) = [
+    picture
+    for title, picture in _pictures(report_page.page(runs[:1], command="")).items()
+    if title == "Loss over tokens"
+  ]
+  assert "tokens" in drawn.words(tokens)
+
+
+def test_a_run_has_the_color_of_its_family_in_every_picture(tmp_path):
+  names = ("hawk-1b", "griffin-1b")
+  folders = [killed_run(tmp_path / name, name=name, statistics=False) for name in names]
+  runs = [history.read(folder) for folder in folders]
+  pictures = _pictures(report_page.page(runs, command=""))
+  for title in ("Loss over compute", "Throughput of all devices", "Learning rate"):
+    for name, family in zip(names, ("hawk", "griffin")):
+      (word,) = [word for word in drawn.words(pictures[title]) if word.startswith(name)]
+      assert drawn.color_of(pictures[title], word) == colors.FAMILIES[family].color
+
+
+def test_the_pointer_is_shown_what_was_logged(tmp_path):
+  run = history.read(killed_run(tmp_path / "run"))
+  pictures = _pictures(report_page.page([run], command=""))
+  *_, last = drawn.told(pictures["Loss over tokens"])
+  assert last[2].split("\n") == [
+    "tokens: 40k",
+    f"training: {6 / 40**0.3:.4g}",
+    f"held out: {6.1 / 40**0.3:.4g}",
+  ]
+  *_, last = drawn.told(pictures["Memory horizon of the median channel"])
+  assert last[2].split("\n") == ["tokens: 40k", "block 0: 160"]
+  (block,) = drawn.told(pictures["Memory horizons of the channels now"])
+  assert "95 %: 640 tokens" in block[2]
+  assert "median with the gate wide open: 4" in block[2]
 
 
 def test_names_are_text_wherever_they_stand(tmp_path):
-  folders = [killed_run(tmp_path / name, name=f"{name}<i> & co") for name in "ab"]
+  folders = [killed_run(tmp_path / name, name=f"{name}<i> & co", statistics=False) for name in "ab"]
   for folder in folders:
     _edited(
       folder, "events.jsonl", lambda line: "devices" in line and line.update(devices="2 <u> chips")
@@ -90,55 +117,22 @@ def test_the_axes_of_a_page_have_their_units(tmp_path):
   assert report_page._flops(run, 40) == pytest.approx(40_000 * 6e6)
 
 
-@pytest.mark.parametrize(
-  ("scale", "values"), [("linear", (0.0, 5.0, 10.0)), ("log", (1.0, 10.0, 100.0))]
-)
-def test_a_point_stands_where_its_value_is(scale, values):
-  y = Axis(scale=scale, low=values[0], high=values[-1])
-  line = Line(list(enumerate(values)), "#000", "a")
-  (places,) = [
-    places
-    for places in _points(chart([line], x=Axis(), y=y, width=400, height=240))
-    if len(places) == 3
-  ]
-  (left, bottom), (_, middle), (right, top) = places
-  assert left < right
-  assert top < bottom  # a picture counts downward
-  assert middle == pytest.approx((top + bottom) / 2, abs=0.2)
-
-
-def test_no_peak_is_lost_among_very_many_points():
-  points = [(float(x), 1.0) for x in range(20_000)]
-  points[12_345] = (12_345.0, 9.0)
-  points[4_321] = (4_321.0, -9.0)
-  kept = _thinned(points)
-  assert len(kept) < 2_000
-  assert {points[12_345], points[4_321], points[0], points[-1]} <= set(kept)
-  assert kept == sorted(kept)
-
-
 def test_the_horizons_now_stand_where_they_are(tmp_path):
   run = history.read(killed_run(tmp_path / "run"))
-  picture = layer_charts._distribution(run, 420)
-  words = _words(picture)
+  picture = layer_charts._distribution(run, 420).svg()
+  words = drawn.words(picture)
   tops = [words[name][1] for name in ("95 % of channels", "75 %", "median", "25 %", "5 %")]
   assert tops == sorted(tops)
   # Of 40, 80, 160, 320 and 640 tokens, on a logarithmic axis: evenly apart.
-  (span,) = [
-    places
-    for places in _points(picture)
-    if places[0][0] == places[1][0] and places[0][1] > places[1][1]
-  ]
-  (bottom, top) = (y for _, y in span)
+  color = colors.in_order(0, 2)
+  (((_, bottom), (_, top)),) = [places for line, places in drawn.lines(picture) if line == color]
   octave = (bottom - top) / 4
-  ((y, height),) = re.findall(
-    r'<rect x="[^"]*" y="([\d.]+)" width="16.0" height="([\d.]+)"', picture
-  )
-  assert float(y) == pytest.approx(top + octave, abs=0.2)
-  assert float(height) == pytest.approx(2 * octave, abs=0.2)
+  ((_, _, upper, _, lower),) = [area for area in drawn.areas(picture) if area[0] == color]
+  assert upper == pytest.approx(top + octave, abs=0.2)
+  assert lower == pytest.approx(bottom - octave, abs=0.2)
   # With its gate open the median channel has 4.
-  (ring,) = re.findall(r'<circle cx="[^"]*" cy="([\d.]+)"', picture)
-  assert float(ring) == pytest.approx(bottom + octave * math.log2(40 / 4), abs=0.5)
+  (ring,) = [y for mark, _, y in drawn.marks(picture) if mark == color]
+  assert ring == pytest.approx(bottom + octave * math.log2(40 / 4), abs=0.5)
 
 
 def test_an_update_is_relative_to_its_parameters(tmp_path):
@@ -152,12 +146,19 @@ def test_an_update_is_relative_to_its_parameters(tmp_path):
 
 def test_the_bar_says_what_each_time_was():
   seconds = dict.fromkeys(time_charts.KINDS, 0.0) | {"step": 60.0, "checkpoint": 30.0}
-  words = _words(time_charts.bar(seconds | {"restore": 10.0}, 860))
-  assert {
-    "training steps, kept  60.0%, 60 s",
-    "checkpoints  30.0%, 30 s",
-    "restoring  10.0%, 10 s",
-  } <= words.keys()
+  picture = time_charts.bar(seconds | {"restore": 10.0}, "A title", 860).svg()
+  expected = {
+    "training steps, kept": (60, "60.0%, 60 s"),
+    "checkpoints": (30, "30.0%, 30 s"),
+    "restoring": (10, "10.0%, 10 s"),
+  }
+  told = {words: right - left for left, right, words in drawn.told(picture)}
+  assert told.keys() == {f"{name}: {words}" for name, (_, words) in expected.items()}
+  written = {" ".join(word.split()) for word in drawn.words(picture)}
+  for name, (share, words) in expected.items():
+    assert f"{name} {words}" in written
+    assert told[f"{name}: {words}"] == pytest.approx(832 * share / 100, abs=0.2)
+    assert f"{share}%" in written
 
 
 def test_a_start_that_was_killed_before_its_first_step_is_no_restart(tmp_path):

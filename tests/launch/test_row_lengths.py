@@ -10,9 +10,10 @@ from launch.overrides import load
 from sharding import machine as machines
 from sharding import topology
 from sharding.mesh import MeshShape
-from tests import tiny
+from tests import drawn, tiny
 from tests.train.planning.test_plan import ROOT
 from train import program as programs
+from train.drawing import colors
 from train.planning import plan as plans
 
 
@@ -55,7 +56,7 @@ def test_nothing_is_added_to_a_file_of_something_else(monkeypatch, tmp_path, cap
   known = (ROOT / "docs" / "row_lengths.jsonl").read_text().splitlines()[0]
   path.write_text(f"{known}\n{line}\n")
   _flags(monkeypatch, json=str(path), machine=["v5p:4"], rows=["2048"], families=["hawk"])
-  _flags(monkeypatch, measure=False)
+  _flags(monkeypatch, measure=False, recorded=False)
   monkeypatch.setattr(row_lengths, "check_output", lambda name: None)
   monkeypatch.setattr(row_lengths, "_compare", None)  # it is refused before any work
   with pytest.raises(SystemExit) as left:
@@ -97,13 +98,46 @@ def test_what_the_readme_shows_of_an_h100_is_drawn_from_what_was_recorded():
   # As a loop over blocks, and written out on two days: the picture shows the last.
   layers = [one["layers"] for one in wanted if one["how"] == "measured"]
   assert layers == 12 * ["scan"] + 24 * ["unroll"]
-  drawn = row_lengths.picture(wanted, f"1b on {machine}")
-  assert (ROOT / "docs" / "row_lengths_h100.svg").read_text() == drawn + "\n"
+  picture = row_lengths.picture(wanted, f"1b on {machine}")
+  assert (ROOT / "docs" / "row_lengths_h100.svg").read_text() == picture + "\n"
 
 
-def test_the_picture_has_a_line_for_each_family():
+def test_the_picture_has_a_line_for_each_family_in_its_color():
   lines = (ROOT / "docs" / "row_lengths.jsonl").read_text().splitlines()
   results = [json.loads(line) for line in lines]
-  drawn = row_lengths.picture([one for one in results if one["machine"] == "v5p:2x2x1"], "1b")
-  assert all(f">{family}<" in drawn for family in families.FAMILIES)
-  assert drawn.count("<svg") == 1
+  svg = row_lengths.picture([one for one in results if one["machine"] == "v5p:2x2x1"], "1b")
+  words = drawn.words(svg)
+  assert {"Tokens per second over row length: 1b", "tokens in a row", "tokens per second"} <= set(
+    words
+  )
+  for family in families.FAMILIES:
+    for word in (family, f"{family}, compiler's"):
+      assert drawn.color_of(svg, word) == colors.of_family(family).color
+  told = dict(words.split("\n", 1) for *_, words in drawn.told(svg))
+  assert told.keys() == {f"tokens in a row: {row}" for row in ("2,048", "4,096", "8,192", "16,384")}
+  (griffin,) = [
+    one["tokens_per_second"]
+    for one in results
+    if (one["machine"], one["config"], one["how"]) == ("v5p:2x2x1", "griffin-1b", "compiled")
+    and one["row_length"] == 8192
+  ][-1:]
+  assert f"griffin, compiled: {griffin:,.0f}" in told["tokens in a row: 8,192"]
+
+
+def test_a_picture_is_drawn_again_from_what_was_recorded(monkeypatch, tmp_path, capsys):
+  recorded, path = ROOT / "docs" / "row_lengths.jsonl", tmp_path / "again.svg"
+  before = recorded.read_bytes()
+  _flags(monkeypatch, measure=False, recorded=True, machine=["h100:1"], size="1b")
+  _flags(monkeypatch, json=str(recorded), svg=str(path), rows=["2048"], families=["hawk"])
+  monkeypatch.setattr(row_lengths, "check_output", lambda name: None)
+  row_lengths.main(["row_lengths"])
+  assert path.read_bytes() == (ROOT / "docs" / "row_lengths_h100.svg").read_bytes()
+  assert recorded.read_bytes() == before
+  _flags(monkeypatch, json=None)
+  with pytest.raises(SystemExit):
+    row_lengths.main(["row_lengths"])
+  assert "--recorded draws --svg from --json: name both" in capsys.readouterr().err
+  _flags(monkeypatch, json=str(recorded), machine=["v5p:16"])
+  with pytest.raises(SystemExit):
+    row_lengths.main(["row_lengths"])
+  assert "no result of 1b on v5p" in capsys.readouterr().err

@@ -1,288 +1,166 @@
-"""Pictures of a sweep, one for each question, as SVG: what does compute buy, which size is best for
-a budget, how does the best size grow. Colours are told apart by the colour-blind (Okabe and Ito),
-and markers differ too; what a line is stands at its end."""
+"""Pictures of a sweep, one for each question: what does compute buy, which size is best for a
+budget, how does the best size grow."""
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.scaling.law import Isoflop, Power, Runs
+from train.drawing import colors
+from train.drawing.line_chart import Axis, dress, label_ends
+from train.drawing.numbers import scientific, short
+from train.drawing.picture import TITLE_HEIGHT, Picture, drawing
+from train.scaling.law import Isoflop, Minimum, Power, Runs
 
-# Okabe and Ito's, in an order in which neighbours differ most.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_INK, _FAINT = "#222222", "#8a8a8a"
-_STYLE: dict[Any, Any] = {
-  "svg.fonttype": "none",
-  "svg.hashsalt": "scaling",
-  "font.family": "sans-serif",
-  "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-  "font.size": 11,
-  "text.color": _INK,
-  "axes.labelcolor": _INK,
-  "axes.edgecolor": "#b0b0b0",
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.titlesize": 12,
-  "axes.titleweight": "bold",
-  "axes.titlelocation": "left",
-  "xtick.color": "#b0b0b0",
-  "ytick.color": "#b0b0b0",
-  "xtick.labelcolor": _INK,
-  "ytick.labelcolor": _INK,
-  "grid.color": "#e8e8e8",
-  "grid.linewidth": 0.8,
-}
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+
+_LEFT, _BOTTOM, _LAW_LABELS = 66.0, 44.0, 195.0
+_PANEL, _GAP, _BUDGET_LABELS = 265.0, 18.0, 90.0
+_LOSS = "held-out loss (nats per token)"
+_COMPUTE = "training compute C (FLOPs)"
+End = tuple[tuple[float, float], str, str]  # a point, words beside it and their color
 
 
-def loss_chart(
-  runs: Mapping[str, Runs], laws: Mapping[str, Isoflop], *, format: str = "svg"
-) -> bytes:
+def loss_chart(runs: Mapping[str, Runs], laws: Mapping[str, Isoflop]) -> Picture:
   """Loss over FLOPs: every run faint, the best of each budget with its interval, and the law."""
-  with _Figure(width=8.6, height=5.0) as figure:
-    axes = figure.subplots()
-    ends = []
-    for index, (family, law) in enumerate(laws.items()):
-      color, marker = _look(index)
-      own = runs[family]
-      axes.scatter(own.budgets, own.losses, s=14, color=color, alpha=0.22, linewidths=0)
+  title = "The best held-out loss at each budget"
+  with drawing(900, 480, title=title) as picture:
+    axes = picture.axes(_LEFT, 900 - _LAW_LABELS, TITLE_HEIGHT + 8, 480 - _BOTTOM)
+    losses = [float(loss) for own in runs.values() for loss in own.losses]
+    dress(axes, "y", Axis(_LOSS, "log", show="{:g}".format), losses, pad=0.08)
+    _dress_budgets(axes, runs)
+    ends: list[End] = []
+    for family, law in laws.items():
+      own, look = runs[family], colors.of_family(family)
+      axes.scatter(own.budgets, own.losses, s=16, color=look.color, alpha=0.35, linewidths=0)
+      for budget, size, loss in zip(own.budgets, own.parameters, own.losses):
+        words = f"{family}, {short(size)} parameters\n{scientific(budget)} FLOPs, loss {loss:.4f}"
+        picture.tell(axes, (budget, budget), (loss, loss), words)
       if law.loss is not None:
-        ends.append(_law(axes, family, law, law.loss, color))
-      _minima(axes, law, "loss", color, marker)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _limits(axes, [loss for own in runs.values() for loss in own.losses])
-    _label_ends(axes, ends)
-    _plain_log(axes.yaxis)
-    _budget_ticks(axes.xaxis, [budget for own in runs.values() for budget in own.budgets])
-    axes.set_xlabel("training compute C (FLOPs)")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.grid(True, axis="y")
-    axes.set_title("What compute buys: the best loss at each budget")
-    return figure.save(format)
+        ends.append(_law(axes, family, law, law.loss, look.color))
+      for one in law.minima:
+        _minimum(picture, axes, family, one, "loss")
+    label_ends(picture, axes, ends)
+  return picture
 
 
-def isoflop_chart(
-  runs: Mapping[str, Runs], laws: Mapping[str, Isoflop], *, format: str = "svg"
-) -> bytes:
+def isoflop_chart(runs: Mapping[str, Runs], laws: Mapping[str, Isoflop]) -> Picture:
   """Loss over size, a panel for each family and a curve for each budget, with its minimum."""
-  budgets = sorted({budget for own in runs.values() for budget in own.budgets})
-  with _Figure(width=4.0 * len(runs) + 0.6, height=4.6) as figure:
-    panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, (family, own) in zip(panels, runs.items()):
-      law = laws[family]
-      curves = {one.budget: one for one in law.minima}
-      for place, budget in enumerate(budgets):
-        color = _shade(place, len(budgets))
-        chosen = own.budgets == budget
-        if not chosen.any():
-          continue
-        order = np.argsort(own.parameters[chosen])
-        N, L = own.parameters[chosen][order], own.losses[chosen][order]
-        if budget in curves:
-          x = np.geomspace(N[0], N[-1], 100)
-          fitted = np.exp(np.polyval(curves[budget].curve, np.log(x)))
-          axes.plot(x, fitted, color=color, linewidth=1.6)
-          best = curves[budget]
-          _best(axes, best.parameters.value, best.loss.value, color)
-        else:
-          axes.plot(N, L, color=color, linewidth=1.0, linestyle=":")
-        axes.plot(N, L, "o", color=color, markersize=4.5, zorder=3)
-        if axes is panels[-1]:
-          axes.annotate(
-            _scientific(budget),
-            (N[-1], L[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=10.5,
-            annotation_clip=False,
-          )
-      axes.set_xscale("log")
-      axes.set_yscale("log")
-      _plain_log(axes.yaxis)
-      _size_ticks(axes.xaxis)
+  budgets = sorted({float(budget) for own in runs.values() for budget in own.budgets})
+  width = _LEFT + len(runs) * _PANEL + (len(runs) - 1) * _GAP + _BUDGET_LABELS
+  losses = [float(loss) for own in runs.values() for loss in own.losses]
+  sizes = [float(size) for own in runs.values() for size in own.parameters]
+  title = "Loss over size, a curve for each budget; diamonds: the best size"
+  with drawing(width, 440, title=title) as picture:
+    for place, (family, own) in enumerate(runs.items()):
+      left = _LEFT + place * (_PANEL + _GAP)
+      top = TITLE_HEIGHT + 28
+      axes = picture.axes(left, left + _PANEL, top, 440 - _BOTTOM)
+      color = colors.of_family(family).color
+      picture.words(left, top - 8, family.capitalize(), color=color, weight="bold")
+      y = Axis("" if place else _LOSS, "log", show="{:g}".format)
+      dress(axes, "y", y, losses, pad=0.08)
+      dress(axes, "x", Axis("parameters N", "log"), sizes, pad=0.04, most=5)
       axes.grid(True, axis="y")
-      axes.set_title(family.capitalize())
-      axes.set_xlabel("parameters N")
-    panels[0].set_ylabel("held-out loss (nats per token)")
-    _best(panels[0], 0.05, 0.05, _FAINT, transform=panels[0].transAxes)
-    panels[0].text(
-      0.08, 0.05, "best size", color=_FAINT, va="center", transform=panels[0].transAxes
-    )
-    panels[-1].annotate(
-      "FLOPs",
-      (1, 1),
-      xycoords="axes fraction",
-      xytext=(8, 2),
-      textcoords="offset points",
-      color=_FAINT,
-      fontsize=10.5,
-    )
-    return figure.save(format)
+      if place:
+        axes.tick_params(axis="y", labelleft=False)
+      ends = _curves(picture, axes, family, own, laws[family], budgets)
+      if place == len(runs) - 1:
+        label_ends(picture, axes, ends)
+        right = left + _PANEL + 8
+        picture.words(right, top - 8, "FLOPs", color=colors.FAINT)
+  return picture
 
 
-def optimal_chart(
-  runs: Mapping[str, Runs], laws: Mapping[str, Isoflop], *, format: str = "svg"
-) -> bytes:
+def optimal_chart(runs: Mapping[str, Runs], laws: Mapping[str, Isoflop]) -> Picture:
   """The best size over FLOPs, with its law."""
-  with _Figure(width=8.6, height=4.6) as figure:
-    axes = figure.subplots()
-    ends = []
-    for index, (family, law) in enumerate(laws.items()):
-      color, marker = _look(index)
+  title = "The best size at each budget"
+  with drawing(900, 440, title=title) as picture:
+    axes = picture.axes(_LEFT, 900 - _LAW_LABELS, TITLE_HEIGHT + 8, 440 - _BOTTOM)
+    sizes = [float(size) for own in runs.values() for size in own.parameters]
+    dress(axes, "y", Axis("best number of parameters N", "log"), sizes, pad=0.08)
+    _dress_budgets(axes, runs)
+    ends: list[End] = []
+    for family, law in laws.items():
       if law.parameters is not None:
+        color = colors.of_family(family).color
         ends.append(_law(axes, family, law, law.parameters, color))
-      _minima(axes, law, "parameters", color, marker)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _limits(axes, [size for own in runs.values() for size in own.parameters])
-    _label_ends(axes, ends)
-    _size_ticks(axes.yaxis)
-    _budget_ticks(axes.xaxis, [budget for own in runs.values() for budget in own.budgets])
-    axes.set_xlabel("training compute C (FLOPs)")
-    axes.set_ylabel("best number of parameters N")
-    axes.grid(True, axis="y")
-    axes.set_title("How large a model a budget is best spent on")
-    return figure.save(format)
+      for one in law.minima:
+        _minimum(picture, axes, family, one, "parameters")
+    label_ends(picture, axes, ends)
+  return picture
 
 
-class _Figure:
-  """A matplotlib figure in our style; nothing of it is global."""
-
-  def __init__(self, *, width: float, height: float):
-    self._size = (width, height)
-
-  def __enter__(self) -> "_Figure":
-    # Imported where it is drawn: it takes a second or more of every start.
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    self._context = matplotlib.rc_context(_STYLE)
-    self._context.__enter__()
-    self._figure = Figure(figsize=self._size, dpi=110, layout="constrained")
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    self._context.__exit__(None, None, None)
-
-  def subplots(self, *shape: int, **options: Any) -> Any:
-    return self._figure.subplots(*shape, **options)
-
-  def save(self, format: str) -> bytes:
-    file = io.BytesIO()
-    # No date: the same sweep gives the same bytes.
-    metadata = {"Date": None} if format == "svg" else {}
-    self._figure.savefig(file, format=format, metadata=metadata)
-    return file.getvalue()
+def _dress_budgets(axes: "Axes", runs: Mapping[str, Runs]) -> None:
+  """An axis with the budgets of the grid as its numbers."""
+  budgets = sorted({float(budget) for own in runs.values() for budget in own.budgets})
+  dress(axes, "x", Axis(_COMPUTE, "log", show=scientific, at=budgets), budgets, pad=0.05)
+  axes.grid(True, axis="y")
 
 
-def _look(index: int) -> tuple[str, str]:
-  return _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+def _curves(
+  picture: Picture,
+  axes: "Axes",
+  family: str,
+  runs: Runs,
+  law: Isoflop,
+  budgets: Sequence[float],
+) -> list[End]:
+  """A curve for each budget, light to dark; what stands at their ends."""
+  minima, ends = {one.budget: one for one in law.minima}, []
+  for place, budget in enumerate(budgets):
+    color = colors.in_order(len(budgets) - 1 - place, len(budgets))
+    chosen = runs.budgets == budget
+    if not chosen.any():
+      continue
+    order = np.argsort(runs.parameters[chosen])
+    N, L = runs.parameters[chosen][order], runs.losses[chosen][order]
+    if (best := minima.get(budget)) is not None:
+      x = np.geomspace(N[0], N[-1], 60)
+      axes.plot(x, np.exp(np.polyval(best.curve, np.log(x))), color=color, linewidth=1.6)
+      look = {"markersize": 7.5, "markerfacecolor": "#ffffff", "markeredgewidth": 1.8}
+      axes.plot(best.parameters.value, best.loss.value, "D", color=color, zorder=4, **look)
+    else:
+      axes.plot(N, L, color=color, linewidth=1.0, linestyle=":")
+    axes.plot(N, L, "o", color=color, markersize=4.5, zorder=3)
+    for size, loss in zip(N, L):
+      words = f"{family}, {scientific(budget)} FLOPs\n{short(size)} parameters: loss {loss:.4f}"
+      picture.tell(axes, (size, size), (loss, loss), words)
+    if best is not None:
+      size, loss = best.parameters.value, best.loss.value
+      words = f"{family}, {scientific(budget)} FLOPs\nbest: {short(size)} parameters, {loss:.4f}"
+      picture.tell(axes, (size, size), (loss, loss), words)
+    ends.append(((float(N[-1]), float(L[-1])), scientific(budget), color))
+  return ends
 
 
-def _shade(place: int, count: int) -> Any:
-  """Light to dark with the budget."""
-  import matplotlib
-
-  return matplotlib.colormaps["viridis_r"](0.18 + 0.74 * place / max(1, count - 1))
-
-
-def _span(budgets: Sequence[float]) -> np.ndarray:
-  return np.geomspace(min(budgets), max(budgets), 60)
-
-
-def _law(axes: Any, family: str, law: Isoflop, power: Power, color: str) -> tuple[float, str, str]:
-  """A power law over the budgets, with its band; what `_label_ends` writes at its end."""
-  x = _span([one.budget for one in law.minima])
+def _law(axes: "Axes", family: str, law: Isoflop, power: Power, color: str) -> End:
+  """A power law over the budgets, with its band; what stands at its end."""
+  budgets = [one.budget for one in law.minima]
+  x = np.geomspace(min(budgets), max(budgets), 60)
   low, high = power.band(x)
   axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
-  axes.plot(x, power.at(x), color=color, linewidth=1.8)
-  label = f"{family.capitalize()}  {_power_words(power, 'C')}"
-  return float(power.at(x[-1:])[0]), label, color
+  axes.plot(x, power.at(x), color=color)
+  label = f"{family.capitalize()}: {_power_words(power)}"
+  return (float(x[-1]), float(power.at(x[-1:])[0])), label, color
 
 
-def _minima(axes: Any, law: Isoflop, name: str, color: str, marker: str) -> None:
-  """The best of each budget, with its interval where that is finite."""
-  for one in law.minima:
-    interval = getattr(one, name)
-    axes.plot(one.budget, interval.value, marker, color=color, markersize=7, zorder=4)
-    if np.isfinite(interval.low) and np.isfinite(interval.high):
-      axes.plot([one.budget] * 2, [interval.low, interval.high], color=color, linewidth=1.4)
+def _minimum(picture: Picture, axes: "Axes", family: str, one: Minimum, name: str) -> None:
+  """The best of a budget, with its interval where that is finite."""
+  look, interval = colors.of_family(family), getattr(one, name)
+  axes.plot(one.budget, interval.value, look.marker, color=look.color, markersize=7, zorder=4)
+  between = ""
+  if np.isfinite(interval.low) and np.isfinite(interval.high):
+    axes.plot([one.budget] * 2, [interval.low, interval.high], color=look.color, linewidth=1.4)
+    between = f" ({interval.low:.4g} to {interval.high:.4g})"
+  words = f"{family}, best of {scientific(one.budget)} FLOPs\n{name} {interval.value:.4g}{between}"
+  picture.tell(axes, (one.budget, one.budget), (interval.value, interval.value), words)
 
 
-def _best(axes: Any, x: float, y: float, color: Any, **placed: Any) -> None:
-  """The mark of an isoFLOP curve's minimum."""
-  look = {"markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.8}
-  axes.plot(x, y, marker="D", markeredgecolor=color, zorder=4, **look, **placed)
-
-
-def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-  """Labels (height of the line's end, words, colour) right of the axes, moved apart where they
-  would lie on each other; the limits of the axes stand."""
-  bottom, top = (np.log(limit) for limit in axes.get_ylim())
-  last = -1.0
-  for y, words, color in sorted(ends):
-    last = max((np.log(y) - bottom) / (top - bottom), last + 0.075)
-    axes.text(1.015, last, words, color=color, transform=axes.transAxes, va="center", weight="bold")
-
-
-def _limits(axes: Any, values: Sequence[float]) -> None:
-  """A logarithmic axis around these values: bands and intervals may leave the picture."""
-  low, high = np.log(min(values)), np.log(max(values))
-  room = 0.08 * (high - low) or 0.1
-  axes.set_ylim(np.exp(low - room), np.exp(high + room))
-
-
-def _plain_log(axis: Any) -> None:
-  """Ticks as plain numbers: a loss runs over less than a decade."""
-  from matplotlib.ticker import MaxNLocator, NullLocator
-
-  axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-  axis.set_minor_locator(NullLocator())
-  axis.set_major_formatter(lambda value, place: f"{value:g}")
-
-
-def _budget_ticks(axis: Any, budgets: Sequence[float]) -> None:
-  """Ticks where the grid has its budgets."""
-  from matplotlib.ticker import FixedLocator, NullLocator
-
-  axis.set_major_locator(FixedLocator(sorted(set(budgets))))
-  axis.set_minor_locator(NullLocator())
-  axis.set_major_formatter(lambda value, place: _scientific(value))
-
-
-def _size_ticks(axis: Any) -> None:
-  """Ticks at 1, 2 and 5 of each decade: 20k, 5M."""
-  from matplotlib.ticker import LogLocator, NullLocator
-
-  axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-  axis.set_minor_locator(NullLocator())
-  axis.set_major_formatter(lambda value, place: _short(value))
-
-
-def _short(value: float) -> str:
-  for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-    if value >= size:
-      return f"{value / size:g}{unit}"
-  return f"{value:g}"
-
-
-def _power_words(power: Power, letter: str) -> str:
-  """ "2.1 C^-0.05" in matplotlib's own mathematics."""
+def _power_words(power: Power) -> str:
+  """ "1.7 + 2.1 C^-0.05"."""
   floor = f"{power.floor.value:.3g} + " if power.floor.value else ""
-  return f"{floor}{_number(power.coefficient.value)} {letter}$^{{{power.exponent.value:.3f}}}$"
-
-
-def _number(value: float) -> str:
-  return f"{value:.3g}" if 1e-3 <= value < 1e4 else _scientific(value)
-
-
-def _scientific(value: float) -> str:
-  digits, _, exponent = f"{value:.1e}".partition("e")
-  mantissa = f"{float(digits):g}"
-  times = "" if mantissa == "1" else f"{mantissa}×"
-  return f"{times}10$^{{{int(exponent)}}}$"
+  factor = power.coefficient.value
+  number = f"{factor:.3g}" if 1e-3 <= factor < 1e4 else scientific(factor)
+  return f"{floor}{number} C^{power.exponent.value:.3f}"

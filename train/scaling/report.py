@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.scaling import charts as scaling_charts
+from train.scaling import charts
 from train.scaling.law import (
   LEVEL,
   Interval,
@@ -109,13 +109,13 @@ def report(path: pathlib.Path, output: pathlib.Path | None) -> list[str]:
 def write(points: Points, laws: Laws, path: pathlib.Path) -> None:
   """Writes the page to `path`, and the pictures and points.json beside it."""
   pictures = {
-    "loss": scaling_charts.loss_chart(laws.runs, laws.isoflop),
-    "isoflop": scaling_charts.isoflop_chart(laws.runs, laws.isoflop),
-    "optimal": scaling_charts.optimal_chart(laws.runs, laws.isoflop),
+    "loss": charts.loss_chart(laws.runs, laws.isoflop).svg(),
+    "isoflop": charts.isoflop_chart(laws.runs, laws.isoflop).svg(),
+    "optimal": charts.optimal_chart(laws.runs, laws.isoflop).svg(),
   }
   path.parent.mkdir(parents=True, exist_ok=True)
   for name, picture in pictures.items():
-    write_whole(path.with_name(f"{name}.svg"), picture)
+    write_whole(path.with_name(f"{name}.svg"), picture + "\n")
   content = {**points._asdict(), "laws": _as_json(laws)}
   write_whole(path.with_name(POINTS), (_dump(content) + "\n").encode())
   write_whole(path, page(points, laws, pictures).encode())
@@ -138,8 +138,8 @@ def summary(points: Points, laws: Laws) -> list[str]:
   return lines
 
 
-def page(points: Points, laws: Laws, pictures: Mapping[str, bytes]) -> str:
-  """The page; pictures are drawn into it."""
+def page(points: Points, laws: Laws, pictures: Mapping[str, str]) -> str:
+  """The page; `pictures` are SVG and stand in it."""
   title = html.escape(f"Scaling laws: {points.config}")
   done = len(points.runs)
   missing = (
@@ -159,16 +159,16 @@ def page(points: Points, laws: Laws, pictures: Mapping[str, bytes]) -> str:
       missing,
       f"<p class=lead>{html.escape(headline(laws))}</p>",
       "<h2>What does compute buy?</h2>",
-      _inline(pictures["loss"]),
+      pictures["loss"],
       '<p class="faint">Large marks: the minimum of each budget, from the curves below, with its '
       f"interval of {LEVEL:.0%}; lines: L(C) = a C<sup>b</sup> with theirs. Faint: every run.</p>",
       _table(*_law_rows(laws, "loss", "L")),
       "<h2>Which size is best for a budget?</h2>",
-      _inline(pictures["isoflop"]),
+      pictures["isoflop"],
       '<p class="faint">A curve for each FLOP budget; diamonds: its minimum. Dotted: no minimum '
       "among the sizes that were trained.</p>",
       "<h2>How does the best size grow?</h2>",
-      _inline(pictures["optimal"]),
+      pictures["optimal"],
       _table(*_law_rows(laws, "parameters", "N")),
       _table(*_minima_rows(laws)),
       "<h2>The surface L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup></h2>",
@@ -218,12 +218,8 @@ font-size:.92em}
 th,td{text-align:right;padding:.22em .8em;border-bottom:1px solid #e6e6e6;white-space:nowrap}
 th{color:#666;font-weight:500}td:first-child,th:first-child{text-align:left}
 svg{width:100%;height:auto;display:block}
+.told:hover{fill-opacity:.07}
 """
-
-
-def _inline(svg: bytes) -> str:
-  text = svg.decode()
-  return text[text.index("<svg") :]
 
 
 def _law_rows(laws: Laws, name: str, letter: str) -> tuple[list[str], list[list[str]]]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import html
 import json
 import re
 import shlex
@@ -17,6 +16,7 @@ from launch.pages.plan_page import page
 from launch.pages.plan_text import plan_lines
 from sharding import machine as machines
 from sharding.mesh import MeshShape
+from tests import drawn
 from train.planning import plan as plans
 from train.planning.layouts import Layout
 
@@ -86,16 +86,23 @@ def test_the_page_has_the_numbers_of_the_plan():
   assert re.search(r'class="verdict"[^>]*>fits<', whole)
   assert "train &lt;C&gt;" in whole
   assert "plan &lt;X&gt;" in whole
-  words = [html.unescape(word) for word in re.findall(r"<text[^>]*>([^<]*)<", whole)]
+  pictures = re.findall(r"<svg.*?</svg>", whole, re.S)
+  memory, times, sent, flops = ([*drawn.words(picture)] for picture in pictures)
+  told = [words for picture in pictures for *_, words in drawn.told(picture)]
   tokens = planned.tokens_per_step / planned.machine.num_devices
   # With the backward pass, three times the forward one.
-  flops = f"{3 * planned.flops['mlp'] * tokens / 1e12:,.2f} TFLOP"
+  number = f"{3 * planned.flops['mlp'] * tokens / 1e12:,.2f} TFLOP"
   share = f"{planned.flops['mlp'] / planned.flops.forward:.0%}"
-  assert words[words.index("MLPs") + 1] == f"{flops}, {share}"
+  assert f"MLPs: {number}, {share}" in told
+  assert {"FLOPs of a step on each device, by part", "TFLOP", f"{number}, {share}"} <= set(flops)
+  assert {"What each device sends in a step", "ms"} <= set(sent)
+  assert {"Memory of each device", "GB"} <= set(memory)
+  assert f"{plan_text.gigabytes(planned.memory.total)} GB needed" in memory
+  assert {"Least time of a step", "ms"} <= set(times)
   least = planned.roofline.times[planned.roofline.bound]
-  assert [word for word in words if "binds" in word] == [f"{1e3 * least:,.1f} ms, binds"]
-  memory = planned.memory
-  small = dataclasses.replace(planned, memory=dataclasses.replace(memory, limit=memory.total / 2))
+  assert [word for word in times if "binds" in word] == [f"{1e3 * least:,.1f} ms, binds"]
+  half = dataclasses.replace(planned.memory, limit=planned.memory.total / 2)
+  small = dataclasses.replace(planned, memory=half)
   whole = page(small, mfu=None, price=None, notes=[], train="", command="")
   assert re.search(r'class="verdict"[^>]*>does not fit<', whole)
 

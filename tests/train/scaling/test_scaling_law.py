@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from tests import drawn
+from train.drawing import colors
+from train.drawing.numbers import scientific, short
 from train.scaling import report as scaling_report
 from train.scaling.law import Runs, isoflop, surface
 from train.scaling.surface_fit import HUBER_DELTA, fit_surfaces
@@ -292,10 +295,25 @@ def test_every_column_is_what_its_head_says(tmp_path):
   law = laws.surface["hawk"]
   for head, value in (("α", law.alpha.value), ("β", law.beta.value)):
     assert float(_column(page, head)["hawk"].split()[0]) == pytest.approx(value, abs=1e-3)
-  drawn = [re.sub(r"\s+", " ", picture) for picture in re.findall(r"<svg.*?</svg>", page, re.S)]
-  for name, picture in zip(("loss", "isoflop", "optimal"), drawn):
-    beside = re.sub(r"\s+", " ", (tmp_path / f"{name}.svg").read_text())
-    assert picture in beside
+  pictures = dict(
+    zip(("loss", "isoflop", "optimal"), re.findall(r"<svg.*?</svg>", page, re.S), strict=True)
+  )
+  for name, picture in pictures.items():
+    assert (tmp_path / f"{name}.svg").read_text() == picture + "\n"
+  units = {
+    "loss": ("training compute C (FLOPs)", "held-out loss (nats per token)"),
+    "isoflop": ("parameters N", "held-out loss (nats per token)"),
+    "optimal": ("training compute C (FLOPs)", "best number of parameters N"),
+  }
+  for name, picture in pictures.items():
+    words = drawn.words(picture)
+    assert set(units[name]) <= words.keys()
+    for family in ("Hawk", "Transformer"):
+      (word,) = [word for word in words if word.startswith(family)]
+      assert drawn.color_of(picture, word) == colors.of_family(family).color
+  told = [words for *_, words in drawn.told(pictures["isoflop"])]
+  run = f"{short(first['parameters'])} parameters: loss {first['loss']:.4f}"
+  assert f"hawk, {scientific(first['budget'])} FLOPs\n{run}" in told
 
 
 def test_a_budget_that_is_left_out_is_named(tmp_path):

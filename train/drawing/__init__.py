@@ -1,0 +1,1 @@
+"""Every picture in one look: its colors, its numbers, its lines and bars, drawn by matplotlib."""
