@@ -21,7 +21,7 @@ from data.vocabulary import Vocabulary
 from sharding.mesh import row_share
 from train import program as programs
 from train.bad_steps import BadSteps, named_norms
-from train.checkpoint.checkpoints import read_run_record, restore
+from train.checkpoint.reading import read_run_record, restore
 from train.checkpoint.storage import steps
 from train.config import Run
 from train.job.broadcast import broadcast

@@ -3,7 +3,7 @@
 from typing import Any
 
 from train import program as programs
-from train.checkpoint.checkpoints import restore
+from train.checkpoint.reading import restore
 from train.checkpoint.storage import steps
 from train.config import Run
 from train.program import Program

@@ -13,8 +13,9 @@ from tests import checkpoint_process
 from tests.fake_gcs import _Handler, serving
 from tests.train.checkpoint.test_checkpoint_processes import two_processes
 from train.checkpoint.bucket import BucketFolder, BucketWriter
-from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, restore
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError
 from train.checkpoint.content import DamagedCheckpointError
+from train.checkpoint.reading import restore
 from train.checkpoint.storage import steps
 from train.workdir import bucket_lock
 

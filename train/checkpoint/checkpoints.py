@@ -9,7 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 from absl import logging
@@ -19,11 +19,10 @@ from train.checkpoint.content import (
   FORMAT,
   DamagedCheckpointError,
   UnreadableError,
-  check_arrays,
   describe,
-  first_few,
   sealed,
 )
+from train.checkpoint.reading import Check, Restored, first_line, no_check, restore_from
 from train.checkpoint.storage import Storage, read_content, storage_at
 from train.job.broadcast import broadcast
 
@@ -72,21 +71,6 @@ class SaveFailedError(RuntimeError):
   """A checkpoint could not be written: the run must not go on as if it had been."""
 
 
-Check = Callable[[dict[str, Any]], object]
-
-
-def _no_check(record: dict[str, Any]) -> None:
-  del record
-
-
-class Restored(NamedTuple):
-  """A state in the layout asked for, with the record of the run that saved it."""
-
-  step: int
-  state: Any
-  record: dict[str, Any]
-
-
 class Checkpoints:
   """The checkpoints of one run, for the processes that train it; use it in a `with`.
 
@@ -132,10 +116,6 @@ class Checkpoints:
       except DamagedCheckpointError as error:
         self._pass_over(step, error)
     return None
-
-  def record(self, step: int) -> dict[str, Any]:
-    """The run record stored with a step; nothing else is read."""
-    return read_content(self.storage, step)["run"]
 
   def due(self, step: int) -> Kind | None:
     """What has to be saved after `step` finished steps; call it once after each step."""
@@ -190,27 +170,21 @@ class Checkpoints:
     self._ours.add(step)
     self._last_seconds = time.monotonic()
 
-  def restore(
-    self, abstract: Any, *, check: Check = _no_check, step: int | None = None
-  ) -> Restored | None:
-    """The newest checkpoint, or that of `step`; None if there is no checkpoint at all.
+  def restore(self, abstract: Any, *, check: Check = no_check) -> Restored | None:
+    """The newest checkpoint, None where there is none; arguments as of reading.py: restore.
 
-    `abstract` is the state as ShapeDtypeStructs with the shardings to restore into, any mesh.
-    `check` gets the saved run record before any array is read, and may raise. Damage raises
-    DamagedCheckpointError; with on_damage "previous" and no `step`, the damaged checkpoint is set
+    Damage raises DamagedCheckpointError; with on_damage "previous" the damaged checkpoint is set
     aside and the one before is used.
     """
-    newest = self.latest() if step is None else step
-    while newest is not None:
+    while (step := self.latest()) is not None:
       try:
-        restored = _restore(self.storage, newest, abstract, check=check, verify=self.config.verify)
-        self._ours.add(newest)
+        restored = restore_from(
+          self.storage, step, abstract, check=check, verify=self.config.verify
+        )
+        self._ours.add(step)
         return restored
       except DamagedCheckpointError as error:
-        if step is not None:
-          raise
-        self._pass_over(newest, error)
-        newest = self.latest()
+        self._pass_over(step, error)
     return None
 
   def wait(self) -> None:
@@ -300,7 +274,7 @@ class Checkpoints:
       last = self._last_complete()
       raise SaveFailedError(
         f"the checkpoint of step {step} could not be written to {self.storage}: "
-        f"{_first_line(error)}. The last complete one is {last}: free space, or mend what is "
+        f"{first_line(error)}. The last complete one is {last}: free space, or mend what is "
         "named, and start the run again; it goes on from there"
       ) from error
 
@@ -313,68 +287,6 @@ def superfluous(kinds: dict[int, Kind], config: CheckpointConfig) -> list[int]:
   return sorted(step for step in kinds if step not in kept)
 
 
-def restore(
-  directory: str | os.PathLike[str],
-  step: int,
-  abstract: Any,
-  *,
-  part: str = "",
-  check: Check = _no_check,
-  verify: bool = True,
-) -> Restored:
-  """Reads one checkpoint and changes nothing, so also while a run is writing there.
-
-  With `part`, such as "params", `abstract` and the state given back are of that part of the saved
-  state, and nothing else is read. Other arguments and errors as of Checkpoints.restore.
-  """
-  storage = storage_at(directory)
-  return _restore(storage, step, abstract, part=part, check=check, verify=verify)
-
-
-def read_run_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
-  """The run record stored with a step; nothing else is read. Errors as of Checkpoints.restore."""
-  return read_content(storage_at(directory), step)["run"]
-
-
-def _restore(
-  storage: Storage, step: int, abstract: Any, *, part: str = "", check: Check, verify: bool
-) -> Restored:
-  content = read_content(storage, step)
-  check(content["run"])
-  where = storage.at(step)
-  inside = f"{part}/" if part else ""
-  named = {f"{inside}{name}": _placed(leaf) for name, leaf in named_leaves(abstract).items()}
-  saved = {name: array for name, array in content["arrays"].items() if name.startswith(inside)}
-  check_arrays(saved, named, where=where)
-  found = _read_arrays(storage, step, named, content)
-  if verify:
-    wrong = [
-      name
-      for name, checksum in checksums({name: found[name] for name in named}).items()
-      if checksum != saved[name][2]
-    ]
-    if wrong:
-      raise DamagedCheckpointError(
-        f"checkpoint {where} is damaged: {first_few(wrong)} changed after it was written (checksum)"
-      )
-  state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in named])
-  return Restored(step, state, content["run"])
-
-
-def _read_arrays(
-  storage: Storage, step: int, named: dict[str, jax.ShapeDtypeStruct], content: dict[str, Any]
-) -> dict[str, Any]:
-  try:
-    return storage.read_arrays(step, named, content)
-  except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-    raise  # nothing is wrong with the files
-  # Orbax and TensorStore raise all kinds for a broken file, bare Exception too.
-  except Exception as error:
-    raise UnreadableError(
-      f"checkpoint {storage.at(step)} is damaged: its arrays cannot be read ({_first_line(error)})"
-    ) from error
-
-
 def _kinds(storage: Storage) -> dict[int, Kind]:
   """The kind of each readable checkpoint; those that are not are never removed."""
   kinds = {}
@@ -382,16 +294,6 @@ def _kinds(storage: Storage) -> dict[int, Kind]:
     with contextlib.suppress(ValueError):
       kinds[step] = read_content(storage, step)["kind"]
   return kinds
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().partition("[tensorstore_spec")[0].splitlines()
-  return lines[0].strip() if lines else type(error).__name__
 
 
 def _of_first_process(value: int) -> int:

@@ -18,15 +18,10 @@ import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train.checkpoint import folder
-from train.checkpoint.checkpoints import (
-  CheckpointConfig,
-  Checkpoints,
-  SaveFailedError,
-  restore,
-  superfluous,
-)
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, SaveFailedError, superfluous
 from train.checkpoint.checksums import checksums, named_leaves
 from train.checkpoint.content import DamagedCheckpointError
+from train.checkpoint.reading import read_run_record, restore
 from train.checkpoint.storage import steps
 from train.workdir.lock import InUseError, Lock
 
@@ -128,10 +123,10 @@ def test_a_chosen_step_and_its_record_can_be_read(directory):
   _write(directory, 3, 5)
   with Checkpoints(directory, CheckpointConfig()) as checkpoints:
     assert checkpoints.latest() == 5
-    assert checkpoints.record(3) == {"seed": 3}
-    _assert_equal(checkpoints.restore(_abstract(), step=3).state, _state(3))
-    with pytest.raises(ValueError, match=r"no checkpoint .*00000004; there are: \[3, 5\]"):
-      checkpoints.restore(_abstract(), step=4)
+  assert read_run_record(directory, 3) == {"seed": 3}
+  _assert_equal(restore(directory, 3, _abstract()).state, _state(3))
+  with pytest.raises(ValueError, match=r"no checkpoint .*00000004; there are: \[3, 5\]"):
+    restore(directory, 4, _abstract())
 
 
 def test_the_record_is_checked_before_arrays_are_read(directory):

@@ -13,7 +13,7 @@ import numpy as np
 
 from tests import checkpoint_process as job
 from tests.compiler_flags import FAST_TO_COMPILE
-from train.checkpoint.checkpoints import restore
+from train.checkpoint.reading import restore
 from train.checkpoint.storage import steps
 
 
