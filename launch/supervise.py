@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import json
 import pathlib
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable
 
 from train.job.exit_status import CANNOT_RUN, STOPPED
+from train.workdir.failure import FAILURE, read_failure
 from train.workdir.place import is_url, local_side
 
 INTERRUPTED = 128
@@ -72,7 +72,7 @@ def main() -> int:
   signals = _Signals()
   while True:
     with contextlib.suppress(OSError):  # the command reports what is wrong with the folder
-      (folder / "failure.json").unlink()
+      (folder / FAILURE).unlink()
     status = signals.run(options.command)
     if status == 0:
       return 0
@@ -123,15 +123,6 @@ def newest_step(workdir: str) -> int:
     folder = pathlib.Path(workdir, "checkpoints")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return max((int(name) for name in names if name.isdecimal()), default=-1)
-
-
-def read_failure(folder: pathlib.Path) -> tuple[object, object] | None:
-  """Step and error of the failure that the command recorded; None if there is no record."""
-  try:
-    failure = json.loads((folder / "failure.json").read_text())
-    return failure["step"], failure["error"]
-  except (OSError, ValueError, KeyError, TypeError):
-    return None
 
 
 class _Signals:

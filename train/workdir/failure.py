@@ -1,13 +1,25 @@
-"""How a run failed: failure.json in its folder, and advice where the disk is to blame."""
+"""How a run failed: failure.json in its folder, and advice where the disk is to blame; only the
+standard library."""
 
 import errno
 import json
 import pathlib
 
+FAILURE = "failure.json"
+
 
 def record_failure(workdir: pathlib.Path, *, step: int, error: str) -> None:
   """Writes failure.json, by which a supervisor sees whether the same failure comes again."""
-  (workdir / "failure.json").write_text(json.dumps({"step": step, "error": error}) + "\n")
+  (workdir / FAILURE).write_text(json.dumps({"step": step, "error": error}) + "\n")
+
+
+def read_failure(workdir: pathlib.Path) -> tuple[object, object] | None:
+  """Step and error of the failure that a run recorded; None if there is no record."""
+  try:
+    failure = json.loads((workdir / FAILURE).read_text())
+    return failure["step"], failure["error"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 def storage_advice(error: OSError, workdir: pathlib.Path) -> str:

@@ -17,12 +17,13 @@ from typing import NamedTuple
 from absl import logging
 
 from data import bucket
+from train.workdir.failure import FAILURE
 from train.workdir.whole_file import write_whole
 
 SECONDS = 10.0
 # Of this machine alone: what was copied, and a failure that its supervisor looks for.
 _NOTES = "mirror.json"
-_NOT_COPIED = {_NOTES, "failure.json"}
+_NOT_COPIED = {_NOTES, FAILURE}
 
 
 class _Copied(NamedTuple):
