@@ -303,7 +303,7 @@ def test_other_arguments_are_refused_once_a_run_has_a_checkpoint(sweep):
   sweep.grid(["griffin", 4, 1e-2])
   config = f"tests/sweep_config.py:{sweep.folder}"
   state = State(sweep.workdir, config, [])
-  state.runs = {point.name: new_record(point, {}) for point in ask(config, "get_sweep")}
+  state.runs = {point.name: new_record(point) for point in ask(config, "get_sweep")}
   sweep.workdir.mkdir()
   state.save()
   (sweep.workdir / "runs/griffin/4/checkpoints/00000002").mkdir(parents=True)
