@@ -9,7 +9,7 @@ from models.decoder import DecoderConfig
 
 # Fields, wherever they are, that logits do not depend on once the parameters are there: precision,
 # how a step is computed, and how parameters are drawn.
-_FREE = ("dtype", "param_dtype", "remat", "layers", "decay_init")
+_FREE = ("dtype", "param_dtype", "remat", "layers", "decay_init", "initial_weights")
 _ABSENT = "(not there)"
 
 

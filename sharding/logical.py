@@ -24,8 +24,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 class IfDivisible:
   """Split over `axis` where the axis divides the size, else whole on every device.
 
-  For parameters that are too small to matter, never for the tensor axis: there every layer of a
-  block has to be split the same way.
+  For parameters that are too small to matter. Over the tensor axis every layer of a block has to be
+  split the same way: there for key-value heads alone, of which attention gives each shard its own.
   """
 
   axis: str

@@ -1,7 +1,8 @@
 """Which dimension is split over which mesh axis: the tables, and nothing else.
 
 Tensor parallelism (Megatron) is the same in all of them: heads, MLP, recurrence, gate blocks and
-vocabulary are split over `tensor`. The one key-value head ("head") is whole on every device.
+vocabulary are split over `tensor`. So are the weights of several key-value heads where `tensor`
+divides their number; else, as those of one alone, they are whole on every device.
 
 Of activations, rows are split over `data` and `fsdp`, their time over `sequence`; no parameter,
 gradient or moment is split over `sequence`.
@@ -20,6 +21,7 @@ _TENSOR: Table = {
   "vocab": "tensor",
   "mlp": "tensor",
   "heads": "tensor",
+  "kv_heads": IfDivisible("tensor"),
   "rnn": "tensor",
   "gate_block": "tensor",
   "embed": None,

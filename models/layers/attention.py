@@ -1,19 +1,24 @@
-"""Multi-query attention, local or global (arXiv:2402.19427, section 2.3).
+"""Attention, local or global, with any number of key-value heads.
+
+One is multi-query attention (arXiv:2402.19427, section 2.3), as many as query heads multi-head
+attention; in between (arXiv:2305.13245) query head n uses key-value head n // (N / E).
 
 A query sees itself and the `window` tokens before it, so at most window + 1 keys, all in its own
 document; `window=None` is global attention, the baseline Transformer's. Distances are counted in
 the row; rotary positions restart at each document.
 
-Tensor parallelism: query heads and the rows of the output projection are split; the one key-value
-head is computed on every shard, and its gradient is the sum over the shards' heads.
+Tensor parallelism: query heads and the rows of the output projection are split, and key-value heads
+with them: a shard computes those that its query heads use. Where there are fewer key-value heads
+than shards, several shards compute the same one, and its gradient is the sum over them.
 
 Sequence parallelism: local attention takes the `window` keys and values before a shard from the
 shard before it, or from as many as hold them. Global attention gathers the keys and values of the
-row on every shard: with one key-value head they are 2 x head_size numbers a token, beside width.
+row on every shard: 2 x head_size numbers a token for each key-value head, beside width.
 """
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,34 +28,43 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import halo, local_attention
 from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Shard
+from models.initial_weights import FanIn, InitialWeights
 from models.kernel_fields import kernel_field
 from models.layers import attention_costs
-from models.layers.projection import add_bias, project
-from models.layers.rope import apply_rope
+from models.layers.projection import add_bias, project, project_each
+from models.layers.rope import Rope, apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.layers.state import Cache
-from models.param import normal, param, zeros
+from models.param import param, zeros
 from sharding import logical
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """`window=None` is global; `implementation` names one of kernels/local_attention, or "auto"."""
+  """`window=None` is global; `implementation` names one of kernels/local_attention, or "auto".
+
+  The defaults are those of Griffin and RecurrentGemma.
+  """
 
   num_heads: int
   head_size: int
   window: int | None
+  num_kv_heads: int = 1
+  rope: Rope = Rope()
+  output_bias: bool = True
+  initial_weights: InitialWeights = FanIn()
   implementation: str = kernel_field("local_attention")
 
   def __post_init__(self):
-    for name in ("num_heads", "head_size"):
+    for name in ("num_heads", "head_size", "num_kv_heads"):
       if getattr(self, name) < 1:
         raise ValueError(f"attention.Config: {name} {getattr(self, name)} must be at least 1")
-    if self.head_size % 4:
+    if self.num_heads % self.num_kv_heads:
       raise ValueError(
-        f"attention.Config: head_size {self.head_size} must be a multiple of 4 (half of it is "
-        "rotated, in pairs)"
+        f"attention.Config: num_heads {self.num_heads} is not divisible by num_kv_heads "
+        f"{self.num_kv_heads}"
       )
+    self.rope.rotated(self.head_size)
     if self.window is not None and self.window < 1:
       raise ValueError(f"attention.Config: window {self.window} must be at least 1, or None")
 
@@ -76,6 +90,7 @@ class Config:
       width,
       row_length,
       num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads,
       head_size=self.head_size,
       window=self.window,
       implementation=self.implementation,
@@ -86,13 +101,16 @@ class Config:
       width,
       shard,
       num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads,
       head_size=self.head_size,
       window=self.window,
       implementation=self.implementation,
     )
 
   def sends(self, shard: Shard) -> Sends:
-    return attention_costs.sends(shard, head_size=self.head_size, window=self.window)
+    return attention_costs.sends(
+      shard, num_kv_heads=self.num_kv_heads, head_size=self.head_size, window=self.window
+    )
 
 
 class AttentionState(NamedTuple):
@@ -105,26 +123,38 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nnx.Module):
-  """x -> attention over the documents of the row -> projection with bias."""
+  """x -> attention over the documents of the row -> projection."""
 
   def __init__(self, config: Config, width: int, *, num_blocks: int, rngs: nnx.Rngs):
-    num_heads, head_size = config.num_heads, config.head_size
+    num_heads, num_kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
+    initial = config.initial_weights
+    self.num_kv_heads = num_kv_heads
+    self.rope = config.rope
+    self.has_bias = config.output_bias
     self.window = config.window
     self.head_size = head_size
     self.implementation = local_attention.resolve(config.implementation, head_size=head_size)
+    inside = initial.inside(width)
     self.w_q_DNH = param(
-      normal(1.0 / width), (width, num_heads, head_size), ("embed", "heads", "head"), rngs=rngs
+      inside, (width, num_heads, head_size), ("embed", "heads", "head"), rngs=rngs
     )
-    self.w_kv_D2H = param(
-      normal(1.0 / width), (width, 2, head_size), ("embed", "branch", "head"), rngs=rngs
-    )
+    if num_kv_heads == 1:
+      self.w_kv_D2H = param(inside, (width, 2, head_size), ("embed", "branch", "head"), rngs=rngs)
+    else:
+      self.w_kv_D2EH = param(
+        inside,
+        (width, 2, num_kv_heads, head_size),
+        ("embed", "branch", "kv_heads", "head"),
+        rngs=rngs,
+      )
     self.w_out_NHD = param(
-      normal(2.0 / (num_blocks * num_heads * head_size)),
+      initial.into_stream(num_heads * head_size, num_blocks),
       (num_heads, head_size, width),
       ("heads", "head", "embed"),
       rngs=rngs,
     )
-    self.b_out_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
+    if config.output_bias:
+      self.b_out_D = param(zeros, (width,), ("norm",), float32=True, decays=False, rngs=rngs)
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> AttentionState:
     """Room for `window` tokens and the query's own, or for `context` where attention is global."""
@@ -133,7 +163,7 @@ class Attention(nnx.Module):
         f"attention: context {context} must be at least 1: so many tokens can global attention see"
       )
     size = context if self.window is None else self.window + 1
-    empty_BWEH = jnp.zeros((batch, size, 1, self.head_size), dtype)
+    empty_BWEH = jnp.zeros((batch, size, self.num_kv_heads, self.head_size), dtype)
     no_document_BW = jnp.full((batch, size), NO_DOCUMENT, jnp.int32)
     return AttentionState(Cache(empty_BWEH), Cache(empty_BWEH), Cache(no_document_BW))
 
@@ -142,13 +172,13 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, AttentionState | None]:
     dtype = x_BTD.dtype
     with jax.named_scope("attention"):
-      q_BTNH = project(x_BTD, self.w_q_DNH[...].astype(dtype))
-      kv_BT2H = project(x_BTD, self.w_kv_D2H[...].astype(dtype))
-      q_BTNH = apply_rope(q_BTNH, segments.position_BT)
-      k_BSEH = apply_rope(kv_BT2H[:, :, :1], segments.position_BT)
+      # A state holds each key-value head once.
+      copies = _copies(self.num_kv_heads) if state is None else 1
+      q_BTNH, k_BSEH, v_BSEH = self._projected(x_BTD, copies=copies)
+      q_BTNH = apply_rope(q_BTNH, segments.position_BT, self.rope)
+      k_BSEH = apply_rope(k_BSEH, segments.position_BT, self.rope)
       # To be kept instead of the product, which its gradient does not need.
       q_BTNH = checkpoint_name(q_BTNH, "rotated")
-      v_BSEH = kv_BT2H[:, :, 1:]
       document_BS = segments.document_BT
       new = (k_BSEH, v_BSEH, document_BS)
       keys = new
@@ -163,7 +193,21 @@ class Attention(nnx.Module):
       else:
         y_BTNH = self._attend(q_BTNH, segments.document_BT, *keys)
       y_BTD = project(y_BTNH, self.w_out_NHD[...].astype(dtype), inputs=2)
-      return add_bias(y_BTD, self.b_out_D[...]), state
+      return add_bias(y_BTD, self.b_out_D[...]) if self.has_bias else y_BTD, state
+
+  def _projected(self, x_BTD: jax.Array, *, copies: int) -> tuple[jax.Array, ...]:
+    """q_BTNH, k_BTEH and v_BTEH, not rotated; each key-value head `copies` times in a row."""
+    w_q_DNH = self.w_q_DNH[...].astype(x_BTD.dtype)
+    if self.num_kv_heads == 1:
+      q_BTNH = project(x_BTD, w_q_DNH)
+      kv_BT2H = project(x_BTD, self.w_kv_D2H[...].astype(x_BTD.dtype))
+      return q_BTNH, kv_BT2H[:, :, :1], kv_BT2H[:, :, 1:]
+    w_kv_D2EH = _repeated(self.w_kv_D2EH[...].astype(x_BTD.dtype), copies)
+    q_axes, kv_axes = ("heads", "head"), (None, "heads", "head")
+    q_BTNH, kv_BT2EH = project_each(
+      x_BTD, (w_q_DNH, w_kv_D2EH), axes=(q_axes, kv_axes), split="heads"
+    )
+    return q_BTNH, kv_BT2EH[:, :, 0], kv_BT2EH[:, :, 1]
 
   def _attend(
     self,
@@ -174,14 +218,17 @@ class Attention(nnx.Module):
     k_document_BS: jax.Array,
   ) -> jax.Array:
     """What the queries read of the keys, the last of which are their own."""
-    # Split by heads here, the gradients of the one key and value are summed over the shards once;
-    # left to the partitioner they are summed block by block, in float32.
+    copies = _copies(k_BSEH.shape[2])
+    k_BSEH, v_BSEH = _repeated(k_BSEH, copies), _repeated(v_BSEH, copies)
+    # Split by heads here, the gradients of one key and value that all shards use are summed over
+    # them once; left to the partitioner they are summed block by block, in float32.
+    kv_axes = ("batch", "time", None if self.num_kv_heads == 1 else "heads", "head")
     attend = logical.on_shards(
       functools.partial(_attend, window=self.window, implementation=self.implementation),
       in_axes=(
         ("batch", "time", "heads", "head"),
-        ("batch", "time", None, "head"),
-        ("batch", "time", None, "head"),
+        kv_axes,
+        kv_axes,
         ("batch", "time"),
         ("batch", "time"),
       ),
@@ -191,11 +238,22 @@ class Attention(nnx.Module):
     return attend(q_BTNH, k_BSEH, v_BSEH, q_document_BT, k_document_BS)
 
 
+def _copies(num_kv_heads: int) -> int:
+  """How many times each of several key-value heads has to stand in a row, for every shard of query
+  heads to have whole ones of its own."""
+  shards = logical.num_shards("heads")
+  return 1 if num_kv_heads == 1 else shards // math.gcd(shards, num_kv_heads)
+
+
+def _repeated(x: jax.Array, copies: int) -> jax.Array:
+  """x [.., .., E, H] with each key-value head `copies` times in a row."""
+  return x if copies == 1 else jnp.repeat(x, copies, axis=2)
+
+
 def _attend_to_cache(q_BTNH, document_BT, state):
   """What one query of each row reads of the cache, its own key included, in whatever order."""
   k_BWEH, v_BWEH, document_BW = (cache.read() for cache in state)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  # Q query heads to each key-value head.
   batch, time, num_heads, head_size = q_BTNH.shape
   q_BTEQH = q_BTNH.reshape(batch, time, k_BWEH.shape[2], -1, head_size)
   logits_BTEQW = product("BTEQH,BWEH->BTEQW", q_BTEQH, k_BWEH) * head_size**-0.5

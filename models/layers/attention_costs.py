@@ -28,6 +28,7 @@ def flops(
   row_length: int,
   *,
   num_heads: int,
+  num_kv_heads: int,
   head_size: int,
   window: int | None,
   implementation: str,
@@ -43,7 +44,7 @@ def flops(
     FlopsPart(
       name="attention_matmul",
       words="attention, projections",
-      flops=2.0 * width * (2 * heads_width + 2 * head_size),
+      flops=2.0 * width * (2 * heads_width + 2 * num_kv_heads * head_size),
       last=2.0 * width * heads_width,
     ),
     FlopsPart(
@@ -71,17 +72,18 @@ def activations(
   shard: Shard,
   *,
   num_heads: int,
+  num_kv_heads: int,
   head_size: int,
   window: int | None,
   implementation: str,
 ) -> LayerActivations:
-  """q: D -> N H; k and v: D -> 2 H; rotation: N H -> N H; attention: N H -> N H; out: N H -> D.
+  """q: D -> N H; k and v: D -> 2 E H; rotation: N H -> N H; attention: N H -> N H; out: N H -> D.
 
   Unfused, logits of the keys in reach are written and read in float32: once made, once normalised.
   A shard of a row holds the keys and values of all of it for global attention, and their gradients.
   """
   a, heads = shard.itemsize, num_heads * head_size / shard.tensor
-  keys_values = 2 * head_size
+  keys_values = 2 * _kv_heads_of(shard, num_kv_heads) * head_size
   reach = shard.row_length if window is None else min(shard.row_length, window + 128)
   logits = 0.0
   if implementation in _UNFUSED:
@@ -97,9 +99,14 @@ def activations(
   )
 
 
-def sends(shard: Shard, *, head_size: int, window: int | None) -> Sends:
+def _kv_heads_of(shard: Shard, num_kv_heads: int) -> int:
+  """How many key-value heads a shard of heads computes; those of several shards count in each."""
+  return math.lcm(num_kv_heads, shard.tensor) // shard.tensor
+
+
+def sends(shard: Shard, *, num_kv_heads: int, head_size: int, window: int | None) -> Sends:
   """Documents once, and of each layer keys and values: forward, again, and their gradients."""
-  size = head_size * shard.itemsize
+  size = _kv_heads_of(shard, num_kv_heads) * head_size * shard.itemsize
   if window is None:
     tokens = shard.rows * shard.row_length
     return Sends(

@@ -76,9 +76,10 @@ def branch_products(x_BTD: jax.Array, w_DKF: jax.Array, *, axis: str) -> tuple[j
   (docs/benchmarks.md). `axis` is what sharding/rules.py calls F; where F is split, the branches'
   gradients with respect to x are added before they are summed over devices.
   """
-  is_split = logical.is_split() and logical.num_shards(axis) > 1
-  products = _summed_once(x_BTD, w_DKF, axis) if is_split else _products(x_BTD, w_DKF)
-  return tuple(checkpoint_name(y_BTF, "projection") for y_BTF in cast(list[jax.Array], products))
+  if _is_split_over(axis):
+    weights = tuple(w_DKF[:, k] for k in range(w_DKF.shape[1]))
+    return project_each(x_BTD, weights, axes=((axis,),) * len(weights), split=axis)
+  return tuple(checkpoint_name(y_BTF, "projection") for y_BTF in _products(x_BTD, w_DKF))
 
 
 def _products(x_BTD: jax.Array, w_DKF: jax.Array) -> list[jax.Array]:
@@ -88,31 +89,61 @@ def _products(x_BTD: jax.Array, w_DKF: jax.Array) -> list[jax.Array]:
   return [project(x_BTD, checkpoint_name(w_DF, "weights")) for w_DF in cut(w_DKF, 1)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _summed_once(x_BTD: jax.Array, w_DKF: jax.Array, axis: str) -> list[jax.Array]:
-  """`_products` where F is split: autodiff has one all-reduce of dx for each of them."""
-  del axis
-  return _products(x_BTD, w_DKF)
+def project_each(
+  x_BTD: jax.Array,
+  weights: tuple[jax.Array, ...],
+  *,
+  axes: tuple[tuple[str | None, ...], ...],
+  split: str,
+) -> tuple[jax.Array, ...]:
+  """x_BTD @ w_DO for every w_DO of `weights`; where devices hold parts of O, their gradients with
+  respect to x are added before they are summed over devices.
+
+  `axes` names the dimensions O of each, as sharding/rules.py does those of activations: in each of
+  them `split` is the one that tensor parallelism splits.
+  """
+  if not _is_split_over(split):
+    return tuple(project(x_BTD, w_DO) for w_DO in weights)
+  products = cast(tuple[jax.Array, ...], _summed_once(x_BTD, weights, axes, split))
+  return tuple(checkpoint_name(y_BTO, "projection") for y_BTO in products)
 
 
-def _summed_once_forward(x_BTD, w_DKF, axis):
-  return _summed_once(x_BTD, w_DKF, axis), (x_BTD, w_DKF)
+def _is_split_over(axis: str) -> bool:
+  return logical.is_split() and logical.num_shards(axis) > 1
 
 
-def _summed_once_backward(axis, kept, dy_KBTF):
-  x_BTD, w_DKF = kept
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _summed_once(x_BTD, weights, axes, split):
+  """`project` by each weight where O is split: autodiff has one all-reduce of dx for each."""
+  del axes, split
+  return tuple(project(x_BTD, w_DO) for w_DO in weights)
 
-  def dx_of_shard(w_DKF, *dy_KBTF):
-    dx_BTD = sum(jnp.einsum("btf,df->btd", dy, w_DKF[:, k]) for k, dy in enumerate(dy_KBTF))
-    return jax.lax.psum(dx_BTD, logical.mesh_axis(axis))
+
+def _summed_once_forward(x_BTD, weights, axes, split):
+  return _summed_once(x_BTD, weights, axes, split), (x_BTD, weights)
+
+
+def _summed_once_backward(axes, split, kept, dys):
+  x_BTD, weights = kept
+
+  def dx_of_shard(*arrays):
+    of_shard = zip(arrays[: len(weights)], arrays[len(weights) :])
+    dx_BTD = sum(
+      jnp.tensordot(dy_BTO, w_DO, axes=(tuple(range(2, dy_BTO.ndim)), tuple(range(1, w_DO.ndim))))
+      for w_DO, dy_BTO in of_shard
+    )
+    return jax.lax.psum(dx_BTD, logical.mesh_axis(split))
 
   dx = logical.on_shards(
     dx_of_shard,
-    in_axes=((None, None, axis), *[("batch", "time", axis)] * len(dy_KBTF)),
+    in_axes=(*((None, *outputs) for outputs in axes), *(("batch", "time", *o) for o in axes)),
     out_axes=("batch", "time", "width"),
   )
-  (dw_DKF,) = jax.vjp(functools.partial(_products, x_BTD), w_DKF)[1](dy_KBTF)
-  return dx(w_DKF, *dy_KBTF), dw_DKF
+  dws = tuple(
+    jax.vjp(functools.partial(project, x_BTD), w_DO)[1](dy_BTO)[0]
+    for w_DO, dy_BTO in zip(weights, dys)
+  )
+  return dx(*weights, *dys), dws
 
 
 _summed_once.defvjp(_summed_once_forward, _summed_once_backward)

@@ -14,6 +14,7 @@ from models.block import BlockConfig
 from models.decoder import DecoderConfig
 from models.layers import attention, gated_mlp, rg_lru
 from models.layers import segments as segments_lib
+from models.layers.rope import Rope
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
@@ -35,6 +36,9 @@ def _model(*mixers, num_blocks: int | None = None, **settings) -> DecoderConfig:
 RECURRENT = rg_lru.Config(rnn_width=64, num_gate_blocks=16)
 LOCAL = attention.Config(num_heads=4, head_size=8, window=WINDOW)
 GLOBAL = attention.Config(num_heads=4, head_size=8, window=None)
+# Two and four key-value heads, on meshes that split four query heads in two and in four.
+SOME = dataclasses.replace(LOCAL, num_kv_heads=2, output_bias=False)
+ALL = dataclasses.replace(GLOBAL, num_kv_heads=4, rope=Rope(share=1.0, theta=500.0))
 
 # A new mixer is added here, and inherits every test below.
 CONFIGS = {
@@ -45,6 +49,7 @@ CONFIGS = {
   "recurrent_gates_pallas_tpu": _model(dataclasses.replace(RECURRENT, gates="pallas_tpu")),
   "local_attention": _model(LOCAL),
   "global_attention": _model(GLOBAL),
+  "grouped_attention": _model(SOME, ALL),
   "hawk": _model(RECURRENT, num_blocks=3),
   "griffin_with_remainder": _model(RECURRENT, RECURRENT, LOCAL, num_blocks=8),
   "recurrentgemma": _model(
@@ -69,6 +74,7 @@ every_sharded = every(
   "recurrent_gates_pallas_tpu",
   "local_attention",
   "global_attention",
+  "grouped_attention",
   "griffin_with_remainder",
 )
 
@@ -316,7 +322,7 @@ SEQUENCE = (
 )
 
 
-@every("recurrent", "local_attention", "global_attention", "recurrentgemma")
+@every("recurrent", "local_attention", "global_attention", "grouped_attention", "recurrentgemma")
 @pytest.mark.parametrize(
   ("shape", "zero"), SEQUENCE, ids=lambda x: str(x) if type(x) is dict else ""
 )
@@ -333,6 +339,20 @@ def test_rows_split_over_devices_are_whole_rows(config, shape, zero):
     (split_loss, split_grads),
     (loss, grads),
   )
+
+
+@every("grouped_attention")
+def test_decoding_with_heads_split_over_devices_is_the_parallel_pass(config):
+  """Four shards of heads; a state holds two key-value heads once, which two shards each use."""
+  built, tokens_BT, ones_BT = _built(config), _tokens(2, 6), np.ones((2, 6), np.int32)
+  whole = built.apply(built.params, tokens_BT, ones_BT)[0]
+  model = built.model
+  with logical.placement(make_mesh(MeshShape(data=2, tensor=4)), rules.ZERO1):
+    state, parts, extend = model.initial_state(2, context=6), [], jax.jit(model.extend)
+    for part in (slice(0, 5), slice(5, 6)):
+      x_BTD, _, state = extend(built.params, tokens_BT[:, part], ones_BT[:, part], state)
+      parts.append(x_BTD)
+  assert_close(jnp.concatenate(parts, axis=1), whole, dtype="float32", reduction=WIDTH)
 
 
 @every("griffin_with_remainder")

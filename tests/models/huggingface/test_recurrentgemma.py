@@ -198,6 +198,7 @@ def _with_mixer(config, index, **changes):
     (dataclasses.replace(CONFIGS["ours"], logit_cap=None), "logit_cap None"),
     (_with_mixer(CONFIGS["ours"], 2, window=None), r"window None \(global attention\)"),
     (_with_mixer(CONFIGS["ours"], 2, head_size=4), "head_size 4.* width // num_heads, 8"),
+    (_with_mixer(CONFIGS["ours"], 2, num_kv_heads=2), ".*num_kv_heads 2: its own is 1"),
     (_with_mixer(CONFIGS["ours"], 0, num_gate_blocks=4), r"num_gate_blocks and num_heads .*2, 4"),
     (_with_mixer(CONFIGS["ours"], 0, rnn_width=48), r"rnn_width must be the same .*\[24, 48\]"),
   ],

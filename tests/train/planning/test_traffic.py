@@ -16,7 +16,9 @@ from train.planning.traffic import collectives
 
 _RECURRENT = rg_lru.Config(rnn_width=32, scan="reference")
 _LOCAL = attention.Config(num_heads=2, head_size=8, window=12, implementation="banded")
-_GLOBAL = attention.Config(num_heads=2, head_size=8, window=None, implementation="reference")
+_GLOBAL = attention.Config(
+  num_heads=4, num_kv_heads=2, head_size=8, window=None, implementation="reference"
+)
 
 
 @pytest.mark.parametrize(
