@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Sent, Shard
-from models.layers.norms import RMSNorm
+from models.layers import norms
 from models.layers.segments import Segments
 
 # Arrays of the stream's width alive at the peak of a block's backward pass, found by compiling for
@@ -108,10 +108,11 @@ class BlockProtocol(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-  """One residual block: what mixes over time, and the MLP, if it has one."""
+  """One residual block: what mixes over time, the MLP, if it has one, and the norm before each."""
 
   mixer: MixerConfig
   mlp: MLPConfig | None
+  norm: norms.NormConfig = norms.Config()
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "ResidualBlock":
     return ResidualBlock(self, width, num_blocks=num_blocks, rngs=rngs)
@@ -169,11 +170,11 @@ class ResidualBlock(nnx.Module):
   """u = x + mixer(norm(x)); y = u + mlp(norm(u)), or u without an MLP."""
 
   def __init__(self, config: BlockConfig, width: int, *, num_blocks: int, rngs: nnx.Rngs):
-    self.mixer_norm = RMSNorm(width, rngs=rngs)
+    self.mixer_norm = config.norm.build(width, rngs=rngs)
     self.mixer = config.mixer.build(width, num_blocks=num_blocks, rngs=rngs)
     self.has_mlp = config.mlp is not None
     if config.mlp is not None:
-      self.mlp_norm = RMSNorm(width, rngs=rngs)
+      self.mlp_norm = config.norm.build(width, rngs=rngs)
       self.mlp = config.mlp.build(width, num_blocks=num_blocks, rngs=rngs)
 
   def initial_state(self, batch: int, context: int, dtype: jnp.dtype) -> Any:

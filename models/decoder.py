@@ -1,13 +1,14 @@
-"""From tokens to logits: embed, scan over the blocks, final norm, tied unembedding.
+"""From tokens to logits: embed, scan over the blocks, final norm, unembedding.
 
 `build(config)` gives a `Model` of pure functions; nothing outside models/ sees a module. Parameters
 are a plain dict:
 
-  embedding_VD
+  embedding/table_VD      also the unembedding, where that is tied
   groups/<run>/...        the pattern, repeated: a run is a stretch of equal blocks in it, stacked
                           [groups, blocks in the run, ...]
   remainder/<run>/...     the blocks left over when the depth is no multiple of the pattern
   final_norm/scale_D
+  unembedding/table_VD    where it is a table of its own
 
 Groups are scanned, and the blocks of a run inside them unless they are two: what is compiled does
 not grow with depth.
@@ -26,11 +27,11 @@ from flax import nnx
 
 from models import kernel_fields, observe
 from models.block import BlockConfig
+from models.layers import norms
 from models.layers import segments as segments_lib
 from models.layers import state as state_lib
 from models.layers.cut import cut_steps
-from models.layers.embedding import Embedding, cap_logits
-from models.layers.norms import RMSNorm
+from models.layers.embedding import Embedding, Unembedding, cap_logits
 from models.layers.segments import Segments, SegmentState
 from models.param import declared_of
 from sharding import logical
@@ -46,13 +47,15 @@ class DecoderConfig:
   """A decoder: `pattern` repeats and is cut off after `num_blocks` blocks.
 
   embedding_scale "sqrt_width" multiplies the embedded tokens by sqrt(width), rounded to bfloat16,
-  as RecurrentGemma does; logit_cap c bounds logits as c tanh(logits / c). dtype is that of
-  activations, param_dtype that of matrices and vectors alike, but for norms, gate biases and decay:
-  those are float32. remat: what the backward pass computes again. "none": nothing but elementwise
-  work and the gates' small products, whose results would fill memory for longer than they take to
-  make (where Triton makes them, and blocks are written out, they are kept); "matmuls": attention
-  and scans too; "block": everything, keeping only block inputs. layers "unroll" writes every block
-  out, which takes longer to compile: for tests, tiny models, and speed on GPUs.
+  as RecurrentGemma does. final_norm may carry a state along the row (models/layers/norms.py).
+  unembedding: "tied" is the embedding's table, "own" another. logit_cap c bounds logits as
+  c tanh(logits / c). dtype is that of activations, param_dtype that of matrices and vectors alike,
+  but for norms, gate biases and decay: those are float32. remat: what the backward pass computes
+  again. "none": nothing but elementwise work and the gates' small products, whose results would
+  fill memory for longer than they take to make (where Triton makes them, and blocks are written
+  out, they are kept); "matmuls": attention and scans too; "block": everything, keeping only block
+  inputs. layers "unroll" writes every block out when training, which takes longer to compile: for
+  tests, tiny models, and speed on GPUs.
   """
 
   vocab_size: int
@@ -60,6 +63,8 @@ class DecoderConfig:
   num_blocks: int
   pattern: tuple[BlockConfig, ...]
   embedding_scale: EmbeddingScale = "none"
+  final_norm: norms.NormConfig = norms.Config()
+  unembedding: Literal["tied", "own"] = "tied"
   logit_cap: float | None = None
   dtype: DType = "bfloat16"
   param_dtype: DType = "float32"
@@ -122,6 +127,7 @@ def _kernels(block: BlockConfig) -> dict[str, str]:
 
 _CHOICES = {
   "embedding_scale": ("none", "sqrt_width"),
+  "unembedding": ("tied", "own"),
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
   "remat": ("none", "block", "matmuls"),
@@ -135,10 +141,11 @@ _WRITTEN_OUT = 2
 
 
 class State(NamedTuple):
-  """What a split or decoded sequence carries from chunk to chunk, for every block."""
+  """What a split or decoded sequence carries from chunk to chunk."""
 
   segments: SegmentState
   blocks: dict[str, Any]
+  final_norm: Any = None  # None, unless it is a RowNorm
 
 
 class Model(NamedTuple):
@@ -247,13 +254,22 @@ class _Decoder:
     self.embedding = _part(
       lambda rngs: Embedding(config.vocab_size, config.width, rngs=rngs), config.param_dtype
     )
-    self.final_norm = _part(lambda rngs: RMSNorm(config.width, rngs=rngs), config.param_dtype)
+    self.final_norm = _part(
+      lambda rngs: config.final_norm.build(config.width, rngs=rngs), config.param_dtype
+    )
+    self.unembedding: _Part | None = None
+    if config.unembedding == "own":
+      self.unembedding = _part(
+        lambda rngs: Unembedding(config.vocab_size, config.width, rngs=rngs), config.param_dtype
+      )
     self.declared: Params = {
       "embedding": self.embedding.declared,
       "groups": {run.name: _stacked(run.part.declared, 2) for run in self.group_runs},
       "remainder": {run.name: _stacked(run.part.declared, 1) for run in self.left_runs},
       "final_norm": self.final_norm.declared,
     }
+    if self.unembedding is not None:
+      self.declared["unembedding"] = self.unembedding.declared
 
   def init(self, key: jax.Array) -> Params:
     """Every parameter, from one typed key; the values do not depend on how they are sharded."""
@@ -265,7 +281,7 @@ class _Decoder:
         init = jax.vmap(init)
       return init(jax.random.split(jax.random.fold_in(key, int(run.name)), shape))
 
-    return {
+    params = {
       "embedding": self.embedding.init(embedding_key),
       "groups": {
         run.name: stack(run, group_key, (self.num_groups, run.length)) for run in self.group_runs
@@ -273,6 +289,9 @@ class _Decoder:
       "remainder": {run.name: stack(run, left_key, (run.length,)) for run in self.left_runs},
       "final_norm": self.final_norm.init(embedding_key),
     }
+    if self.unembedding is not None:
+      params["unembedding"] = self.unembedding.init(jax.random.fold_in(embedding_key, 1))
+    return params
 
   def apply(
     self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array
@@ -323,14 +342,18 @@ class _Decoder:
       raise ValueError(f"initial_state: batch {batch} must be at least 1")
 
     def stack(run: _Run, shape: tuple[int, ...]) -> Any:
-      block = run.part.merge(jax.eval_shape(run.part.init, jax.random.key(0)))
+      block = run.part.merge(self._no_array(run.part))
       one = block.initial_state(batch, context, jnp.dtype(self.config.dtype))
       return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), one)
 
     groups = {run.name: stack(run, (self.num_groups, run.length)) for run in self.group_runs}
     left = {run.name: stack(run, (run.length,)) for run in self.left_runs}
     blocks = {"groups": groups, "remainder": left}
-    return State(segments_lib.initial_state(batch), blocks)
+    norm = self.final_norm.merge(self._no_array(self.final_norm))
+    final_norm = None
+    if isinstance(norm, norms.RowNorm):
+      final_norm = norm.initial_state(batch, context, jnp.dtype(self.config.dtype))
+    return State(segments_lib.initial_state(batch), blocks, final_norm)
 
   def _forward(
     self,
@@ -386,11 +409,20 @@ class _Decoder:
     )
 
     norm = self.final_norm.merge(self._used(params["final_norm"], self.final_norm))
-    x_BTD = norm(x_BTD)
-    unembed_VD = embedding.table_VD[...].astype(x_BTD.dtype)
+    norm_state = None if state is None else state.final_norm
+    if isinstance(norm, norms.RowNorm):
+      x_BTD, norm_state = norm(x_BTD, segments, norm_state)
+    else:
+      x_BTD = norm(x_BTD)
+    if self.unembedding is None:
+      unembed_VD = embedding.table_VD[...]
+    else:
+      used = self._used(params["unembedding"], self.unembedding)
+      unembed_VD = self.unembedding.merge(used).table_VD[...]
     new_blocks = {"groups": new_groups, "remainder": new_left}
+    new_state = None if after is None else State(after, new_blocks, norm_state)
     seen = {"groups": seen_groups, "remainder": seen_left}
-    return x_BTD, unembed_VD, None if after is None else State(after, new_blocks), seen
+    return x_BTD, unembed_VD.astype(x_BTD.dtype), new_state, seen
 
   def _extend_groups(
     self, x_BTD: jax.Array, params: Params, segments: Segments, states: Any
@@ -521,6 +553,9 @@ class _Decoder:
       carry, output = step(carry, part)
       outputs.append(output)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+  def _no_array(self, part: _Part) -> Params:
+    return jax.eval_shape(part.init, jax.random.key(0))
 
   def _used(self, params: Params, part: _Part) -> Params:
     """Parameters as the layers use them: in the activations' dtype, but for those declared float32,

@@ -78,7 +78,7 @@ def _sum(parts: list[FlopsPart]) -> FlopsPart:
 class ParamCount:
   """Numbers of parameters."""
 
-  embedding: int  # the table, tied with the unembedding
+  embedding: int  # the table, and that of an unembedding of its own
   rest: int
 
   @property
@@ -91,5 +91,6 @@ def count_params(config: DecoderConfig) -> ParamCount:
   """The parameters of the model, counted from its shapes."""
   shapes = build(config).shapes
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
-  embedding = config.vocab_size * config.width
+  tables = 1 if config.unembedding == "tied" else 2
+  embedding = tables * config.vocab_size * config.width
   return ParamCount(embedding=embedding, rest=sum(sizes) - embedding)

@@ -52,6 +52,12 @@ def normal(variance: float) -> Initializer:
   return init
 
 
+def ones(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """Float32 ones; the key is not used."""
+  del key
+  return jnp.ones(shape, jnp.float32)
+
+
 def zeros(key: jax.Array, shape: Sequence[int]) -> jax.Array:
   """Float32 zeros; the key is not used."""
   del key

@@ -4,7 +4,7 @@ A program of its own, dispatched behind the step at a set interval: the step pay
 the state after the step and goes forward, once, over the step's first microbatch. It writes
 WORKDIR/statistics.jsonl: step, time, "mixers" (what each block is), and lists by the names of
 LAYER_FIELDS with an entry for each block, first to last; null where a block has no such thing.
-"embedding" and "final_norm" have norms of their own.
+"embedding", "final_norm" and an "unembedding" of its own have norms of their own.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ LAYER_FIELDS = {
   "input_gate_high": "share of input gates above 0.95 (open)",
   "state_rms": "root mean square of the recurrent states",
 }
-_ENDS = ("embedding", "final_norm")  # of the model, outside its blocks
+_BLOCKS = ("groups", "remainder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,10 @@ def statistics_step(
     "update_norm": square_norms(update),
   }
   values: dict[str, Any] = {
-    end: {name: jnp.sqrt(_sum(tree[end])) for name, tree in norms.items()} for end in _ENDS
+    end: {name: jnp.sqrt(_sum(tree[end])) for name, tree in norms.items()}
+    for end in model.axes.keys() - set(_BLOCKS)
   }
-  for part_name in ("groups", "remainder"):
+  for part_name in _BLOCKS:
     values[part_name] = {
       run: {
         **{name: jnp.sqrt(_sum(tree[part_name][run])) for name, tree in norms.items()},
@@ -109,7 +110,10 @@ def by_layer(config: DecoderConfig, values: dict[str, Any]) -> dict[str, Any]:
     column = [_plain(block[name]) if name in block else None for block in blocks]
     if any(value is not None for value in column):
       columns[name] = column
-  ends = {end: {name: _plain(x) for name, x in values[end].items()} for end in _ENDS}
+  ends = {
+    end: {name: _plain(x) for name, x in values[end].items()}
+    for end in sorted(values.keys() - set(_BLOCKS))
+  }
   return {**columns, **ends}
 
 

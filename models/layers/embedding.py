@@ -1,4 +1,4 @@
-"""The token embedding, tied with the unembedding, and logits for those who want them whole."""
+"""The token embedding, the unembedding, and logits for those who want them whole."""
 
 from typing import cast
 
@@ -26,6 +26,14 @@ class Embedding(nnx.Module):
         _lookup, in_axes=(("vocab", None), ("batch", "time")), out_axes=("batch", "time", "width")
       )
       return lookup(self.table_VD[...].astype(dtype), tokens_BT)
+
+
+class Unembedding(nnx.Module):
+  """A table [vocab_size, width] of its own for the logits, as Embedding's begins. Unlike that it
+  decays: it is a matrix of a product."""
+
+  def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+    self.table_VD = param(normal(1.0 / width), (vocab_size, width), ("vocab", "embed"), rngs=rngs)
 
 
 def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

@@ -20,9 +20,8 @@ from kernels.rg_lru import gates
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
-from models.layers import attention, gated_mlp, rg_lru
+from models.layers import attention, gated_mlp, norms, rg_lru
 from models.layers import segments as segments_lib
-from models.layers.norms import RMSNorm
 from models.layers.rope import apply_rope
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "recurrentgemma"
@@ -298,7 +297,7 @@ def test_layer_is_the_packages(name):
       config = gated_mlp.Config(mlp_width=20)
       module, ours = config.build(width, num_blocks=1, rngs=rngs), _mlp
     case _:
-      module, ours = RMSNorm(width, rngs=rngs), lambda p: {"scale_D": p["scale"]}
+      module, ours = norms.Config().build(width, rngs=rngs), lambda p: {"scale_D": p["scale"]}
   state = {}
   if name in ("recurrent_block", "attention_block"):
     segments_BT = jnp.asarray(_segments(golden["segment_pos"]))

@@ -46,6 +46,7 @@ def _columns(program, state, batch, square_norms):
 def griffin(tmp_path_factory):
   """A run of blocks R R A R in two microbatches, a state and a batch, and what is said of them."""
   run = tiny.run(tmp_path_factory.mktemp("statistics"), num_microbatches=2)
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, unembedding="own"))
   with pipeline.train_batches(run.data, batch_size=8, start_step=0) as batches:
     batch = next(batches)
   program = programs.build(run, devices=jax.devices()[:1])
@@ -81,7 +82,8 @@ def test_norms_are_those_of_each_blocks_arrays(griffin):
   np.testing.assert_allclose(columns["update_norm"], norms(update), rtol=1e-4)
   roots = jax.tree.map(np.sqrt, square_norms)
   np.testing.assert_allclose(columns["grad_norm"], np.divide(norms(roots), 3.0), rtol=1e-4)
-  for end, name in (("final_norm", "scale_D"), ("embedding", "table_VD")):
+  ends = {"final_norm": "scale_D", "embedding": "table_VD", "unembedding": "table_VD"}
+  for end, name in ends.items():
     expected = np.linalg.norm(state.params[end][name])
     np.testing.assert_allclose(columns[end]["param_norm"], expected, rtol=1e-4)
   assert columns["mixers"] == ["rg_lru", "rg_lru", "attention", "rg_lru"]
