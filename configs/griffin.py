@@ -6,7 +6,7 @@ Sizes: 100m 200m 400m 1b 3b 7b 14b. Window 1024 (section 2.3), 16 gate blocks (s
 size 128. Optimizer and batch are ours and untuned: train/recipes.py.
 """
 
-from models.griffin import griffin
+from models import griffin
 from models.sizes import size
 from train.config import Run
 from train.recipes import VOCAB_SIZE, pretraining
@@ -15,14 +15,4 @@ from train.recipes import VOCAB_SIZE, pretraining
 def get_config(name: str = "100m") -> Run:
   """The run of one published size."""
   row = size(name)
-  model = griffin(
-    vocab_size=VOCAB_SIZE,
-    width=row.width,
-    rnn_width=row.rnn_width,
-    num_blocks=row.num_blocks,
-    num_heads=row.num_heads,
-    head_size=row.head_size,
-    window=1024,
-    mlp_width=row.mlp_width,
-  )
-  return pretraining(f"griffin-{name}", model, row)
+  return pretraining(f"griffin-{name}", griffin.of_size(row, vocab_size=VOCAB_SIZE), row)

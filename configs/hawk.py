@@ -6,7 +6,7 @@ Sizes: 100m 200m 400m 1b 3b 7b 14b (no 14b Hawk was published). 16 gate blocks (
 Optimizer and batch are ours and untuned: train/recipes.py.
 """
 
-from models.hawk import hawk
+from models import hawk
 from models.sizes import size
 from train.config import Run
 from train.recipes import VOCAB_SIZE, pretraining
@@ -15,11 +15,4 @@ from train.recipes import VOCAB_SIZE, pretraining
 def get_config(name: str = "100m") -> Run:
   """The run of one published size."""
   row = size(name)
-  model = hawk(
-    vocab_size=VOCAB_SIZE,
-    width=row.width,
-    rnn_width=row.rnn_width,
-    num_blocks=row.num_blocks,
-    mlp_width=row.mlp_width,
-  )
-  return pretraining(f"hawk-{name}", model, row)
+  return pretraining(f"hawk-{name}", hawk.of_size(row, vocab_size=VOCAB_SIZE), row)

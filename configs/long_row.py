@@ -10,7 +10,7 @@ mesh are ours, untuned; the other settings are those of configs/griffin.py.
 
 import dataclasses
 
-from models.griffin import griffin
+from models import griffin
 from models.sizes import size
 from sharding.mesh import MeshShape
 from train.config import Run
@@ -23,17 +23,7 @@ _ROWS = 4
 def get_config(name: str = "1b") -> Run:
   """The run of one published size, its token budget in rows of 2^20."""
   row = size(name)
-  model = griffin(
-    vocab_size=VOCAB_SIZE,
-    width=row.width,
-    rnn_width=row.rnn_width,
-    num_blocks=row.num_blocks,
-    num_heads=row.num_heads,
-    head_size=row.head_size,
-    window=1024,
-    mlp_width=row.mlp_width,
-  )
-  run = pretraining(f"long-row-{name}", model, row)
+  run = pretraining(f"long-row-{name}", griffin.of_size(row, vocab_size=VOCAB_SIZE), row)
   total_steps = round(row.tokens / (_ROWS * _ROW_LENGTH))
   return dataclasses.replace(
     run,

@@ -11,7 +11,7 @@
 
 FLOPs are those of models/flops.py, logits included: arXiv:2406.19146 shows that leaving them out
 bends the laws at small sizes. Every run of a budget ends within a step of it. The paper publishes
-no recipe; ours is made of published rules, the same for the three families, nothing tuned:
+no recipe; ours is made of published rules, the same for all families, nothing tuned:
 
   peak learning rate   0.3118 C^-0.1250        arXiv:2401.02954, section 3.1; C is the run's FLOPs
   batch in tokens      0.2920 C^0.3271         the same, rounded to whole rows; for isoflop and
@@ -23,17 +23,16 @@ no recipe; ours is made of published rules, the same for the three families, not
 The rules were fitted at 1e17 FLOPs and more: for mini and small they are extrapolated.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from data.pipeline import DataConfig
+from models import griffin, hawk, transformer
 from models.decoder import DecoderConfig, DType, Remat
 from models.flops import count_params, flops_per_token
-from models.griffin import griffin
-from models.hawk import hawk
 from models.sizes import SIZES, Size
-from models.transformer import mqa_transformer
 from sharding.mesh import MeshShape
 from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import Run
@@ -46,8 +45,8 @@ _GATE_BLOCKS = 4
 
 # Ours. width -> recurrent width and blocks. The paper chooses the recurrent width so that a
 # recurrent block has as many parameters as one of multi-head attention (about 4/3 of the width);
-# here it has as many as one of multi-query attention, which all three families use, so that at
-# each size their parameters agree within 3 % (5 % at width 8).
+# here it has as many as one of multi-query attention, so that at each size the parameters of
+# Griffin, Hawk and the Transformer agree within 3 % (5 % at width 8).
 _MINIATURES = {
   8: (8, 3),
   12: (12, 3),
@@ -89,6 +88,11 @@ def get_sweep(grid: str = "mini") -> tuple[Point, ...]:
 def get_config(name: str = "mini/griffin/w64/1e12") -> Run:
   """One run of a grid: GRID/FAMILY/SIZE/FLOPS, or optimal/FAMILY/SIZE."""
   grid, _, rest = name.partition("/")
+  family = rest.partition("/")[0]
+  if rest and family not in FAMILIES:
+    raise ValueError(
+      f"configs/scaling.py: family {family!r} of {name!r} is none of {', '.join(FAMILIES)}"
+    )
   for family, size, budget in _cells(grid):
     if rest == _name(family, size, budget):
       return _point(grid, family, size, budget).run
@@ -221,43 +225,12 @@ def _model(
   dtype: DType,
   remat: Remat,
 ) -> DecoderConfig:
-  match family:
-    case "griffin":
-      return griffin(
-        vocab_size=vocab_size,
-        width=size.width,
-        rnn_width=size.rnn_width,
-        num_blocks=size.num_blocks,
-        num_heads=size.num_heads,
-        head_size=size.head_size,
-        window=window,
-        mlp_width=size.mlp_width,
-        num_gate_blocks=num_gate_blocks,
-        dtype=dtype,
-        remat=remat,
-      )
-    case "hawk":
-      return hawk(
-        vocab_size=vocab_size,
-        width=size.width,
-        rnn_width=size.rnn_width,
-        num_blocks=size.num_blocks,
-        mlp_width=size.mlp_width,
-        num_gate_blocks=num_gate_blocks,
-        dtype=dtype,
-        remat=remat,
-      )
-    case _:
-      return mqa_transformer(
-        vocab_size=vocab_size,
-        width=size.width,
-        num_blocks=size.num_blocks,
-        num_heads=size.num_heads,
-        head_size=size.head_size,
-        mlp_width=size.mlp_width,
-        dtype=dtype,
-        remat=remat,
-      )
+  of_size = {
+    "griffin": functools.partial(griffin.of_size, window=window, num_gate_blocks=num_gate_blocks),
+    "hawk": functools.partial(hawk.of_size, num_gate_blocks=num_gate_blocks),
+    "transformer": transformer.of_size,
+  }[family]
+  return of_size(size, vocab_size=vocab_size, dtype=dtype, remat=remat)
 
 
 def _power_of_two(rows: float) -> int:

@@ -6,8 +6,8 @@ Sizes: 100m 200m 400m 1b 3b 7b 14b (no 14b Transformer was published). Global at
 128. Optimizer and batch are ours and untuned: train/recipes.py.
 """
 
+from models import transformer
 from models.sizes import size
-from models.transformer import mqa_transformer
 from train.config import Run
 from train.recipes import VOCAB_SIZE, pretraining
 
@@ -15,12 +15,4 @@ from train.recipes import VOCAB_SIZE, pretraining
 def get_config(name: str = "100m") -> Run:
   """The run of one published size."""
   row = size(name)
-  model = mqa_transformer(
-    vocab_size=VOCAB_SIZE,
-    width=row.width,
-    num_blocks=row.num_blocks,
-    num_heads=row.num_heads,
-    head_size=row.head_size,
-    mlp_width=row.mlp_width,
-  )
-  return pretraining(f"transformer-{name}", model, row)
+  return pretraining(f"transformer-{name}", transformer.of_size(row, vocab_size=VOCAB_SIZE), row)

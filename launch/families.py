@@ -1,13 +1,19 @@
-"""The three families for a comparison: on rows of one length, in a good layout."""
+"""Families for a comparison: on rows of one length, in a good layout."""
 
 import dataclasses
 
+from launch.overrides import ask
 from sharding.machine import Machine
 from train.config import Run
 from train.planning.layouts import Layout
 from train.planning.search import SAFE_MARGIN, search
 
-FAMILIES = ("transformer", "hawk", "griffin")
+_CONFIG = "configs/comparison.py"
+
+
+def compared() -> tuple[str, ...]:
+  """The families that configs/comparison.py names, others to be compared with the first."""
+  return ask(_CONFIG, "get_families")
 
 
 def with_rows(run: Run, *, num_devices: int, row_length: int, tokens_per_chip: int) -> Run:

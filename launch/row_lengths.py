@@ -1,4 +1,4 @@
-"""Which family is fastest at which row length? Griffin, Hawk and the Transformer, on a laptop.
+"""Which family is fastest at which row length? Those of configs/comparison.py, on a laptop.
 
   python -m launch.row_lengths --size=1b --machine=v5p:4 --remat=none --compile \
     --json=docs/row_lengths.jsonl --svg=docs/row_lengths.svg
@@ -7,7 +7,7 @@
   python -m launch.row_lengths --size=1b --machine=h100:1 --recorded \
     --json=docs/row_lengths.jsonl --svg=docs/row_lengths_h100.svg
 
-Batches have as many tokens whatever the row length. With --remat all three have one layout (fsdp
+Batches have as many tokens whatever the row length. With --remat all have one layout (fsdp
 over all devices, ZeRO stage 3); without, each has its own best (train/planning/search.py), with the
 fused kernels. With --compile the real step is compiled for the chip and its time follows from the
 program (train/planning/compiled_cost.py: twice, at rates that kernels are known to reach, and by
@@ -39,7 +39,7 @@ from absl import app, flags
 
 from launch import step_times
 from launch.console import check_output, parse_flags, refuse, writing
-from launch.families import FAMILIES, best_layout, with_rows
+from launch.families import best_layout, compared, with_rows
 from launch.overrides import load
 from models.flops import count_params
 from sharding import machine as machines
@@ -59,7 +59,9 @@ from train.program import Program
 _SIZE = flags.DEFINE_string("size", "1b", "A published size: 100m ... 14b.")
 _MACHINE = flags.DEFINE_list("machine", ["v5p:16"], "CHIP:HOW_MANY, several with commas.")
 _ROWS = flags.DEFINE_list("rows", ["2048", "4096", "8192", "16384"], "Row lengths, in tokens.")
-_FAMILIES = flags.DEFINE_list("families", list(FAMILIES), "Which, compared to the first.")
+_FAMILIES = flags.DEFINE_list(
+  "families", ["auto"], "Which, compared to the first; auto: those of configs/comparison.py."
+)
 _TOKENS = flags.DEFINE_integer(
   "tokens_per_chip", 16384, "Of a batch; at least a row each.", lower_bound=1
 )
@@ -138,15 +140,19 @@ def machine_here() -> str:
   return str(machines.of_chips(chip.key, count))
 
 
+def _family(result: dict[str, Any]) -> str:
+  return result["config"].rpartition("-")[0]
+
+
 def picture(results: list[dict[str, Any]], title: str) -> str:
   """Tokens/s over row length as SVG, a line for each family: measured where anything was, with
   faint lines for what is compiled; else of compiled steps where there are any, with dots for the
   compiler's own estimate and faint lines for the model."""
   ways = {one["how"] for one in results}
   lines = []
-  for family in FAMILIES:
+  for family in dict.fromkeys(_family(one) for one in results):
     color = colors.of_family(family).color
-    of_family = [one for one in results if one["config"].startswith(family)]
+    of_family = [one for one in results if _family(one) == family]
 
     def line(
       how: str,
@@ -219,9 +225,15 @@ def _check_lists() -> None:
   for row in _ROWS.value:
     if not row.isdecimal() or int(row) < 1:
       raise ValueError(f"row_lengths: --rows: {row!r} is no row length; at least 1, as 2048,4096")
-  for family in _FAMILIES.value:
-    if family not in FAMILIES:
-      raise ValueError(f"row_lengths: --families: {family!r} is none of {', '.join(FAMILIES)}")
+  known = compared()
+  for family in _families():
+    if family not in known:
+      raise ValueError(f"row_lengths: --families: {family!r} is none of {', '.join(known)}")
+
+
+def _families() -> Sequence[str]:
+  """Those that are asked for."""
+  return compared() if _FAMILIES.value == ["auto"] else _FAMILIES.value
 
 
 def _machine(name: str) -> Machine:
@@ -240,7 +252,7 @@ def _compare(name: str) -> None:
   print(f"{machine}, {_SIZE.value}: tokens/s on all chips, and over the first's")
   for row_length in map(int, _ROWS.value):
     found = []
-    for family in _FAMILIES.value:
+    for family in _families():
       both = _plans(family, machine, row_length)
       found.append([result(plan) for plan in both])
       _record(found[-1])
@@ -252,7 +264,7 @@ def _compare(name: str) -> None:
 
 def _measure() -> None:
   """Compiles all steps, then times each."""
-  rows, families = [int(row) for row in _ROWS.value], _FAMILIES.value
+  rows, families = [int(row) for row in _ROWS.value], _families()
   devices = len(jax.devices())
 
   def compiled(row_length: int, family: str) -> tuple[Program, jax.stages.Compiled, float]:
@@ -352,7 +364,7 @@ def _tell(found: Sequence[dict[str, Any]]) -> None:
       continue
     cells = [
       f"{family} {one[key]:,.0f} ({one[key] / found[0][key]:.2f})"
-      for family, one in zip(_FAMILIES.value, found)
+      for family, one in zip(_families(), found)
     ]
     how = found[0]["how"] if key == "tokens_per_second" else "compiler's estimate"
     print(f"  rows of {found[0]['row_length']:>6}, {how}: " + ", ".join(cells), flush=True)

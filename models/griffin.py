@@ -4,6 +4,7 @@ from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, EmbeddingScale, Remat
 from models.layers import attention, gated_mlp, rg_lru
 from models.layers.rg_lru import DecayInit
+from models.sizes import Size
 
 
 def griffin(
@@ -44,6 +45,31 @@ def griffin(
     logit_cap=logit_cap,
     dtype=dtype,
     param_dtype=param_dtype,
+    remat=remat,
+  )
+
+
+def of_size(
+  size: Size,
+  *,
+  vocab_size: int,
+  window: int = 1024,
+  num_gate_blocks: int = 16,
+  dtype: DType = "bfloat16",
+  remat: Remat = "block",
+) -> DecoderConfig:
+  """The Griffin of a row of the size table. The defaults are the paper's: sections 2.3 and 4.1."""
+  return griffin(
+    vocab_size=vocab_size,
+    width=size.width,
+    rnn_width=size.rnn_width,
+    num_blocks=size.num_blocks,
+    num_heads=size.num_heads,
+    head_size=size.head_size,
+    window=window,
+    mlp_width=size.mlp_width,
+    num_gate_blocks=num_gate_blocks,
+    dtype=dtype,
     remat=remat,
   )
 

@@ -4,6 +4,7 @@ from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Remat
 from models.layers import gated_mlp, rg_lru
 from models.layers.rg_lru import DecayInit
+from models.sizes import Size
 
 
 def hawk(
@@ -33,5 +34,26 @@ def hawk(
     pattern=(recurrent,),
     dtype=dtype,
     param_dtype=param_dtype,
+    remat=remat,
+  )
+
+
+def of_size(
+  size: Size,
+  *,
+  vocab_size: int,
+  num_gate_blocks: int = 16,
+  dtype: DType = "bfloat16",
+  remat: Remat = "block",
+) -> DecoderConfig:
+  """The Hawk of a row of the size table. The default is the paper's: section 4.1."""
+  return hawk(
+    vocab_size=vocab_size,
+    width=size.width,
+    rnn_width=size.rnn_width,
+    num_blocks=size.num_blocks,
+    mlp_width=size.mlp_width,
+    num_gate_blocks=num_gate_blocks,
+    dtype=dtype,
     remat=remat,
   )

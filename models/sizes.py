@@ -1,4 +1,4 @@
-"""The seven published sizes: Table 2 of arXiv:2402.19427, shared by its three families."""
+"""The seven published sizes: Table 2 of arXiv:2402.19427; each family has an `of_size`."""
 
 import dataclasses
 

@@ -3,6 +3,7 @@
 from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Remat
 from models.layers import attention, gated_mlp
+from models.sizes import Size
 
 
 def mqa_transformer(
@@ -30,5 +31,21 @@ def mqa_transformer(
     pattern=(block,),
     dtype=dtype,
     param_dtype=param_dtype,
+    remat=remat,
+  )
+
+
+def of_size(
+  size: Size, *, vocab_size: int, dtype: DType = "bfloat16", remat: Remat = "block"
+) -> DecoderConfig:
+  """The Transformer of a row of the size table, with global attention."""
+  return mqa_transformer(
+    vocab_size=vocab_size,
+    width=size.width,
+    num_blocks=size.num_blocks,
+    num_heads=size.num_heads,
+    head_size=size.head_size,
+    mlp_width=size.mlp_width,
+    dtype=dtype,
     remat=remat,
   )

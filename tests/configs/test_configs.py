@@ -2,6 +2,8 @@
 
 import pathlib
 
+from launch.overrides import ask, load
+from models.sizes import SIZES
 from tests.golden import make_configs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -15,5 +17,12 @@ def test_no_setting_of_a_preset_changes_unseen():
 
 
 def test_every_config_file_is_in_the_dump():
-  files = {path.name for path in (ROOT / "configs").glob("*.py")} - {"__init__.py"}
+  paths = (ROOT / "configs").glob("*.py")
+  files = {path.name for path in paths if "def get_config(" in path.read_text()}
   assert files == {spec.partition(":")[0].removeprefix("configs/") for spec in make_configs.SPECS}
+
+
+def test_every_family_that_is_compared_has_all_sizes():
+  for family in ask(str(ROOT / "configs" / "comparison.py"), "get_families"):
+    for size in SIZES:
+      assert load(str(ROOT / "configs" / f"{family}.py:{size}")).name == f"{family}-{size}"

@@ -110,7 +110,7 @@ def test_the_picture_has_a_line_for_each_family_in_its_color():
   assert {"Tokens per second over row length: 1b", "tokens in a row", "tokens per second"} <= set(
     words
   )
-  for family in families.FAMILIES:
+  for family in ("transformer", "hawk", "griffin"):
     for word in (family, f"{family}, compiler's"):
       assert drawn.color_of(svg, word) == colors.of_family(family).color
   told = dict(words.split("\n", 1) for *_, words in drawn.told(svg))

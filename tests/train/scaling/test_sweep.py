@@ -455,6 +455,8 @@ def test_the_published_rules_are_as_published():
   assert small.batch_size * small.data.row_length == pytest.approx(5220, abs=128)
   with pytest.raises(ValueError, match="there is no run"):
     load("configs/scaling.py:mini/hawk/w64/1e99")
+  with pytest.raises(ValueError, match=r"family 'owl' of .* is none of griffin, hawk, transformer"):
+    load("configs/scaling.py:mini/owl/w64/1e12")
 
 
 def test_names_are_folders():
