@@ -105,7 +105,7 @@ def fit(
       if step >= (last := _last_step(run, bad_steps)):
         logging.info("the run is complete: step %d of %d", step, last)
         events.end("complete")
-        _draw(workdir)  # it may have been killed after its last checkpoint
+        _draw(workdir, run.name)  # it may have been killed after its last checkpoint
         return "complete"
       events.resume(step)
       metrics = Metrics(
@@ -124,7 +124,7 @@ def fit(
         except RollBack as back:
           bad_steps.pass_over(back, checkpoint=checkpoints.latest() or 0)
     events.end(outcome)
-  _draw(workdir)
+  _draw(workdir, run.name)
   ended = "stopped, the same command goes on" if outcome == "stopped" else outcome
   logging.info("%s; metrics: %s, picture: %s", ended, workdir / JSONL, workdir / _PICTURE)
   return outcome
@@ -321,9 +321,9 @@ def within_the_data(run: Run) -> Run:
   return dataclasses.replace(run, total_steps=available)
 
 
-def _draw(workdir: pathlib.Path) -> None:
+def _draw(workdir: pathlib.Path, name: str) -> None:
   if jax.process_index() == 0:
-    plot_losses(workdir / JSONL, workdir / _PICTURE)
+    plot_losses(workdir / JSONL, workdir / _PICTURE, name=name)
 
 
 def _about(program: Program) -> dict[str, Any]:

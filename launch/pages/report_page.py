@@ -143,7 +143,7 @@ def _loss_chart(
     lines.append(Line(mean, color, label, f"{of}training, mean"))
     if held_out:
       label = "held out" if is_one else of.strip()
-      held_color = color if not is_one else _held_out_color(color)
+      held_color = colors.HELD_OUT if is_one else color
       points = _points(run, held_out, x_of)
       lines.append(Line(points, held_color, f"{label} {last[0]:.3f}", f"{of}held out", "dots"))
     values += [*train.values(), *held_out.values()]
@@ -299,10 +299,6 @@ def _clock_marks(runs: Sequence[History], scale: float) -> list[Mark]:
 
 def _run_colors(runs: Sequence[History]) -> list[str]:
   return colors.of_runs([run.name for run in runs])
-
-
-def _held_out_color(color: str) -> str:
-  return colors.BLUE if color == colors.VERMILLION else colors.VERMILLION
 
 
 def _end_of(run: History, name: str) -> float | None:

@@ -7,7 +7,7 @@ from train.drawing import colors
 from train.drawing.line_chart import Axis, dress
 from train.drawing.picture import TITLE_HEIGHT, Picture, drawing
 
-_ROW, _BAR, _LABELS, _WORDS, _AXIS = 28.0, 18.0, 225.0, 300.0, 44.0
+_ROW, _BAR, _LABELS, _WORDS, _AXIS = 28.0, 18.0, 225.0, 345.0, 44.0
 _KEY_COLUMNS, _KEY_HEIGHT = 3, 22.0
 _SIDE = 14.0  # room for half a number at the ends of an axis
 

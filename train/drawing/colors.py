@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 INK, FAINT, GRID = "#222222", "#757575", "#e6e6e6"
 BLUE, VERMILLION, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-BROWN, WINE, NAVY, SLATE = "#8c510a", "#882255", "#2a2f86", "#333333"
-SKY, SAND, SILVER = "#56b4e9", "#e6ab02", "#c4c4c4"  # areas only: too light for lines and words
+BROWN, WINE, NAVY, VIOLET = "#8c510a", "#882255", "#2a2f86", "#8a2be2"
+# Of areas only: words and lines in them would be lost on white.
+SKY, SAND, SILVER, SLATE = "#56b4e9", "#e6ab02", "#c4c4c4", "#4d4d4d"
+HELD_OUT = INK  # beside a training curve, whatever color that has
 # For many things without an order, in this order.
-DISTINCT = (BLUE, VERMILLION, GREEN, PINK, BROWN, WINE, NAVY, SLATE)
+DISTINCT = (BLUE, VERMILLION, GREEN, PINK, BROWN, WINE, NAVY, VIOLET)
 
 
 class Look(NamedTuple):
@@ -32,7 +34,7 @@ FAMILIES = {
   "llama": Look(BROWN, "v"),
   "megalodon": Look(WINE, "D"),
   "mamba-2": Look(NAVY, "X"),
-  "gated-deltanet": Look(SLATE, "p"),
+  "gated-deltanet": Look(VIOLET, "p"),
 }
 _MARKERS = ("h", "<", ">", "*")
 

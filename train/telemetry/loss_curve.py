@@ -9,8 +9,11 @@ from train.workdir.jsonl import read_jsonl, series
 from train.workdir.whole_file import write_whole
 
 
-def plot_losses(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> bool:
-  """Draws training and held-out loss over steps from a metrics file; False if it has no loss yet.
+def plot_losses(
+  jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[str], *, name: str
+) -> bool:
+  """Draws training and held-out loss over steps from the metrics file of the run of this name;
+  False if it has no loss yet.
 
   Of a step that is there several times the last record counts. Values that are not finite are left
   out. The picture appears whole or not at all.
@@ -21,16 +24,17 @@ def plot_losses(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[
     [(float(step), loss) for step, loss in losses.items()] for losses in (train, held_out)
   )
   mean = smoothed(points)
-  lines = [Line(points, colors.BLUE, style="faint")]
+  (color,) = colors.of_runs([name])
+  lines = [Line(points, color, style="faint")]
   if mean:
-    lines.append(Line(mean, colors.BLUE, f"training {mean[-1][1]:.3f}"))
+    lines.append(Line(mean, color, f"training {mean[-1][1]:.3f}"))
   if held_out_points:
     label = f"held out {held_out_points[-1][1]:.3f}"
-    lines.append(Line(held_out_points, colors.VERMILLION, label, style="dots"))
+    lines.append(Line(held_out_points, colors.HELD_OUT, label, style="dots"))
   high = without_first_steps([*train.values(), *held_out.values()])
   drawn = chart(
     lines,
-    title="Loss over training steps",
+    title=f"{name}: loss over training steps",
     x=Axis("steps", low=0.0),
     y=Axis("loss (nats per token)", show="{:.3g}".format, high=high),
     width=800,

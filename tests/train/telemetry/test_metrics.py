@@ -11,6 +11,7 @@ from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 
 from tests import drawn
+from train.drawing import colors
 from train.telemetry.loss_curve import plot_losses
 from train.telemetry.metrics import (
   FIELDS,
@@ -250,7 +251,7 @@ def test_losses_are_one_per_step_and_finite(tmp_path):
 def test_the_picture_is_a_png(tmp_path, num_records):
   records = [{"step": step + 1, "train/loss": 3.0 / (step + 1)} for step in range(num_records)]
   _write(tmp_path / "metrics.jsonl", *records, {"step": num_records, "eval/loss": 1.0})
-  assert plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+  assert plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", name="a")
   data = (tmp_path / "loss.png").read_bytes()
   assert data.startswith(b"\x89PNG")
   assert struct.unpack(">II", data[16:24]) == (1200, 675)
@@ -265,7 +266,9 @@ def test_the_picture_says_both_losses_at_the_end_and_appears_whole_or_not_at_all
   said = []
 
   def torn(picture, **_):
-    said.extend(drawn.words(picture.svg()))
+    svg = picture.svg()
+    said.extend(drawn.words(svg))
+    assert drawn.color_of(svg, "training 6.100") == colors.of_family("hawk").color
     return b"half"
 
   def full(descriptor):
@@ -275,11 +278,12 @@ def test_the_picture_says_both_losses_at_the_end_and_appears_whole_or_not_at_all
   monkeypatch.setattr("os.fsync", full)
   (tmp_path / "loss.png").write_bytes(b"an earlier one")
   with pytest.raises(OSError, match="no space"):
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-  assert {"training 6.100", "held out 7.000", "steps", "loss (nats per token)"} <= set(said)
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", name="hawk-1b")
+  words = {"hawk-1b: loss over training steps", "training 6.100", "held out 7.000"}
+  assert words | {"steps", "loss (nats per token)"} <= set(said)
   assert (tmp_path / "loss.png").read_bytes() == b"an earlier one"
 
 
 def test_no_picture_of_no_losses(tmp_path):
-  assert not plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+  assert not plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", name="a")
   assert not (tmp_path / "loss.png").exists()
