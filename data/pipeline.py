@@ -9,7 +9,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -31,6 +31,8 @@ class DataConfig:
   eval_source: a held-out store; eval_rows: at most this many of its rows, evenly spaced over it.
   read_threads, prefetch_batches: how far reading runs ahead; they change no batch.
   """
+
+  recorded_as: ClassVar[str] = "data.pipeline.DataConfig"
 
   sources: tuple[tuple[str, float], ...]
   row_length: int

@@ -6,7 +6,7 @@ its own file: nothing outside models/ knows which layers there are.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,10 @@ class Mixer(Protocol):
 
 class MixerConfig(Protocol):
   """A frozen dataclass in the mixer's own file; one with kernel fields also has `kernels`
-  (models/kernel_fields.py)."""
+  (models/kernel_fields.py). `recorded_as` is its name in the records of checkpoints, which never
+  changes (train/recorded.py)."""
+
+  recorded_as: ClassVar[str]
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
 
@@ -63,6 +66,8 @@ class MixerConfig(Protocol):
 class MLPConfig(Protocol):
   """As MixerConfig, of a layer that looks at each token alone."""
 
+  recorded_as: ClassVar[str]
+
   def build(
     self, width: int, *, num_blocks: int, rngs: nnx.Rngs
   ) -> Callable[[jax.Array], jax.Array]: ...
@@ -82,6 +87,8 @@ class BlockProtocol(Protocol):
   A block has the call and the initial state of a mixer. A block of another shape than the residual
   one is a dataclass of its own with these methods.
   """
+
+  recorded_as: ClassVar[str]
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
 
@@ -109,6 +116,8 @@ class BlockProtocol(Protocol):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
   """One residual block: what mixes over time, the MLP, if it has one, and the norm before each."""
+
+  recorded_as: ClassVar[str] = "models.block.BlockConfig"
 
   mixer: MixerConfig
   mlp: MLPConfig | None

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class DecoderConfig:
   inputs. layers "unroll" writes every block out when training, which takes longer to compile: for
   tests, tiny models, and speed on GPUs.
   """
+
+  recorded_as: ClassVar[str] = "models.decoder.DecoderConfig"
 
   vocab_size: int
   width: int

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ class MeshShape:
   sequence  the time of every row, in equal parts; the state is the same on all of them
   tensor    Megatron: heads, MLP, recurrence and vocabulary are split over it
   """
+
+  recorded_as: ClassVar[str] = "sharding.mesh.MeshShape"
 
   data: int = 1
   fsdp: int = 1

@@ -6,6 +6,7 @@ machine that is not here is the one that would run there.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 from absl import logging
@@ -58,6 +59,8 @@ class XlaFlags:
   set   flags to add, or to give another value: "xla_some_flag=true,xla_other=3"
   drop  flags of the table to leave to the compiler: "xla_some_flag", or "all"
   """
+
+  recorded_as: ClassVar[str] = "sharding.xla_flags.XlaFlags"
 
   set: str = ""
   drop: str = ""

@@ -12,7 +12,7 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -49,6 +49,8 @@ class BadStepPolicy:
   deviation of normal noise. The step right before is read too late to be among them. No step is a
   spike before there are `spike_window` good steps.
   """
+
+  recorded_as: ClassVar[str] = "train.bad_steps.BadStepPolicy"
 
   non_finite: Action = "stop"
   spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"

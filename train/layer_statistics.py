@@ -9,7 +9,7 @@ LAYER_FIELDS with an entry for each block, first to last; null where a block has
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ _BLOCKS = ("groups", "remainder")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
   """every: after each so many steps; None for never, which also compiles nothing."""
+
+  recorded_as: ClassVar[str] = "train.statistics.StatisticsConfig"
 
   every: int | None = 100
 

@@ -8,7 +8,7 @@ knows of a non-finite one before any moment changes.
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ _MAX_BFLOAT16_BETA = 1 - 2**-8
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine:
   """Half a cosine from the peak to `final_fraction` of it, reached in the last step."""
+
+  recorded_as: ClassVar[str] = "train.optimizer.Cosine"
 
   final_fraction: float = 0.1
 
@@ -49,6 +51,8 @@ class WarmupStableDecay:
 
   shape "linear", or "sqrt": 1 - sqrt(progress), which falls faster at first (arXiv:2405.18392).
   """
+
+  recorded_as: ClassVar[str] = "train.optimizer.WarmupStableDecay"
 
   decay_fraction: float = 0.2
   final_fraction: float = 0.0
@@ -91,6 +95,8 @@ class WarmupStableDecay:
 class Constant:
   """The peak to the end, as the published toy tasks are trained."""
 
+  recorded_as: ClassVar[str] = "train.optimizer.Constant"
+
   def check(self, *, warmup_steps: int, total_steps: int) -> None:
     """Raises if the schedule does not fit into the run."""
 
@@ -108,6 +114,8 @@ class AdamW:
   clip_norm bounds the global norm of the gradient (None: no clipping); the train step applies it.
   moment_dtype holds both moments; the update is computed in float32 in either case.
   """
+
+  recorded_as: ClassVar[str] = "train.optimizer.AdamW"
 
   peak_lr: float
   warmup_steps: int

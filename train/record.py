@@ -14,6 +14,7 @@ from data.token_store import read_manifest
 from models import kernel_fields
 from models.decoder import Model
 from sharding import xla_flags
+from train import recorded
 from train.config import Run
 
 # Paths of settings that leave the model and its batches as they are, as those of a record's kernels
@@ -54,13 +55,15 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
 
   identity: path -> value of every setting; kernels by the name of what runs, XLA flags as they are
   for the devices at hand, token stores by their content and not by where they lie.
-  kernels: which paths of identity name a kernel.
+  kernels: which paths of identity name a kernel. defaults: see train/recorded.py.
   versions and devices are for people.
   """
   # The name of what runs, not "auto": it may mean another kernel on the next machine.
   run = dataclasses.replace(run, model=run.model.resolved())
   identity = {
-    path: value for path, value in _settings(run).items() if not path.startswith("data.sources")
+    path: value
+    for path, value in recorded.settings(run).items()
+    if not path.startswith("data.sources")
   }
   device_kind = jax.devices()[0].device_kind
   for name, value in run.xla_flags.resolved(xla_flags.key_of(device_kind)).items():
@@ -75,6 +78,7 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
   record = {
     "identity": identity,
     "kernels": [f"model.{field.path}" for field in kernel_fields.marked(run.model)],
+    "defaults": recorded.defaults(run),
     "sources": [path for path, _ in run.data.sources],
     "versions": {
       "python": platform.python_version(),
@@ -90,12 +94,16 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
 
 
 def compare_records(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-  """Lines "path: was -> is" for what differs and may; ValueError for what may not change."""
+  """Lines "path: was -> is" for what differs and may; ValueError for what may not change.
+
+  A setting that `saved` does not have is no difference while it is at its default. One that this
+  version does not have is refused: what it meant is not known here.
+  """
   then, current = saved["identity"], now["identity"]
   # Records from before kernels were marked have no such list.
   kernels = {*saved.get("kernels", ()), *now["kernels"]}
   allowed, refused = [], []
-  for path in sorted({*then, *current}):
+  for path in sorted({*then, *current} - recorded.new_at_default(then, current, now["defaults"])):
     was, is_now = then.get(path, "(not there)"), current.get(path, "(not there)")
     if was == is_now:
       continue
@@ -111,23 +119,6 @@ def compare_records(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
       "start a new run with another --workdir"
     )
   return [f"{path}: {was!r} -> {is_now!r}" for path, was, is_now in allowed]
-
-
-def _settings(value: Any, path: str = "") -> dict[str, Any]:
-  """Every field by its path, and the class of every choice that is an object."""
-  if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    kind = type(value)
-    settings = {path: f"{kind.__module__}.{kind.__qualname__}"} if path else {}
-    for field in dataclasses.fields(value):
-      inner = f"{path}.{field.name}".removeprefix(".")
-      settings.update(_settings(getattr(value, field.name), inner))
-    return settings
-  if isinstance(value, tuple | list) and any(dataclasses.is_dataclass(item) for item in value):
-    settings = {}
-    for index, item in enumerate(value):
-      settings.update(_settings(item, f"{path}[{index}]"))
-    return {**settings, f"{path}.length": len(value)}
-  return {path: value}
 
 
 def _fingerprint(model: Model) -> str:

@@ -19,7 +19,7 @@ row on every shard: 2 x head_size numbers a token for each key-value head, besid
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class Config:
 
   The defaults are those of Griffin and RecurrentGemma.
   """
+
+  recorded_as: ClassVar[str] = "models.layers.attention.Config"
 
   num_heads: int
   head_size: int

@@ -5,6 +5,7 @@ sub-layer costs one all-reduce forward (after down) and one backward (before gat
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -22,6 +23,8 @@ _WORKING = 9
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """`mlp_width` is 3 x width in every published Griffin."""
+
+  recorded_as: ClassVar[str] = "models.layers.gated_mlp.Config"
 
   mlp_width: int
 

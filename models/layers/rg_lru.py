@@ -18,7 +18,7 @@ it, the recurrence what kernels/linear_scan says: both O(batch x R), whatever th
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ class Config:
   `scan` names an implementation of kernels/rg_lru, `gates` of kernels/block_diagonal, `conv` of
   kernels/causal_conv, or "auto".
   """
+
+  recorded_as: ClassVar[str] = "models.layers.rg_lru.Config"
 
   rnn_width: int
   num_gate_blocks: int = 16

@@ -126,6 +126,24 @@ def test_xla_flags_are_recorded_as_programs_are_compiled_with_them_and_may_chang
   assert f"xla_flags.{flag.name}: {flag.value!r} -> '(not there)'" in changes
 
 
+def test_a_setting_that_a_record_of_before_lacks_is_compared_with_its_default(store):
+  run = _run(store)
+  before = _record(run)
+  del before["identity"]["model.logit_cap"], before["identity"]["model.pattern[0].mixer.conv_taps"]
+  assert compare_records(before, _record(run)) == []
+  capped = _with_model(run, logit_cap=30.0)
+  with pytest.raises(ValueError, match=r"model\.logit_cap is '\(not there\)' in the .*, 30\.0 now"):
+    compare_records(before, _record(capped))
+
+
+def test_a_setting_that_only_the_checkpoint_knows_is_refused(store):
+  run = _run(store)
+  later = _record(run)
+  later["identity"]["model.later"] = 1
+  with pytest.raises(ValueError, match=r"model\.later is 1 in the checkpoint, '\(not there\)' now"):
+    compare_records(later, _record(run))
+
+
 CHANGES = {
   "model.num_blocks is 3 in the checkpoint, 6 now": lambda run: _with_model(run, num_blocks=6),
   "model.dtype is 'bfloat16' in the checkpoint, 'float32' now": lambda run: _with_model(

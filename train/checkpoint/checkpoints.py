@@ -9,7 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from absl import logging
@@ -43,6 +43,8 @@ class CheckpointConfig:
   on_damage: "refuse" a damaged newest checkpoint, or go on from the one before ("previous").
   verify: compare the checksum of every restored array.
   """
+
+  recorded_as: ClassVar[str] = "train.checkpoint.CheckpointConfig"
 
   every_steps: int = 1000
   keep_permanent: int | None = None

@@ -7,6 +7,7 @@ import pathlib
 import sys
 import threading
 import time
+from typing import ClassVar
 
 from train.job.peers import Peers
 from train.workdir.failure import record_failure
@@ -25,6 +26,8 @@ class WatchdogConfig:
   step_minutes: from one step to the next, evaluation and waiting for a checkpoint included.
   start_minutes: for each thing before that: restoring, compiling, the first step.
   """
+
+  recorded_as: ClassVar[str] = "train.watchdog.WatchdogConfig"
 
   step_minutes: float | None = 30.0
   start_minutes: float | None = 60.0

@@ -19,6 +19,7 @@ from models.flops import count_params, flops_per_token
 from sharding.mesh import MeshShape
 from train.config import Run, flatten
 from train.planning.footprint import footprint
+from train.recorded import default_values, new_at_default
 from train.telemetry.metrics import JSONL
 from train.workdir.jsonl import read_jsonl
 from train.workdir.whole_file import write_whole
@@ -172,7 +173,11 @@ class Changes(NamedTuple):
 
 def settings_of(run: Run) -> dict[str, Any]:
   """Path -> value of every setting, as JSON gives it back."""
-  return json.loads(json.dumps(flatten(run), default=repr))
+  return _as_json(flatten(run))
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+  return json.loads(json.dumps(settings, default=repr))
 
 
 def compare(runs: Mapping[str, Record], points: Sequence[Point]) -> Changes:
@@ -193,9 +198,10 @@ def compare(runs: Mapping[str, Record], points: Sequence[Point]) -> Changes:
 def _differences(before: Mapping[str, Any], run: Run) -> list[str]:
   now = settings_of(run)
   kernels = {f"model.{field.path}" for field in kernel_fields.marked(run.model)}
+  defaults = {path: _as_json(flatten(default, path)) for path, default in default_values(run)}
   return [
     f"{path} {before.get(path)!r} -> {now.get(path)!r}"
-    for path in sorted({*before, *now} - kernels)
+    for path in sorted({*before, *now} - kernels - new_at_default(before, now, defaults))
     if before.get(path) != now.get(path)
     and not any(fnmatch.fnmatchcase(path, pattern) for pattern in NO_EFFECT)
   ]

@@ -15,7 +15,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 from absl import logging
@@ -111,6 +111,8 @@ class MetricsConfig:
 
   wandb "offline" needs no network: `wandb sync WORKDIR/wandb/offline-run-*` uploads it later.
   """
+
+  recorded_as: ClassVar[str] = "train.metrics.MetricsConfig"
 
   log_every: int = 10
   tensorboard: bool = True

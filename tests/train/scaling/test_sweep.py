@@ -245,6 +245,14 @@ def test_settings_without_effect_on_the_result_may_change():
     return compare({"a": record}, [point])
 
   assert compared_with(*_WITHOUT_EFFECT) == ([], [], {})
+  # A sweep of before may not know a setting; its runs had what is the default now.
+  before = settings_of(run)
+  del before["model.logit_cap"]
+  record = {"in_grid": True, "settings": before}
+  assert compare({"a": record}, [point]) == ([], [], {})
+  capped = dataclasses.replace(run, model=dataclasses.replace(run.model, logit_cap=30.0))
+  changes = compare({"a": record}, [dataclasses.replace(point, run=capped)])
+  assert changes.altered == {"a": ["model.logit_cap None -> 30.0"]}
   for path in _WITH_EFFECT:
     assert compared_with(path).altered == {"a": [f"{path} 'before' -> {settings_of(run)[path]!r}"]}
 
