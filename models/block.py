@@ -15,6 +15,7 @@ from flax import nnx
 from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Sent, Shard
 from models.layers import norms
 from models.layers.segments import Segments
+from models.remat import SavedNames
 
 # Arrays of the stream's width alive at the peak of a block's backward pass, found by compiling for
 # TPU; docs/plans.jsonl has the errors that are left.
@@ -39,6 +40,10 @@ class MixerConfig(Protocol):
   recorded_as: ClassVar[str]
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
+
+  def saved_names(self) -> SavedNames:
+    """The names that the layer and its kernels give to values for remat to keep."""
+    ...
 
   def scopes(self) -> tuple[str, ...]:
     """The named scopes that the layer opens: the parts of a compiled step that it is."""
@@ -72,6 +77,8 @@ class MLPConfig(Protocol):
     self, width: int, *, num_blocks: int, rngs: nnx.Rngs
   ) -> Callable[[jax.Array], jax.Array]: ...
 
+  def saved_names(self) -> SavedNames: ...
+
   def scopes(self) -> tuple[str, ...]: ...
 
   def tensor_sizes(self) -> dict[str, int]: ...
@@ -91,6 +98,10 @@ class BlockProtocol(Protocol):
   recorded_as: ClassVar[str]
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
+
+  def saved_names(self) -> SavedNames:
+    """The names of its values that remat may keep; any other is an error (models/remat.py)."""
+    ...
 
   def scopes(self) -> tuple[str, ...]:
     """The named scopes of its layers: parts of a compiled step."""
@@ -125,6 +136,10 @@ class BlockConfig:
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "ResidualBlock":
     return ResidualBlock(self, width, num_blocks=num_blocks, rngs=rngs)
+
+  def saved_names(self) -> SavedNames:
+    saved = self.mixer.saved_names()
+    return saved if self.mlp is None else saved | self.mlp.saved_names()
 
   def scopes(self) -> tuple[str, ...]:
     return self.mixer.scopes() + (() if self.mlp is None else self.mlp.scopes())

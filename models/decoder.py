@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import kernel_fields, observe
+from models import kernel_fields, observe, remat
 from models.block import BlockConfig
 from models.layers import norms
 from models.layers import segments as segments_lib
@@ -34,10 +34,10 @@ from models.layers.cut import cut_steps
 from models.layers.embedding import Embedding, Unembedding, cap_logits
 from models.layers.segments import Segments, SegmentState
 from models.param import declared_of
+from models.remat import Remat, SavedNames
 from sharding import logical
 
 Params = dict[str, Any]
-Remat = Literal["none", "block", "matmuls"]
 DType = Literal["float32", "bfloat16"]
 EmbeddingScale = Literal["none", "sqrt_width"]
 
@@ -232,6 +232,7 @@ class _Run(NamedTuple):
   name: str
   part: _Part
   length: int
+  saved: SavedNames
 
 
 def _runs(blocks: tuple[BlockConfig, ...], config: DecoderConfig) -> list[_Run]:
@@ -241,7 +242,7 @@ def _runs(blocks: tuple[BlockConfig, ...], config: DecoderConfig) -> list[_Run]:
       lambda rngs, block=block: block.build(config.width, num_blocks=config.num_blocks, rngs=rngs),
       config.param_dtype,
     )
-    runs.append(_Run(f"{len(runs)}", part, len(list(equal))))
+    runs.append(_Run(f"{len(runs)}", part, len(list(equal)), block.saved_names()))
   return runs
 
 
@@ -500,28 +501,16 @@ class _Decoder:
         (x_BTD, caches),
         (params[run.name], before),
         is_scanned=not 1 < run.length <= written_out,
-        around=self._rematerialized,
+        around=functools.partial(self._rematerialized, saved=run.saved),
       )
       new_states[run.name] = state_lib.join(plain, caches)
     return x_BTD, new_states, seen
 
-  def _rematerialized(self, block: Callable[..., Any]) -> Callable[..., Any]:
+  def _rematerialized(self, block: Callable[..., Any], saved: SavedNames) -> Callable[..., Any]:
+    is_unrolled = self.config.layers == "unroll"
     # Inside a scan nothing can be merged across forward and backward; unrolled, it would be.
-    prevent_cse = self.config.layers == "unroll" or self.config.blocks_wait
-    policies = jax.checkpoint_policies
-    if self.config.remat == "block":
-      policy = policies.nothing_saveable
-    else:
-      kept = ("projection",)
-      if self.config.remat == "none":
-        kept += ("scan", "attention")
-        if self.config.layers == "unroll":
-          # A loop would copy them into arrays of all blocks: dearer than to form them again.
-          kept += ("gates", "conv", "rotated", "weights")
-      policy = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,  # not the gates'
-        policies.save_only_these_names(*kept),
-      )
+    prevent_cse = is_unrolled or self.config.blocks_wait
+    policy = remat.policy(self.config.remat, saved, is_unrolled=is_unrolled)
     return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
   def _scan(

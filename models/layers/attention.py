@@ -30,12 +30,13 @@ from kernels import halo, local_attention
 from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Shard
 from models.initial_weights import FanIn, InitialWeights
 from models.kernel_fields import kernel_field
-from models.layers import attention_costs
+from models.layers import attention_costs, projection
 from models.layers.projection import add_bias, project, project_each
 from models.layers.rope import Rope, apply_rope
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.layers.state import Cache
 from models.param import param, zeros
+from models.remat import SavedNames
 from sharding import logical
 
 
@@ -74,6 +75,11 @@ class Config:
     del dtype
     name = local_attention.resolve(self.implementation, head_size=self.head_size)
     return {"implementation": name}
+
+  def saved_names(self) -> SavedNames:
+    return projection.SAVED | SavedNames(
+      none=frozenset({"attention"}), unrolled=frozenset({"rotated"})
+    )
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "Attention":
     return Attention(self, width, num_blocks=num_blocks, rngs=rngs)

@@ -11,9 +11,11 @@ import jax
 from flax import nnx
 
 from models.costs import FlopsPart, LayerActivations, Shard
+from models.layers import projection
 from models.layers.gelu import gated_gelu
 from models.layers.projection import add_bias, branches, project
 from models.param import normal, param, zeros
+from models.remat import SavedNames
 
 # Arrays of the MLP's width alive at the peak of its backward pass, found by compiling for TPU;
 # docs/plans.jsonl has the errors that are left.
@@ -31,6 +33,9 @@ class Config:
   def __post_init__(self):
     if self.mlp_width < 1:
       raise ValueError(f"gated_mlp.Config: mlp_width {self.mlp_width} must be at least 1")
+
+  def saved_names(self) -> SavedNames:
+    return projection.SAVED
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "GatedMLP":
     return GatedMLP(self, width, num_blocks=num_blocks, rngs=rngs)

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from models.layers.cut import cut
+from models.remat import SavedNames
 from sharding import logical
+
+# Of whoever projects: the products, and matrices cut out of one.
+SAVED = SavedNames(matmuls=frozenset({"projection"}), unrolled=frozenset({"weights"}))
 
 
 def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:

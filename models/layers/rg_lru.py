@@ -29,12 +29,13 @@ from kernels.rg_lru.gates import C
 from models import observe
 from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Shard
 from models.kernel_fields import kernel_field
-from models.layers import rg_lru_costs
+from models.layers import projection, rg_lru_costs
 from models.layers.gelu import gated_gelu
 from models.layers.projection import add_bias, branch_products, project
 from models.layers.rg_lru_statistics import statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
+from models.remat import SavedNames
 from sharding import logical
 
 _DECAY_RANGE = (0.9, 0.999)
@@ -82,6 +83,11 @@ class Config:
       "gates": block_diagonal.resolve(self.gates, itemsize=jnp.dtype(dtype).itemsize),
       "conv": causal_conv.resolve(self.conv),
     }
+
+  def saved_names(self) -> SavedNames:
+    return projection.SAVED | SavedNames(
+      none=frozenset({"scan"}), unrolled=frozenset({"gates", "conv"})
+    )
 
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "RecurrentBlock":
     return RecurrentBlock(self, width, num_blocks=num_blocks, rngs=rngs)

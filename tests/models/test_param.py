@@ -13,6 +13,7 @@ from models.block import BlockConfig
 from models.decoder import DecoderConfig
 from models.layers import gated_mlp
 from models.param import param, zeros
+from models.remat import SavedNames
 from sharding import logical
 from sharding.mesh import MeshShape
 from sharding.rules import ZERO3
@@ -26,6 +27,9 @@ class _Config:
   """A mixer whose one parameter has the dimensions of the convolution's taps."""
 
   first: str = "tap"
+
+  def saved_names(self):
+    return SavedNames()
 
   def build(self, width, *, num_blocks, rngs):
     return _Mixer(self.first, rngs=rngs)
