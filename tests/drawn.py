@@ -1,4 +1,4 @@
-"""What is in a picture, for tests of pictures: words, lines, and what the pointer is shown."""
+"""What is in a picture, for tests of pictures: words, lines, areas, markers and tooltips."""
 
 import re
 from xml.etree import ElementTree
@@ -54,11 +54,11 @@ def marks(svg: str) -> list[tuple[str, float, float]]:
   return found
 
 
-def told(svg: str) -> list[tuple[float, float, str]]:
-  """What is shown under the pointer: from left to right (left, right, words)."""
+def tooltips(svg: str) -> list[tuple[float, float, str]]:
+  """The tooltips of a picture from left to right: (left, right, words)."""
   found = []
   for rect in _parts(svg, "rect"):
-    if rect.get("class") == "told":
+    if rect.get("class") == "tooltip":
       (title,) = rect
       left, width = float(rect.get("x")), float(rect.get("width"))
       found.append((left, left + width, title.text))

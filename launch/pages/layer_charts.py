@@ -111,13 +111,13 @@ def _distribution(run: History, width: float) -> Picture | None:
       axes.plot([place, place], [p5, p95], color=color, linewidth=1.4)
       axes.bar(place, p75 - p25, 2 * half, bottom=p25, color=color)
       axes.plot([place - half, place + half], [p50, p50], color="#ffffff", solid_capstyle="butt")
-      told = [f"95 %: {p95:,.4g} tokens", f"75 %: {p75:,.4g}", f"median: {p50:,.4g}"]
-      told += [f"25 %: {p25:,.4g}", f"5 %: {p5:,.4g}"]
+      values = [f"95 %: {p95:,.4g} tokens", f"75 %: {p75:,.4g}", f"median: {p50:,.4g}"]
+      values += [f"25 %: {p25:,.4g}", f"5 %: {p5:,.4g}"]
       if (ring := opened[block]) is not None:
         axes.plot(place, ring, "o", color=color, markerfacecolor="#ffffff", markersize=6)
-        told.append(f"median with the gate wide open: {ring:,.4g}")
-      words = "\n".join([f"block {block}, horizons of its channels", *told])
-      picture.tell(axes, (place - 0.5, place + 0.5), None, words)
+        values.append(f"median with the gate wide open: {ring:,.4g}")
+      words = "\n".join([f"block {block}, horizons of its channels", *values])
+      picture.tooltip(axes, (place - 0.5, place + 0.5), None, words)
     # What the parts of the last block's shape are, beside it.
     names = zip(("5 %", "25 %", "median", "75 %", "95 % of channels"), blocks[-1][1])
     ends = [(value, name) for name, value in names]

@@ -32,7 +32,7 @@ p{margin:.3em 0}.faint{color:#777}table{border-collapse:collapse;width:100%;font
 th,td{text-align:right;padding:.22em .6em;border-bottom:1px solid #e6e6e6}th{color:#777;
 font-weight:500}td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:.7em;
 border-radius:6px;white-space:pre-wrap;font-size:.87em}svg{width:100%;height:auto;
-display:block;margin:1.5em 0 .5em}.told:hover{fill-opacity:.07}
+display:block;margin:1.5em 0 .5em}.tooltip:hover{fill-opacity:.07}
 """
 
 

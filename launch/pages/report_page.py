@@ -20,7 +20,7 @@ p{margin:.3em 0}.faint{color:#777}table{border-collapse:collapse;width:100%;font
 th,td{text-align:right;white-space:nowrap;padding:.25em .55em;border-bottom:1px solid #e6e6e6}
 th{color:#777;font-weight:500}td:first-child,th:first-child{text-align:left}code{font-size:.92em}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:0 20px}svg{width:100%;height:auto;
-display:block;margin:.7em 0}.told:hover{fill-opacity:.07}
+display:block;margin:.7em 0}.tooltip:hover{fill-opacity:.07}
 @media(max-width:640px){.pair{grid-template-columns:1fr}}
 """
 

@@ -54,8 +54,8 @@ def strip(run: History, width: float) -> Picture:
     for kind, first, last in _columns(run.log.pieces, begin, columns):
       x, size = (place / columns / scale for place in (first, last - first))
       axes.barh(0.5, size, 1.0, left=x, color=KINDS[kind][1])
-      told = f"{KINDS[kind][0]}: {duration((last - first) / columns)}"
-      picture.tell(axes, (x, x + size), (0, 1), f"{told}\nfrom {x:.4g} {unit} on")
+      words = f"{KINDS[kind][0]}: {duration((last - first) / columns)}"
+      picture.tooltip(axes, (x, x + size), (0, 1), f"{words}\nfrom {x:.4g} {unit} on")
     for at in starts:
       axes.axvline(at, ymin=-0.25, ymax=1.25, color=colors.INK, linewidth=1.0, clip_on=False)
   return picture

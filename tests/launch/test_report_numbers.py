@@ -70,18 +70,18 @@ def test_a_run_has_the_color_of_its_family_in_every_picture(tmp_path):
       assert drawn.color_of(pictures[title], word) == colors.FAMILIES[family].color
 
 
-def test_the_pointer_is_shown_what_was_logged(tmp_path):
+def test_tooltips_have_what_was_logged(tmp_path):
   run = history.read(killed_run(tmp_path / "run"))
   pictures = _pictures(report_page.page([run], command=""))
-  *_, last = drawn.told(pictures["Loss over tokens"])
+  *_, last = drawn.tooltips(pictures["Loss over tokens"])
   assert last[2].split("\n") == [
     "tokens: 40k",
     f"training: {6 / 40**0.3:.4g}",
     f"held out: {6.1 / 40**0.3:.4g}",
   ]
-  *_, last = drawn.told(pictures["Memory horizon of the median channel"])
+  *_, last = drawn.tooltips(pictures["Memory horizon of the median channel"])
   assert last[2].split("\n") == ["tokens: 40k", "block 0: 160"]
-  (block,) = drawn.told(pictures["Memory horizons of the channels now"])
+  (block,) = drawn.tooltips(pictures["Memory horizons of the channels now"])
   assert "95 %: 640 tokens" in block[2]
   assert "median with the gate wide open: 4" in block[2]
 
@@ -152,12 +152,12 @@ def test_the_bar_says_what_each_time_was():
     "checkpoints": (30, "30.0%, 30 s"),
     "restoring": (10, "10.0%, 10 s"),
   }
-  told = {words: right - left for left, right, words in drawn.told(picture)}
-  assert told.keys() == {f"{name}: {words}" for name, (_, words) in expected.items()}
+  tooltips = {words: right - left for left, right, words in drawn.tooltips(picture)}
+  assert tooltips.keys() == {f"{name}: {words}" for name, (_, words) in expected.items()}
   written = {" ".join(word.split()) for word in drawn.words(picture)}
   for name, (share, words) in expected.items():
     assert f"{name} {words}" in written
-    assert told[f"{name}: {words}"] == pytest.approx(832 * share / 100, abs=0.2)
+    assert tooltips[f"{name}: {words}"] == pytest.approx(832 * share / 100, abs=0.2)
     assert f"{share}%" in written
 
 

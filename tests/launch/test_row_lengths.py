@@ -113,15 +113,17 @@ def test_the_picture_has_a_line_for_each_family_in_its_color():
   for family in ("transformer", "hawk", "griffin"):
     for word in (family, f"{family}, compiler's"):
       assert drawn.color_of(svg, word) == colors.of_family(family).color
-  told = dict(words.split("\n", 1) for *_, words in drawn.told(svg))
-  assert told.keys() == {f"tokens in a row: {row}" for row in ("2,048", "4,096", "8,192", "16,384")}
+  tooltips = dict(words.split("\n", 1) for *_, words in drawn.tooltips(svg))
+  assert tooltips.keys() == {
+    f"tokens in a row: {row}" for row in ("2,048", "4,096", "8,192", "16,384")
+  }
   (griffin,) = [
     one["tokens_per_second"]
     for one in results
     if (one["machine"], one["config"], one["how"]) == ("v5p:2x2x1", "griffin-1b", "compiled")
     and one["row_length"] == 8192
   ][-1:]
-  assert f"griffin, compiled: {griffin:,.0f}" in told["tokens in a row: 8,192"]
+  assert f"griffin, compiled: {griffin:,.0f}" in tooltips["tokens in a row: 8,192"]
 
 
 def test_a_picture_is_drawn_again_from_what_was_recorded(monkeypatch, tmp_path, capsys):

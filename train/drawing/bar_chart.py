@@ -47,7 +47,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str, width: float) -> Picture
     for row, place in zip(rows, places):
       at = _LABELS + (right - _LABELS) * row.size / most + 8
       picture.words(at, TITLE_HEIGHT + _ROW * place + 4, row.words)
-      picture.tell(axes, (0, most), (place + 0.5, place - 0.5), f"{row.label}: {row.words}")
+      picture.tooltip(axes, (0, most), (place + 0.5, place - 0.5), f"{row.label}: {row.words}")
   return picture
 
 
@@ -81,7 +81,7 @@ def parts(
     left = 0.0
     for part in whole:
       axes.barh(0.5, part.size, 0.96, left=left, color=part.color)
-      picture.tell(axes, (left, left + part.size), (0, 1), f"{part.label}: {part.words}")
+      picture.tooltip(axes, (left, left + part.size), (0, 1), f"{part.label}: {part.words}")
       if (width - 2 * _SIDE) * part.size / most > 44:
         ink = colors.INK if colors.is_light(part.color) else "#ffffff"
         middle = left + part.size / 2

@@ -87,7 +87,7 @@ def chart(
       _draw(axes, line, most=columns)
     _mark(picture, axes, marks)
     label_ends(picture, axes, [(line.points[-1], line.label, line.color) for line in lines])
-    _tell(picture, axes, [line for line in lines if line.name], x, y)
+    _tooltips(picture, axes, [line for line in lines if line.name], x, y)
   return picture
 
 
@@ -276,9 +276,9 @@ def _mark(picture: Picture, axes: "Axes", marks: Sequence[Mark]) -> None:
       free = at + size
 
 
-def _tell(picture: Picture, axes: "Axes", lines: Sequence[Line], x: Axis, y: Axis) -> None:
-  """Shows the values of all lines at the place of the pointer, in strips side by side: around each
-  point where there is room, otherwise around evenly chosen ones."""
+def _tooltips(picture: Picture, axes: "Axes", lines: Sequence[Line], x: Axis, y: Axis) -> None:
+  """Puts the values of all lines under the pointer, in strips side by side: one around each point
+  where there is room, otherwise around evenly chosen ones."""
   low, high = axes.get_xlim()
   box = axes.get_position()
   most = max(1, int(picture.width * box.width / _TARGET_WIDTH))
@@ -290,9 +290,9 @@ def _tell(picture: Picture, axes: "Axes", lines: Sequence[Line], x: Axis, y: Axi
   edges = [low, *((before + after) / 2 for before, after in itertools.pairwise(at)), high]
   for left, middle, right in zip(edges, at, edges[1:]):
     found = [(line.name, _nearest(line.points, middle, left, right)) for line in lines]
-    told = [f"{name}: {y.exact(value)}" for name, value in found if value is not None]
-    words = "\n".join([f"{x.label}: {x.show(middle)}", *told])
-    picture.tell(axes, (left, right), None, words)
+    values = [f"{name}: {y.exact(value)}" for name, value in found if value is not None]
+    words = "\n".join([f"{x.label}: {x.show(middle)}", *values])
+    picture.tooltip(axes, (left, right), None, words)
 
 
 def _nearest(

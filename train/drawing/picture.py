@@ -98,10 +98,11 @@ class Picture:
     edges = size / self.width, size / self.height
     self.figure.add_artist(Rectangle(corner, *edges, facecolor=color, linewidth=0))
 
-  def tell(
+  def tooltip(
     self, axes: "Axes", x: tuple[float, float], y: tuple[float, float] | None, words: str
   ) -> None:
-    """Shows the words where the pointer is at these values of x and y; None is all of y.
+    """Words that a page shows while the pointer is between these values of x and of y; None is all
+    of y.
 
     The limits of the axes must stand.
     """
@@ -186,6 +187,6 @@ def _target(x: float, y: float, width: float, height: float, words: str) -> Elem
   places = {"x": x - more_x, "y": y - more_y}
   places |= {"width": width + 2 * more_x, "height": height + 2 * more_y}
   numbers = {name: f"{place:.1f}" for name, place in places.items()}
-  rect = Element("rect", {**numbers, "class": "told", "fill-opacity": "0"})
+  rect = Element("rect", {**numbers, "class": "tooltip", "fill-opacity": "0"})
   ElementTree.SubElement(rect, "title").text = words
   return rect

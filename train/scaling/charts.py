@@ -36,7 +36,7 @@ def loss_chart(runs: Mapping[str, Runs], laws: Mapping[str, Isoflop]) -> Picture
       axes.scatter(own.budgets, own.losses, s=16, color=look.color, alpha=0.35, linewidths=0)
       for budget, size, loss in zip(own.budgets, own.parameters, own.losses):
         words = f"{family}, {short(size)} parameters\n{scientific(budget)} FLOPs, loss {loss:.4f}"
-        picture.tell(axes, (budget, budget), (loss, loss), words)
+        picture.tooltip(axes, (budget, budget), (loss, loss), words)
       if law.loss is not None:
         ends.append(_law(axes, family, law, law.loss, look.color))
       for one in law.minima:
@@ -126,11 +126,11 @@ def _curves(
     axes.plot(N, L, "o", color=color, markersize=4.5, zorder=3)
     for size, loss in zip(N, L):
       words = f"{family}, {scientific(budget)} FLOPs\n{short(size)} parameters: loss {loss:.4f}"
-      picture.tell(axes, (size, size), (loss, loss), words)
+      picture.tooltip(axes, (size, size), (loss, loss), words)
     if best is not None:
       size, loss = best.parameters.value, best.loss.value
       words = f"{family}, {scientific(budget)} FLOPs\nbest: {short(size)} parameters, {loss:.4f}"
-      picture.tell(axes, (size, size), (loss, loss), words)
+      picture.tooltip(axes, (size, size), (loss, loss), words)
     ends.append(((float(N[-1]), float(L[-1])), scientific(budget), color))
   return ends
 
@@ -155,7 +155,7 @@ def _minimum(picture: Picture, axes: "Axes", family: str, one: Minimum, name: st
     axes.plot([one.budget] * 2, [interval.low, interval.high], color=look.color, linewidth=1.4)
     between = f" ({interval.low:.4g} to {interval.high:.4g})"
   words = f"{family}, best of {scientific(one.budget)} FLOPs\n{name} {interval.value:.4g}{between}"
-  picture.tell(axes, (one.budget, one.budget), (interval.value, interval.value), words)
+  picture.tooltip(axes, (one.budget, one.budget), (interval.value, interval.value), words)
 
 
 def _power_words(power: Power) -> str:

@@ -218,7 +218,7 @@ font-size:.92em}
 th,td{text-align:right;padding:.22em .8em;border-bottom:1px solid #e6e6e6;white-space:nowrap}
 th{color:#666;font-weight:500}td:first-child,th:first-child{text-align:left}
 svg{width:100%;height:auto;display:block}
-.told:hover{fill-opacity:.07}
+.tooltip:hover{fill-opacity:.07}
 """
 
 

@@ -88,12 +88,12 @@ def test_the_page_has_the_numbers_of_the_plan():
   assert "plan &lt;X&gt;" in whole
   pictures = re.findall(r"<svg.*?</svg>", whole, re.S)
   memory, times, sent, flops = ([*drawn.words(picture)] for picture in pictures)
-  told = [words for picture in pictures for *_, words in drawn.told(picture)]
+  tooltips = [words for picture in pictures for *_, words in drawn.tooltips(picture)]
   tokens = planned.tokens_per_step / planned.machine.num_devices
   # With the backward pass, three times the forward one.
   number = f"{3 * planned.flops['mlp'] * tokens / 1e12:,.2f} TFLOP"
   share = f"{planned.flops['mlp'] / planned.flops.forward:.0%}"
-  assert f"MLPs: {number}, {share}" in told
+  assert f"MLPs: {number}, {share}" in tooltips
   assert {"FLOPs of a step on each device, by part", "TFLOP", f"{number}, {share}"} <= set(flops)
   assert {"What each device sends in a step", "ms"} <= set(sent)
   assert {"Memory of each device", "GB"} <= set(memory)

@@ -45,21 +45,21 @@ def test_a_point_stands_where_its_value_is(scale, values):
   assert middle == pytest.approx((top + bottom) / 2, abs=0.2)
 
 
-def test_the_pointer_is_shown_the_values_of_all_lines_at_its_place():
+def test_a_tooltip_has_the_values_of_all_lines_at_its_place():
   lines = [
     Line([(0, 1.0), (10, 2.0), (20, 3.0)], "#000000", name="training"),
     Line([(10, 5.0)], "#ff0000", name="held out", style="dots"),
     Line([(0, 9.0)], "#ff0000"),
   ]
-  told = drawn.told(_svg(lines))
-  assert [words for *_, words in told] == [
+  tooltips = drawn.tooltips(_svg(lines))
+  assert [words for *_, words in tooltips] == [
     "tokens: 0\ntraining: 1",
     "tokens: 10\ntraining: 2\nheld out: 5",
     "tokens: 20\ntraining: 3",
   ]
   # Side by side, but for the least width of the outer ones.
-  assert told[0][1] == pytest.approx(told[1][0], abs=0.2)
-  assert told[1][1] == pytest.approx(told[2][0], abs=0.2)
+  assert tooltips[0][1] == pytest.approx(tooltips[1][0], abs=0.2)
+  assert tooltips[1][1] == pytest.approx(tooltips[2][0], abs=0.2)
 
 
 def test_a_long_run_makes_a_small_picture_and_no_peak_is_lost():
@@ -72,7 +72,7 @@ def test_a_long_run_makes_a_small_picture_and_no_peak_is_lost():
   assert list(kept) == sorted(kept)
   svg = _svg([Line(points, "#123456", "a", "a")])
   assert len(svg) < 30_000
-  assert 20 < len(drawn.told(svg)) < 100
+  assert 20 < len(drawn.tooltips(svg)) < 100
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def _picture(title="Ångström <& $x$"):
     axes.plot([0, 1, 2], [1, 10, 100], color="#123456")
     axes.set_xlim(0, 2)
     axes.set_ylim(0, 100)
-    picture.tell(axes, (1, 1), (10, 10), "one & only\n10")
+    picture.tooltip(axes, (1, 1), (10, 10), "one & only\n10")
   return picture
 
 
@@ -33,8 +33,8 @@ def test_the_same_picture_is_the_same_file_and_has_nothing_from_elsewhere():
   assert set(named) == set(re.findall(r'(?:url\(|href=")#([^")]*)', svg))
 
 
-def test_the_pointer_finds_a_point_where_it_is():
-  ((left, right, words),) = drawn.told(_picture().svg())
+def test_a_tooltip_lies_around_its_point():
+  ((left, right, words),) = drawn.tooltips(_picture().svg())
   assert words == "one & only\n10"
   assert (left, right) == (144, 156)
   ((_, places),) = [line for line in drawn.lines(_picture().svg()) if line[0] == "#123456"]
@@ -52,7 +52,7 @@ def test_bars_are_as_long_as_their_sizes_and_have_their_words():
   assert middle - left == pytest.approx((right - left) / 2, abs=0.1)
   words = drawn.words(svg)
   assert {"FLOPs", "TFLOP", "MLPs", "logits", "30 TFLOP", "15 TFLOP", "20"} <= words.keys()
-  assert {told for *_, told in drawn.told(svg)} == {"MLPs: 30 TFLOP", "logits: 15 TFLOP"}
+  assert {words for *_, words in drawn.tooltips(svg)} == {"MLPs: 30 TFLOP", "logits: 15 TFLOP"}
 
 
 def test_the_parts_of_a_whole_lie_end_to_end_up_to_and_over_a_limit():
@@ -62,11 +62,11 @@ def test_the_parts_of_a_whole_lie_end_to_end_up_to_and_over_a_limit():
   whole.append(Bar("nothing", 0.0, "0 GB", "#ffffff"))
   limit = Limit(15.0, "15 GB in a chip")
   svg = parts(whole, title="Memory", unit="GB", width=860, limit=limit, note="30 GB needed").svg()
-  (told_a, told_b) = drawn.told(svg)
-  assert (told_a[2], told_b[2]) == ("a: 10 GB", "b: 20 GB")
-  assert told_a[0] == 14
-  assert told_a[1] == pytest.approx(told_b[0], abs=0.1)
-  assert told_b[1] == pytest.approx(846, abs=0.1)
+  first, second = drawn.tooltips(svg)
+  assert (first[2], second[2]) == ("a: 10 GB", "b: 20 GB")
+  assert first[0] == 14
+  assert first[1] == pytest.approx(second[0], abs=0.1)
+  assert second[1] == pytest.approx(846, abs=0.1)
   words = drawn.words(svg)
   assert {"Memory", "GB", "a 10 GB", "b 20 GB", "30 GB needed"} <= {
     re.sub(" +", " ", word) for word in words

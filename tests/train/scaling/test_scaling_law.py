@@ -311,9 +311,9 @@ def test_every_column_is_what_its_head_says(tmp_path):
     for family in ("Hawk", "Transformer"):
       (word,) = [word for word in words if word.startswith(family)]
       assert drawn.color_of(picture, word) == colors.of_family(family).color
-  told = [words for *_, words in drawn.told(pictures["isoflop"])]
+  tooltips = [words for *_, words in drawn.tooltips(pictures["isoflop"])]
   run = f"{short(first['parameters'])} parameters: loss {first['loss']:.4f}"
-  assert f"hawk, {scientific(first['budget'])} FLOPs\n{run}" in told
+  assert f"hawk, {scientific(first['budget'])} FLOPs\n{run}" in tooltips
 
 
 def test_a_budget_that_is_left_out_is_named(tmp_path):
