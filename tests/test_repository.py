@@ -125,10 +125,17 @@ def test_data_never_imports_jax():
 
 
 def test_every_folder_has_an_init_that_only_speaks():
+  """A docstring and nothing else; of an operation of kernels/ it is the specification."""
   for folder in FOLDERS:
     for path in [ROOT / folder, *(p for p in (ROOT / folder).rglob("*") if p.is_dir())]:
-      if any(path.glob("*.py")):
-        assert (path / "__init__.py").is_file(), f"{path.relative_to(ROOT)} has no __init__.py"
+      if not any(path.glob("*.py")):
+        continue
+      init = path / "__init__.py"
+      assert init.is_file(), f"{path.relative_to(ROOT)} has no __init__.py"
+      tree = ast.parse(init.read_text())
+      assert ast.get_docstring(tree), f"{init.relative_to(ROOT)} has no docstring"
+      is_operation = path.parent == ROOT / "kernels"
+      assert is_operation or len(tree.body) == 1, f"{init.relative_to(ROOT)} has code in it"
 
 
 @pytest.mark.xdist_group("group")

@@ -2,51 +2,40 @@
 
 import math
 
-import numpy as np
+import jax
 import pytest
 
+from models import decoder
+from models.griffin import griffin
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
 
-_WIDTH, _RNN, _MLP, _VOCAB, _BLOCKS = 64, 128, 192, 256, 16
-
-# The parameters of a Griffin, as models/ names them.
-_AXES = {
-  "embedding": ("vocab", "embed"),
-  "w_in": ("layers", "embed", "branch", "rnn"),
-  "w_out": ("layers", "rnn", "embed"),
-  "w_gates": ("layers", "gate_block", "gate_in", "branch", "gate_out"),
-  "w_conv": ("layers", "tap", "rnn"),
-  "decay": ("layers", "rnn"),
-  "w_q": ("layers", "embed", "heads", "head"),
-  "w_kv": ("layers", "embed", "branch", "head"),
-  "w_up": ("layers", "embed", "branch", "mlp"),
-  "w_down": ("layers", "mlp", "embed"),
-  "scale": ("layers", "norm"),
-}
-_SHAPES = {
-  "embedding": (_VOCAB, _WIDTH),
-  "w_in": (3, _WIDTH, 2, _RNN),
-  "w_out": (3, _RNN, _WIDTH),
-  "w_gates": (3, _BLOCKS, _RNN // _BLOCKS, 2, _RNN // _BLOCKS),
-  "w_conv": (3, 4, _RNN),
-  "decay": (3, _RNN),
-  "w_q": (3, _WIDTH, 8, 16),
-  "w_kv": (3, _WIDTH, 2, 16),
-  "w_up": (3, _WIDTH, 2, _MLP),
-  "w_down": (3, _MLP, _WIDTH),
-  "scale": (3, _WIDTH),
-}
+# One of every kind of parameter: two recurrent blocks and one of attention.
+_MODEL = decoder.build(
+  griffin(
+    vocab_size=256,
+    width=256,
+    rnn_width=512,
+    num_blocks=3,
+    num_heads=8,
+    head_size=32,
+    window=16,
+    mlp_width=768,
+  )
+)
 _STAGES = {"ZERO1": rules.ZERO1, "ZERO2": rules.ZERO2, "ZERO3": rules.ZERO3}
 
 
 def _share(table, **sizes):
   """The part of all parameters that one device holds."""
   mesh = make_mesh(MeshShape(**sizes))
-  arrays = {name: np.zeros(shape, np.int8) for name, shape in _SHAPES.items()}
-  shardings = logical.shardings(_AXES, arrays, table, mesh)
-  held = sum(math.prod(shardings[name].shard_shape(array.shape)) for name, array in arrays.items())
-  return held / sum(array.size for array in arrays.values())
+  shapes = jax.tree.leaves(_MODEL.shapes)
+  shardings = jax.tree.leaves(logical.shardings(_MODEL.axes, _MODEL.shapes, table, mesh))
+  held = sum(
+    math.prod(layout.shard_shape(array.shape))
+    for layout, array in zip(shardings, shapes, strict=True)
+  )
+  return held / sum(array.size for array in shapes)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -81,10 +70,15 @@ def test_no_state_is_split_over_data(name):
 
 def test_the_key_value_head_is_whole_on_every_tensor_shard():
   mesh = make_mesh(MeshShape(tensor=8))
-  spec = logical.spec(
-    _AXES["w_kv"], rules.ZERO3.compute, shape=_SHAPES["w_kv"], mesh=mesh, name="w_kv"
-  )
-  assert all(entry is None for entry in spec)
+  layouts = logical.shardings(_MODEL.axes, _MODEL.shapes, rules.ZERO3.compute, mesh)
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): layout.spec
+    for path, layout in jax.tree_util.tree_leaves_with_path(layouts)
+  }
+  (key_value,) = [spec for name, spec in named.items() if name.endswith("/w_kv_D2H")]
+  assert all(entry is None for entry in key_value)
+  (query,) = [spec for name, spec in named.items() if name.endswith("/w_q_DNH")]
+  assert "tensor" in query
 
 
 def test_tables_with_the_same_entries_are_the_same_rules():
