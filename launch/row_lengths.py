@@ -334,7 +334,7 @@ def _record(results: list[dict[str, Any]]) -> None:
 
 
 def _run(family: str, *, num_devices: int, row_length: int) -> Run:
-  """The preset on such rows, its blocks as a loop or written out."""
+  """The preset on rows of this length, its blocks in a loop or unrolled."""
   run = load(f"configs/{family}.py:{_SIZE.value}")
   run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=_LAYERS.value))
   return with_rows(

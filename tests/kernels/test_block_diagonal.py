@@ -123,7 +123,7 @@ _ONCE = pallas_gpu.Cut()
   [
     (_HOPPER, 16384, 16, 160, (16, 2, 1), (32, 3, 2)),
     ("", 16384, 16, 160, (16, 2, 1), (32, 3, 2)),
-    # Shards of few blocks, and few tokens: fewer tiles, lest multiprocessors have no program.
+    # Shards of few blocks, and few tokens: fewer tiles, so that every multiprocessor has a program.
     (_HOPPER, 16384, 2, 160, (4, 2, 1), (4, 3, 2)),
     (_HOPPER, 2048, 16, 160, (4, 2, 1), (4, 3, 2)),
     (_HOPPER, 257, 16, 160, _ONCE, _ONCE),

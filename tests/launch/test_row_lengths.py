@@ -95,7 +95,7 @@ def test_what_the_readme_shows_of_an_h100_is_drawn_from_what_was_recorded():
   results = [json.loads(line) for line in lines]
   machine = "1 x H100 SXM"
   wanted = [one for one in results if one["machine"] == machine and one["config"].endswith("-1b")]
-  # As a loop over blocks, and written out on two days: the picture shows the last.
+  # Blocks in a loop, and unrolled on two days: the picture shows the last.
   layers = [one["layers"] for one in wanted if one["how"] == "measured"]
   assert layers == 12 * ["scan"] + 24 * ["unroll"]
   picture = row_lengths.picture(wanted, f"1b on {machine}")

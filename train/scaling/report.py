@@ -204,8 +204,8 @@ def headline(laws: Laws) -> str:
 
 
 _NOTES = (
-  f"Intervals are those of {LEVEL:.0%}, by a bootstrap of the residuals: they tell of scatter "
-  "around the fitted law, not of whether it holds further on, nor of another recipe or corpus. "
+  f"Intervals are those of {LEVEL:.0%}, by a bootstrap of the residuals: they show scatter "
+  "around the fitted law, not whether it holds further on, or for another recipe or corpus. "
   "C is the FLOPs of training as models/flops.py counts them, logits included, nothing recomputed; "
   "N counts the tied embedding once. Loss is that of the held-out text after the last step."
 )

@@ -21,7 +21,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_cpu_copies_no_activation_for_a_gradient(name):
-  """JAX's own x^T dy, of [batch, time, ...], has a transpose written out for every product."""
+  """JAX's own x^T dy, of [batch, time, ...], writes a transposed copy for every product."""
   product, inputs, weights = PRODUCTS[name]
   x, w = jnp.ones((BATCH, TIME, *inputs)), jnp.ones(weights)
   y, transposed = jax.vjp(product, x, w)
@@ -34,7 +34,7 @@ def test_a_cpu_copies_no_activation_for_a_gradient(name):
 
 
 def test_what_is_kept_of_a_branch_is_its_product():
-  """With its bias it would be one array more to write, where blocks are written out."""
+  """With its bias it would be one more array to write, where blocks are unrolled."""
   x, w, b = jnp.ones((2, 3, 8)), jnp.ones((8, 2, 16)), jnp.ones((2, 16))
   jaxpr = jax.make_jaxpr(lambda x, w, b: branches(x, w, b, axis="mlp"))(x, w, b)
   named = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
