@@ -76,7 +76,7 @@ def test_a_checkpoint_is_the_same_on_any_mesh():
 
 
 def test_a_part_is_restored_without_reading_the_rest(server):
-  """As the parameters are for a command that does not train: the moments may be missing."""
+  """What a command that does not train restores: only parameters, the moments may be missing."""
   mesh = _mesh(4, 2)
   state = {"params": _state(5, mesh), "moments": _state(6, mesh)}
   with Checkpoints(PLACE, CheckpointConfig()) as checkpoints:
@@ -174,7 +174,7 @@ def test_two_processes_save_as_one_and_one_process_restores_them(server, monkeyp
 
 
 def _of_each_record(server, monkeypatch) -> list[int]:
-  """How many blocks of w_DF are there when each record is written; those of process 1 are late."""
+  """The number of blocks of w_DF at the time of each record; those of process 1 come late."""
   num_blocks, write = [], _Handler.do_POST
 
   def slow_write(handler):

@@ -39,7 +39,7 @@ def test_documents_are_text_and_each_is_there_once():
   assert all(len(document["text"]) > 200 for document in documents)
   assert len({document["id"] for document in documents}) == len(documents)
   assert len({document["text"] for document in documents}) == len(documents)
-  # Markdown of the source, or an escape that was not undone, would be learnt.
+  # The model would learn leftover Markdown, or an escape that was not undone.
   assert not [d["id"] for d in documents if re.search(r"\*\*|^#|\\", d["text"], re.MULTILINE)]
 
 

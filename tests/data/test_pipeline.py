@@ -155,7 +155,7 @@ def test_stop_ends_at_the_same_step_on_every_process(config, num_epochs):
   addresses = [
     a for s in range(num_steps) for a in pipeline.batch_addresses(config, position=s, batch_size=4)
   ]
-  # No row more than num_epochs times, and one source as good as used up.
+  # No row more than num_epochs times, and one source nearly used up.
   assert max(addresses.count(address) for address in set(addresses)) == 1
   assert max(address.epoch for address in addresses) == num_epochs - 1
   with pipeline.train_batches(config, batch_size=4, start_step=num_steps) as batches:
@@ -191,7 +191,7 @@ def test_fewer_held_out_rows_are_spread_over_the_store(config):
 
 
 def test_bytes_per_target_counts_the_end_of_documents(config):
-  # One byte is one token, and each document has one target more, its eos.
+  # One byte is one token, and each document has one more target, its eos.
   manifest = token_store.read_manifest(config.eval_source)
   expected = manifest.text_bytes / (manifest.text_bytes + manifest.num_documents)
   assert pipeline.bytes_per_target(config) == expected
@@ -231,7 +231,7 @@ def test_a_config_that_cannot_be_is_refused_by_name(config, changes, message):
 def test_fewer_rows_than_a_batch_are_refused(config):
   with pytest.raises(ValueError, match="rows of 16 tokens are fewer than a batch of 1000"):
     pipeline.train_batches(config, batch_size=1000, start_step=0)
-  # Enough rows, but the larger share is used up before they fill a batch.
+  # Enough rows in all, but the source with the larger share ends before a batch is full.
   uneven = dataclasses.replace(
     config, sources=((config.sources[0][0], 1), (config.sources[1][0], 1000)), at_end="stop"
   )

@@ -127,7 +127,7 @@ def test_the_shuffle_leaves_no_trace_of_the_order():
 
 
 def test_the_order_of_rows_is_what_checkpoints_rely_on():
-  # Not to be updated: another order would give a resumed run other rows than it was promised.
+  # Do not update: with another order, a resumed run would read other rows than before.
   assert [shuffled(p, 10, seed=(0, 0, 0)) for p in range(10)] == GOLDEN_ORDER
   mixture = Mixture(num_rows=(10, 4), shares=(2, 1), seed=1)
   assert [tuple(mixture.address(index)) for index in range(8)] == GOLDEN_MIXTURE

@@ -106,7 +106,7 @@ def test_a_store_is_not_there_before_it_is_finished(tmp_path):
   assert not token_store.is_complete(path)
   with pytest.raises(ValueError, match="not finished"):
     read_manifest(path)
-  # What a killed writer left is in nobody's way.
+  # The remains of a killed writer do not disturb.
   token_store.write(path, _documents(), BYTE, text_bytes=1)
   TokenStore(path).verify()
 
@@ -167,7 +167,7 @@ def test_a_lost_object_of_a_large_store_is_not_read_as_zeros():
 
 
 def test_tokens_edited_through_tensorstore_are_found(store):
-  # Every CRC is right, only the fingerprint can tell.
+  # Every CRC is right; only the fingerprint shows the change.
   url = token_store._url(str(store), "tokens")
   array = token_store.ts.open({"driver": "zarr3", "kvstore": url}, open=True).result()
   array[3] = 1 - int(array[3].read().result())
@@ -214,7 +214,7 @@ def test_a_flipped_bit_in_the_manifest_is_found_and_the_store_named(store):
       except ValueError as error:
         messages.append(str(error))
   assert all(message.startswith(f"token store {store}: ") for message in messages)
-  # What the fingerprint leaves out may differ: how many tokens are unknown.
+  # The number of unknown tokens may differ: it is not in the fingerprint.
   assert fingerprints <= {fingerprint}
   assert len(messages) > len(content) / 2
 

@@ -38,7 +38,7 @@ def huggingface(tmp_path_factory):
 
 
 def _sentencepiece(path, **options):
-  """A byte-level BPE at `path`, which is given back."""
+  """Writes a byte-level BPE to `path`, and returns the path."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.Train(
     sentence_iterator=iter(TEXTS * 20),
@@ -191,7 +191,7 @@ def test_two_tokens_that_could_end_a_document_must_be_told_apart(huggingface, tm
     vocabulary.load(str(path))
   chosen = vocabulary.load(str(path), eos_token="<|endoftext|>")
   assert chosen.record.eos == tokenizer.token_to_id("<|endoftext|>")
-  # A file of the model's publisher, where it lies beside, says it too.
+  # A publisher's tokenizer_config.json beside the file names it too.
   config = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": None}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   assert vocabulary.load(str(path)).record.eos == chosen.record.eos
@@ -268,7 +268,7 @@ def test_files_that_are_no_vocabulary_are_refused(tmp_path):
 
 
 def _spelt(kind: str, folder) -> str:
-  """A vocabulary that reads <|end|> in a text as that token, as ordinary ones are read."""
+  """A vocabulary in which the text <|end|> is encoded as that token, as ordinary tokens are."""
   if kind == "sentencepiece":
     return str(_sentencepiece(folder / "user.model", user_defined_symbols=["<|end|>"]))
   words = {"a": 0, "</s>": 1, "<|end|>": 2}
@@ -288,6 +288,6 @@ def test_a_text_that_would_start_or_end_a_document_in_its_midst_is_refused(kind,
   refused = rf"the text has '<\|end\|>' in it, .* as its {part} .* --{part}_token"
   with pytest.raises(ValueError, match=refused):
     loaded.encode("a <|end|> a")
-  # The way out: where it plays no part, it is a token like others.
+  # The way out: a token that is neither bos nor eos is a token like others.
   other = vocabulary.load(path, bos_token="none", eos_token="</s>")
   assert np.count_nonzero(other.encode("a <|end|> a") == other.record.eos) == 1

@@ -37,7 +37,7 @@ def _run(arrays, dy, products):
 
 
 def _products(name):
-  """An implementation, or "einsum, split": as for arrays that the partitioner splits."""
+  """An implementation, or "einsum, split": einsum for arrays that the partitioner splits."""
   implementation, _, split = name.partition(", ")
   return functools.partial(
     block_diagonal.products, implementation=implementation, is_whole=not split
@@ -59,8 +59,8 @@ def _by_definition(x_BTR, w_GI2J, b_G2J):
 
 
 # Published widths; several tiles of tokens, the last not full; blocks that begin inside a register,
-# tiles of channels that end inside one, more than one of them; single tokens. What a tile has past
-# the edge of an array is no number in the interpreter.
+# tiles of channels that end inside one, more than one of them; single tokens. In the interpreter a
+# tile has NaN past the edge of an array.
 SHAPES = [
   (1, 3, 16, 96),
   (1, 3, 16, 160),
@@ -104,7 +104,7 @@ _HOPPER, _AMPERE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 
 @pytest.mark.parametrize("device_kind", [_HOPPER, _AMPERE])
 def test_triton_kernels_lower_for_cuda(device_kind):
-  """Both of them, and no array of results is put in another order before or behind."""
+  """Checks that both are lowered, and that no array of results is reordered before or after."""
   arrays, dy = _inputs(2, 512, 16, 160, "bfloat16")
   with dispatch.targeting("gpu", device_kind=device_kind):
     run = jax.jit(functools.partial(_run, products=_products("pallas_gpu")))
@@ -127,7 +127,7 @@ _ONCE = pallas_gpu.Cut()
     (_HOPPER, 16384, 2, 160, (4, 2, 1), (4, 3, 2)),
     (_HOPPER, 2048, 16, 160, (4, 2, 1), (4, 3, 2)),
     (_HOPPER, 257, 16, 160, _ONCE, _ONCE),
-    # Blocks whose weights are too many, for dx or for all; too few for half of a program's results.
+    # Blocks with too many weights, for dx or for everything; too few for half of the results.
     (_HOPPER, 16384, 16, 256, (16, 2, 1), _ONCE),
     (_HOPPER, 16384, 16, 352, _ONCE, _ONCE),
     (_HOPPER, 16384, 16, 64, _ONCE, (32, 3, 2)),
@@ -147,8 +147,8 @@ def test_programs_keep_weights_where_a_hopper_has_room(
 @pytest.mark.parametrize("size", [40, 160])
 @pytest.mark.parametrize("tiles", [2, 3])
 def test_weights_that_programs_keep_change_no_result(size, tiles, monkeypatch):
-  """Only sums of the biases' gradients are rounded in another order. The last tiles are not full,
-  and the last program of three has some without a token."""
+  """Only the sums of the biases' gradients are rounded in another order. The last tiles are not
+  full, and the last program of three has some without tokens."""
   arrays, dy = _inputs(1, 201, 2, size, "bfloat16")
   expected = _run(arrays, dy, _products("pallas_gpu"))
   cuts = {"forward": (tiles, 2, 1), "backward": (tiles, 3)}
@@ -178,7 +178,7 @@ def test_matrices_hold_every_weight_once():
 
 @pytest.mark.parametrize("name", ["einsum, split", "einsum_rounded"])
 def test_the_partitioner_splits_rows_tokens_and_blocks_and_moves_none(name):
-  """What is summed over devices are the gradients of the weights, and nothing else is sent."""
+  """The gradients of the weights are summed over devices, and nothing else is sent."""
   assert block_diagonal.is_partitioned(name)
   arrays, dy = _inputs(4, 6, 8, 20, "float32")
   mesh = make_mesh(MeshShape(data=2, sequence=2, tensor=2))

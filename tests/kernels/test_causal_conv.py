@@ -51,7 +51,7 @@ def _implementation(name):
 
 
 def _by_definition(x_BTR, b_in_R, w_KR, b_R, document_BT):
-  """Token t takes with each tap the token s so far before it, if it is of the same document."""
+  """Adds for each tap the token that far before t, if it is in the same document."""
   taps, time = w_KR.shape[0], document_BT.shape[1]
   t, s = np.indices((time, time))
   same_BTS = document_BT[:, :, None] == document_BT[:, None]
@@ -83,7 +83,7 @@ def test_it_is_the_definition(shape, name):
 
 @pytest.mark.parametrize("name", causal_conv.IMPLEMENTATIONS)
 def test_bfloat16_is_rounded_once_each_way(name):
-  """From the same bfloat16 inputs as the definition in float32."""
+  """Compared with the definition in float32, from the same bfloat16 inputs."""
   (x_BTR, *vectors), document_BT, dy = _inputs(2, 70, 96, 4, "bfloat16")
   # What enters is rounded with its bias.
   z_BTR = (x_BTR.astype(jnp.float32) + vectors[0]).astype(jnp.bfloat16).astype(jnp.float32)
@@ -103,7 +103,7 @@ def test_bfloat16_is_rounded_once_each_way(name):
 
 @pytest.mark.parametrize("name", causal_conv.IMPLEMENTATIONS)
 def test_no_number_of_another_document_is_touched(name):
-  """What is no number in one document is none of the others', forward and backward."""
+  """NaN in one document does not reach the others, forward or backward."""
   (x_BTR, *vectors), _, dy = _inputs(1, 40, 64, 4)
   document_BT = jnp.arange(40)[None] // 10
   bad = (document_BT == 1)[..., None]
@@ -141,7 +141,7 @@ def test_a_row_goes_on_from_what_was_before_it(cut):
   "mesh", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(fsdp=2, sequence=4)], ids=str
 )
 def test_shards_have_the_gradients_of_one_device(mesh, name):
-  """Those of taps and biases are sums over all devices with other rows; as the layer runs it."""
+  """Gradients of taps and biases are summed over all devices with other rows; as the layer does."""
   arrays, document_BT, dy = _inputs(4, 12, 32, 4)
   row, channels = ("batch", "time", "rnn"), ("rnn",)
 
@@ -221,7 +221,7 @@ def test_more_taps_than_a_kernel_takes_are_refused(name, most):
 
 @pytest.mark.parametrize("shape", [(2, 300, 300, 4), (1, 40, 130, 17)], ids=str)
 def test_tiles_of_time_and_channels_join(shape):
-  """Rows of several tiles, both of them with tails; as many taps as a step has tokens before it."""
+  """Rows of several tiles, with tails in both dimensions; as many taps as the kernel allows."""
   inputs = _inputs(*shape)
   (x_BTR, b_in_R, w_KR, b_R), document_BT, (dy_BTR, more_dy_BTR) = inputs
   same = causal_conv._all_same(document_BT, w_KR)

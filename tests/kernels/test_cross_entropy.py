@@ -65,7 +65,7 @@ def test_chunks_are_the_whole(vocab_size, chunk, dtype, logit_cap):
 @pytest.mark.parametrize(
   "shape", [{"data": 2, "tensor": 4}, {"tensor": 8}, {"fsdp": 4, "tensor": 2}], ids=str
 )
-# 5 and 7 do not divide a shard: what fills up its last chunk is no entry of the next shard.
+# 5 and 7 do not divide a shard: the padding of its last chunk must not be read as the next shard.
 @pytest.mark.parametrize("chunk", [None, 3, 5, 7])
 def test_vocabulary_shards_are_the_whole(shape, chunk):
   x_BTD, unembed_VD, targets_BT, weights = _inputs(48)
@@ -142,7 +142,7 @@ def test_no_array_is_as_large_as_all_logits(tokens):
     int(np.prod(list(map(int, shape.split(",")))))
     for shape in re.findall(r"\b(?:f32|pred)\[([\d,]+)\]", text)
   ]
-  # The unembedding, filled up to whole chunks, or the logits of one chunk.
+  # The unembedding, padded to whole chunks, or the logits of one chunk.
   assert max(sizes) <= max(1.1 * vocab_size * width, tokens * (vocab_size // 4))
 
 

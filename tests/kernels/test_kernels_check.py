@@ -1,4 +1,4 @@
-"""`python -m kernels.check`: it tells a right kernel from a wrong one."""
+"""`python -m kernels.check` tells right kernels from wrong ones."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 from kernels import check, linear_scan, local_attention
 from kernels.local_attention import splash_tpu
 
-# One channel tile and a bit; one head size that every kernel of attention has.
+# A little more than one tile of channels; a head size that every attention kernel takes.
 _SHAPES, _HEADS = ((2, 37, 40),), (128,)
 
 
@@ -58,7 +58,7 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys, error, said):
 
 @pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu", "splash_tpu"])
 def test_accelerators_kernels_are_held_in_the_interpreter(monkeypatch, name):
-  """The calls that a device will get: what can be said of them without one."""
+  """The calls that a device will get, as far as they can be checked without one."""
   interpreter = functools.partial(splash_tpu.attention, interpret=True)
   monkeypatch.setitem(local_attention._ATTENTIONS, "splash_tpu", interpreter)
   held = [

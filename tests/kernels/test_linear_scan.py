@@ -1,4 +1,4 @@
-"""Every implementation of the linear recurrence against one written token by token."""
+"""Every implementation of the linear recurrence against one that goes token by token."""
 
 import functools
 import re
@@ -37,7 +37,7 @@ def _inputs(shape, dtype, seed=0):
   return x_BTD, a_BTD, draws.normal(batch, width), draws
 
 
-# As it runs in a model; and compiled whole, which takes less than operation by operation.
+# Compiled as in a model, which is also faster than operation by operation.
 _scan = jax.jit(linear_scan.linear_scan, static_argnames=("implementation", "reverse"))
 
 SHAPES = [(2, 1, 3), (2, 63, 5), (3, 64, 8), (1, 257, 4)]
@@ -170,7 +170,7 @@ def test_the_last_output_is_the_last_state(implementation):
 @pytest.mark.parametrize("implementation", ["reference", "associative", "chunked"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_step_rewrites_what_earlier_steps_wrote(implementation, dtype):
-  """XLA on CPU widens a bfloat16 array to write a row of it: quadratic time where steps do that."""
+  """XLA on CPU widens a whole bfloat16 array to write one row: in each step, that is quadratic."""
   shape = (2, 512, 16)
   x_BTD = jax.ShapeDtypeStruct(shape, dtype)
   a_BTD, h0_BD = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (2, 16)))

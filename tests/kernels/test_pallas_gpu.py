@@ -24,9 +24,9 @@ CHUNKS = {"long chunks": (16, 1), "short chunks": (4, 1), "parts": (8, 4)}
 
 @pytest.fixture(params=CHUNKS)
 def mode(request, monkeypatch):
-  """How rows are cut; few steps side by side, which compile sooner.
+  """Tiles with few steps side by side, which compile sooner.
 
-  Not as traced before: constants are no part of what JAX knows a function by.
+  Forgets earlier traces: constants are not part of the key by which JAX finds them.
   """
   steps, warps = CHUNKS[request.param]
   tiles_of, cut_into = plain.Tiles.of, set()
@@ -75,7 +75,7 @@ def test_the_scan_is_the_reference_one(reverse, dtype, shape):
 
 
 def _inputs(shape, dtype, starts):
-  """x, r, i, decay, is_start, h0, and what reaches y and hT from behind."""
+  """x, r, i, decay, is_start, h0, and the cotangents of y and hT."""
   batch, time, width = shape
   draws = Draws(1)
   x_BTR, r_BTR, i_BTR, dy_BTR = (draws.normal(*shape, dtype=dtype) for _ in range(4))
@@ -106,7 +106,7 @@ def _reference(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR)
 
 def _ours(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, dy_BTR, dhT_BR):
   inputs = (x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR)
-  # Functions of their own, that JAX has traced under no other mode.
+  # New functions, which JAX has not traced in another mode.
   forward, backward = map(functools.partial, (fused.forward, fused.backward))
   y_BTR, hT_BR = jax.jit(forward)(*inputs)
   gradients = jax.jit(backward)(*inputs, y_BTR, dy_BTR, dhT_BR)
@@ -212,7 +212,7 @@ def test_the_scan_lowers_for_cuda(shape):
   ],
 )
 def test_every_chunk_of_a_row_has_a_program(shape, steps, grid, window):
-  """Chunks last, so that none waits for one that cannot start; few in a row learn from few."""
+  """Chunks are the slowest index, so that none waits for one that cannot start."""
   tiles = plain.Tiles.of(shape, steps=steps, warps=1)
   assert (tiles.grid, tiles.window) == (grid, window)
 

@@ -149,7 +149,7 @@ def _layer_program(topology, gates="pallas_tpu"):
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_a_layer_keeps_no_float32_activation(topology):
-  """The gates are rounded by the product that makes them; the backward makes them again."""
+  """The product that computes the gates rounds them; the backward pass computes them again."""
   size = 4 * _BATCH * _TIME * _RNN_WIDTH
   kept = []
   for one in rg_lru_program.instructions(_layer_program(topology)):
@@ -195,7 +195,7 @@ def test_nothing_is_copied_between_gates_and_recurrence(topology):
 
 
 def test_xlas_product_of_the_gates_is_copied():
-  """Why there is a kernel. If this fails, the compiler may have learned to do without."""
+  """The reason for the kernel. If this fails, the compiler may not need it any more."""
   size = 2 * _BATCH * _TIME * _RNN_WIDTH
   assert len(rg_lru_program.moves(_layer_program("v5e:2x2", "einsum"), size)) > 4
 

@@ -58,7 +58,7 @@ def _plain_backward(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, y_BTR, dy_
 
 @pytest.fixture
 def plain(monkeypatch):
-  """A fused backend in plain JAX: what the dispatch owes a backend, without one."""
+  """A fused backend in plain JAX, to test what is around a backend."""
   monkeypatch.setitem(rg_lru._FUSED, "plain", rg_lru.Fused(_plain_forward, _plain_backward))
   monkeypatch.setattr(rg_lru, "IMPLEMENTATIONS", (*rg_lru.IMPLEMENTATIONS, "plain"))
   return "plain"
@@ -119,7 +119,7 @@ def _with_tile(monkeypatch, tile):
 
 
 def _assert_parity(arrays, weights, dtype):
-  # Against float32 from the same inputs: a carry in bfloat16 would not get away with it.
+  # Against float32 from the same inputs: a carry in bfloat16 would fail.
   wide = (*(z.astype(jnp.float32) for z in arrays[:3]), *arrays[3:])
   actual = jax.jit(functools.partial(_run, implementation="pallas_tpu"))(arrays, weights)
   expected = jax.jit(functools.partial(_run, implementation="reference"))(wide, weights)
@@ -144,7 +144,7 @@ def test_pallas_tpu_is_the_reference(monkeypatch, shape, dtype):
 
 @pytest.mark.parametrize("starts", ["borders", "everywhere", "nowhere"])
 def test_pallas_tpu_resets_wherever_documents_start(monkeypatch, starts):
-  """Borders: of a tile of 128 tokens, of 16 tokens that are loaded at once, and beside them."""
+  """Starts at and beside the borders of a tile of 128 tokens, and of 16 tokens loaded at once."""
   _with_tile(monkeypatch, (128, 128))
   arrays, weights = _inputs((1, 272, 130), "float32", starts=float(starts == "everywhere"))
   if starts == "borders":

@@ -22,7 +22,7 @@ def test_generated_tokens_are_the_likeliest_of_the_parallel_pass():
   config = hawk(vocab_size=40, width=16, rnn_width=16, num_blocks=1, mlp_width=24, dtype="float32")
   model = decoder.build(config)
   params = jax.jit(model.init)(jax.random.key(0))
-  # Unlike the table's own scale, which makes a model say its last token again and again.
+  # At the table's own scale the model would only repeat its last token.
   params["embedding"]["table_VD"] *= 0.1
   prompt_BT = jax.random.randint(jax.random.key(1), (2, 5), 0, 40)
   segments_BT = jnp.ones((2, 5), jnp.int32).at[1, :3].set(0)
@@ -47,7 +47,7 @@ def test_tokens_are_drawn_anew_each_time_from_logits_over_the_temperature():
   prompt_BT, rows = jnp.full((4000, 1), 5), slice(0, 1)
   ones_BT = jnp.ones_like(prompt_BT)
   logits_V = jax.jit(model.logits)(params, prompt_BT[rows], ones_BT[rows])[0, 0]
-  # Far from equally likely, so that a temperature tells.
+  # Far from equally likely, so that the temperature has an effect.
   temperature = float(jnp.std(logits_V))
   settings = {"num_tokens": 2, "key": jax.random.key(1)}
   first_B, _ = generate(model, params, prompt_BT, ones_BT, temperature=temperature, **settings).T

@@ -12,7 +12,7 @@ HOST = socket.gethostname()
 
 
 def _meet(calls, *, seconds=1.0):
-  """What each of the processes (index, count) gets, or is told."""
+  """The result or the error of each of the processes (index, count)."""
   with socket.socket() as listener:
     listener.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What a report shows is what was measured: units, places, order, and text as text."""
+"""A report shows what was measured: units, positions, order, and text as text."""
 
 import html
 import json
@@ -44,7 +44,7 @@ def test_runs_in_a_picture_share_a_unit_though_one_does_not_know_its_tokens(tmp_
     ends = [places[-1][0] for _, places in drawn.lines(pictures[title]) if len(places) == 40]
     assert len(ends) >= 2
     assert len(set(ends)) == 1
-  # Who knows no tokens knows no FLOPs: only the other has its curves there, in its color.
+  # A run without tokens has no FLOPs either: only the other has curves there, in its color.
   for order in (runs, runs[::-1]):
     picture = _pictures(report_page.page(order, command=""))["Loss over compute"]
     color = colors.DISTINCT[order.index(runs[0])]
@@ -181,7 +181,7 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path):
   _edited(folder, "metrics.jsonl", slow)
   _edited(folder, "statistics.jsonl", lambda line: line.update(horizon=[QUANTILES, None, longer]))
   words = "\n".join(summary_lines(history.read(folder), "one"))
-  # One slow step is not what a run is like.
+  # One slow step does not represent a run.
   assert "tokens/s in the median 5,000" in words
   assert f"loss {6 / 40**0.3:.4f}, held out {6.1 / 40**0.3:.4f}" in words
   assert re.search(r"goodput 6\d\.\d% of 5\.2 min", words)

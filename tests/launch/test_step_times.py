@@ -18,7 +18,7 @@ from train import program as programs
   ("ahead", "order"), [(0, "d0 w0 d1 w1 d2 w2 d3 w3"), (1, "d0 d1 w0 d2 w1 d3 w2 w3")]
 )
 def test_a_step_is_dispatched_while_the_one_before_runs(monkeypatch, ahead, order):
-  """As in training: waited for one by one, an H100 stood still for 10 ms of a step of 280."""
+  """As in training. When each step was waited for, an H100 was idle for 10 ms of a step of 280."""
   happened = []
 
   def step():

@@ -157,7 +157,7 @@ def test_the_status_of_a_job_is_that_of_the_process_that_says_most():
 
 
 def _local(script, count, *, grace_seconds):
-  """What `count` processes of a Python script leave; their last argument ends with their index."""
+  """The files that `count` processes of a Python script write; the last argument has the index."""
   options = ["-n", str(count), f"--grace_seconds={grace_seconds}"]
   return subprocess.run(
     [sys.executable, "-m", "launch.local", *options, "--", sys.executable, "-S", "-c", script],
@@ -191,7 +191,7 @@ def test_who_has_saved_and_left_waits_for_those_who_have_not():
 
 
 def _local_sh(folder, *arguments):
-  """What launch/local.sh gives to the interpreter, or its status and what it says."""
+  """The arguments that launch/local.sh passes to the interpreter, or its status and output."""
   python = folder / "python"
   python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
   python.chmod(0o755)

@@ -33,7 +33,7 @@ def _bfloat16(*shape: int, mean: float = 0.0) -> jax.Array:
 _X_BTD = _bfloat16(_BATCH, _TIME, _WIDTH)
 _DY_BTD = _bfloat16(_BATCH, _TIME, _WIDTH, mean=0.1)
 _DOCUMENT_BT = np.sort(_GENERATOR.integers(1, 9, (_BATCH, _TIME), dtype=np.int32), axis=1)
-# Words are about as frequent as this: the first is a fourth of all.
+# Frequencies of tokens, about as in text: the first is a quarter of all.
 _TOKENS_BT = np.minimum(_GENERATOR.zipf(1.3, (_BATCH, _TIME)) - 1, _VOCAB - 1).astype(np.int32)
 
 
@@ -59,7 +59,7 @@ def _sums_of_tokens(dy_BTD):
   return (sums_VD,)
 
 
-# What is differentiated, its parameters, and their gradients by float64.
+# The function, its parameters, and their gradients in float64.
 _LAYERS = {
   "bias": (
     lambda b_D: projection.add_bias(_X_BTD, b_D),
@@ -153,7 +153,7 @@ def _layout(float32_sums):
 
 @pytest.mark.parametrize(("float32_sums", "dtype"), [(False, "bfloat16"), (True, "float32")])
 def test_the_table_is_summed_over_devices_in(float32_sums, dtype):
-  """What is asked of the compiler: XLA for CPU sums bfloat16 as float32 anyway."""
+  """Looks at the program before compilation: XLA for CPU sums bfloat16 as float32 anyway."""
   model, loss = _model_loss()
   with _layout(float32_sums):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(model.shapes)

@@ -1,4 +1,4 @@
-"""Machines that are not here: their sizes, their links, and what a mesh gets of them."""
+"""Machines that are not here: their sizes, their links, and the links of a mesh on them."""
 
 import re
 
@@ -57,7 +57,7 @@ def test_an_axis_has_the_links_of_the_dimensions_that_it_lies_on():
     "sequence": 1.0,
     "tensor": 2.0,
   }
-  # A part of a dimension is a line; what is left of it is shared by the rings between.
+  # A part of a dimension is a line; the rings in between share its links.
   shared = pod.links(MeshShape(fsdp=64, tensor=4))
   assert (shared["tensor"], shared["fsdp"]) == (1.0, 2.25)
   assert cubes.links(MeshShape(fsdp=128))["fsdp"] == 6

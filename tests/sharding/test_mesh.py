@@ -1,4 +1,4 @@
-"""Mesh shapes are filled up and refused with numbers; slices lie over data."""
+"""Mesh shapes: -1 is replaced, wrong ones are refused with numbers; slices lie over data."""
 
 import dataclasses
 import re
@@ -99,7 +99,7 @@ def test_impossible_shapes_are_refused(sizes, message):
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-  """What mesh_utils asks of a device of a multi-slice TPU job."""
+  """The attributes of a device of a multi-slice TPU job that mesh_utils reads."""
 
   id: int
   slice_index: int
@@ -158,7 +158,7 @@ def test_data_that_the_slices_do_not_divide_is_an_error():
 
 
 def _owned(shape, process_of):
-  """An array like mesh.devices; device i belongs to process `process_of(i)`."""
+  """An array like mesh.devices, in which device i belongs to process `process_of(i)`."""
   devices = np.empty(np.prod(shape), object)
   for i in range(devices.size):
     devices[i] = types.SimpleNamespace(process_index=process_of(i))

@@ -1,4 +1,4 @@
-"""FLOPs and bytes are read from compiled programs: small ones, and forms that a TPU's have."""
+"""FLOPs and bytes are read from compiled programs: small ones, and forms of TPU programs."""
 
 import jax
 import jax.numpy as jnp
@@ -108,15 +108,15 @@ def test_a_fusion_that_others_run_beside_is_one_operation():
 
 
 def test_a_batch_that_is_a_dilated_window_is_multiplied_once():
-  """A product of 16 blocks: the window of 16 meets an element once for each block."""
+  """A product of 16 blocks: the window of 16 covers an element once for each block."""
   written = "window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf"
   assert program_cost._meetings(written, 0, 16, 16) == 16
   causal = "window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f"
   assert program_cost._meetings(causal, 0, 10, 10) == 4 * 10 - (3 + 2 + 1)
 
 
-# A gather that goes on beside a product, as TPUs have it: its start, a fusion that it passes
-# through, its end. All but the start hand on what they are given.
+# A gather that runs beside a product on a TPU: its start, a fusion that it passes through, its end.
+# All except the start pass their operands on.
 _GATHER = """HloModule step, is_scheduled=true
 
 %start (p.0: bf16[16,256]) -> (bf16[16,256], bf16[64,256], u32[]) {

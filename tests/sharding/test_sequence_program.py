@@ -43,7 +43,7 @@ def _model(remat: str, mixer: rg_lru.Config | attention.Config) -> decoder.Model
   )
 
 
-# Numbering the documents: the last id, and of every shard how many begin and where the last does.
+# Numbering the documents: each shard sends its last id, how many begin, and where the last begins.
 _NUMBERING = {
   ("collective-permute", _ROWS * _INT): 1,
   ("all-gather", _SHARDS * 2 * _ROWS * _INT): 1,

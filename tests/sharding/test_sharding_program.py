@@ -33,7 +33,7 @@ _NUM_RECURRENT, _NUM_ATTENTION = 4, 2
 _NUM_BLOCKS = _NUM_RECURRENT + _NUM_ATTENTION
 _RULES = {1: rules.ZERO1, 2: rules.ZERO2, 3: rules.ZERO3}
 _BYTES = 4  # of a float32
-# Vectors and the convolution, which no stage splits, are much of so small a model.
+# Vectors and the convolution, which no stage splits, are a large part of such a small model.
 _WHOLE = 1.35
 
 
@@ -187,7 +187,7 @@ def test_a_device_holds_its_part_of_parameters_and_moments(case):
   moments = [_bytes_per_device(moment) for moment in (state.opt_state.mu, state.opt_state.nu)]
   assert moments[0] == moments[1]
   assert eighth[0] <= moments[0] <= eighth[1]
-  # The program takes exactly this, and gives it back in place.
+  # The program takes exactly this state, and returns it in place.
   memory = program.step.memory_analysis()
   batch = 4 * _ROWS * _TIME * 4 // 8
   taken = memory.argument_size_in_bytes - batch - params - sum(moments)
@@ -212,7 +212,7 @@ def test_a_device_holds_its_part_of_the_gradients(stage):
     tokens = jax.ShapeDtypeStruct(
       (_ROWS, _TIME), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
     )
-    # No layout is asked of the result: it is the one that the backward pass gives.
+    # No layout is requested for the result: it is that of the backward pass.
     compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
   held = sum(
     math.prod(sharding.shard_shape(x.shape))
@@ -237,7 +237,7 @@ def test_no_device_holds_the_whole_model_while_it_is_made(mesh_shape):
   assert collectives.read(compiled.as_text(), mesh) == []
   memory, params = compiled.memory_analysis(), _num_params(model) * _BYTES
   assert memory.output_size_in_bytes < 1.1 * 3 * params / 8
-  # State and everything that it is made from: less than the parameters alone would be.
+  # The state and all temporaries: less than the parameters alone.
   assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 0.8 * params
 
 
@@ -319,7 +319,7 @@ def test_replicas_exchange_gradients_and_nothing_else():
 
 
 def test_activations_and_gathered_matrices_are_bfloat16_on_the_wire():
-  """From what is asked of the compiler: XLA for CPU sends bfloat16 as float32."""
+  """Looks at the program before compilation: XLA for CPU sends bfloat16 as float32."""
   model, mesh = _model(dtype="bfloat16"), make_mesh(_ALL_AXES.mesh)
   tokens_BT = jnp.ones((_ROWS, _TIME), jnp.int32)
   with logical.placement(mesh, rules.ZERO3):

@@ -1,4 +1,4 @@
-"""Parts of a store in the making: which are used again, how they are put together, who may."""
+"""Parts of an unfinished store: which are used again, how they are joined, who may use them."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def _stop_before_last(*inputs: str) -> None:
-  """A prepare that leaves the parts of these inputs; last.txt is the fault, and is then mended."""
+  """Runs a prepare that fails at last.txt and leaves the other parts; then repairs last.txt."""
   pathlib.Path("last.txt").write_bytes(b"\xff")
   with pytest.raises(ValueError, match=r"last\.txt: not UTF-8"):
     prepare(_job(*inputs, "last.txt"))
@@ -161,7 +161,7 @@ def _wait_until(condition) -> None:
 
 
 def _alive(group: int) -> list[int]:
-  """The processes of a group, without those that ended and nobody waited for."""
+  """The processes of a group, without zombies."""
   found = []
   for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
     with contextlib.suppress(OSError):

@@ -402,7 +402,7 @@ def test_a_missing_held_out_store_is_named():
   token_store.remove("held")
   with pytest.raises(ValueError, match="its held-out store held is not there"):
     prepare(job)
-  # Killed between the two manifests, it is the other one that is missing: both are made again.
+  # After a kill between the two manifests the other one is missing: both are made again.
   prepare(_job("a.jsonl", output="s2", holdout_every=2, holdout_output="h2"))
   token_store.remove("s2")
   prepare(_job("a.jsonl", output="s2", holdout_every=2, holdout_output="h2"))
@@ -528,7 +528,7 @@ def test_a_full_disk_is_named_and_the_unfinished_file_goes_away(tmp_path, worker
     pathlib.Path(name).write_text("x" * 5_000_000)
   arguments = ["--input=*.txt", "--output=store", f"--workers={workers}"]
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  # A limit on the size of files fails as a full disk does: in the middle of a write.
+  # A limit on the size of files fails like a full disk: in the middle of a write.
   command = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh", *_command(*arguments)]
   full = subprocess.run(
     command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100

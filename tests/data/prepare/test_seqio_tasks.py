@@ -16,7 +16,7 @@ from data import token_store, vocabulary
 from data.token_store import TokenStore
 
 ROOT = pathlib.Path(__file__).parents[3]
-# The export that all share takes half a minute: one worker of pytest-xdist makes it.
+# All tests share an export that takes half a minute: one worker of pytest-xdist makes it.
 pytestmark = [
   pytest.mark.xdist_group("seqio"),
   pytest.mark.skipif(sys.version_info >= (3, 14), reason="TensorFlow has no packages for 3.14"),
