@@ -1,7 +1,7 @@
-"""What layers tell of themselves, where somebody looks: nothing is computed anywhere else.
+"""Per-layer values, recorded while a model is traced inside `collecting()`; otherwise not computed.
 
-Within `collecting`, each block of a model that is traced gets a place for its values (`block`), and
-a layer puts them there: `if observe.is_on(): observe.record(state_rms=...)`.
+Inside `collecting`, every block that is traced has a dict for its values (`block`), to which its
+layers add: `if observe.is_on(): observe.record(state_rms=...)`.
 """
 
 import contextvars
@@ -29,7 +29,7 @@ def collecting() -> Iterator[None]:
 
 @contextmanager
 def block() -> Iterator[dict[str, jax.Array] | None]:
-  """The values that the layers inside record; None where nobody collects."""
+  """The values that the layers inside record; None outside of `collecting`."""
   token = _values.set({} if _collects.get() else None)
   try:
     yield _values.get()
@@ -38,12 +38,12 @@ def block() -> Iterator[dict[str, jax.Array] | None]:
 
 
 def is_on() -> bool:
-  """Whether what is recorded now is kept."""
+  """Whether recorded values are kept."""
   return _values.get() is not None
 
 
 def record(**values: jax.Array) -> None:
-  """Keeps small float32 arrays of the block that is being traced, by names it did not use yet."""
+  """Keeps small float32 arrays of the block that is being traced, under names new to it."""
   kept = _values.get()
   assert kept is not None, "observe.record outside of collecting: ask is_on() first"
   assert not set(values) & set(kept), f"{sorted(set(values) & set(kept))} recorded twice"
