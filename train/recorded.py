@@ -3,7 +3,7 @@
 A class of configs that stands in a run is called in records by its `recorded_as`, a name that never
 changes, so that the class may move and be renamed:
 
-  recorded_as: ClassVar[str] = "models.layers.rg_lru.Config"
+  recorded_as: ClassVar[str] = "models.layers.running_mean.Config"
 
 A field that a class gets later has a default, and that means what was done before there was the
 field: a record without the field is of the same run as long as the field is at its default.

@@ -1,10 +1,12 @@
 """Records know classes by names that stay, and fields of later by what was done before them."""
 
 import dataclasses
+import re
 from typing import ClassVar
 
 import pytest
 
+from tests.commands import ROOT
 from train.recorded import defaults, new_at_default, settings
 
 
@@ -98,3 +100,13 @@ def test_a_class_without_a_name_of_its_own_is_an_error_that_says_what_to_add():
     settings(_Block(4, norm=_Unnamed("rms")))
   with pytest.raises(TypeError, match=r"_Impostor and .*_Norm are both recorded as 'norm'; give"):
     settings(_Block(4, others=(_Norm("rms"), _Impostor("rms"))))
+
+
+def test_no_two_classes_have_one_name():
+  """Nor may a run with the one be taken for a run with the other."""
+  names = []
+  for folder in ("data", "models", "sharding", "train"):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+      names += re.findall(r"^  recorded_as: ClassVar\[str\] = \"(.+)\"", path.read_text(), re.M)
+  assert len(names) > 10
+  assert sorted(names) == sorted(set(names))
