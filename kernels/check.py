@@ -41,20 +41,36 @@ class Case(NamedTuple):
   reference: str
 
 
-def cases(shapes: tuple[tuple[int, int, int], ...], heads: tuple[int, ...]) -> Iterator[Case]:
-  """The cases: recurrences at `shapes` [batch, time, width], attention at head sizes `heads`."""
+class Shapes(NamedTuple):
+  """What the kernels are run on."""
+
+  recurrences: tuple[tuple[int, int, int], ...]  # [batch, time, width]
+  attention: tuple[tuple[int, int, int, int], ...]  # [batch, time, heads, head size]
+  gates: tuple[tuple[tuple[int, int, int], int], ...]  # [batch, time, width] and how many blocks
+
+
+# GPUs cut one row of few channels into chunks, but not many rows; widths that end within a tile.
+# Gates: few tokens, and enough that programs on Hopper keep the weights.
+DEVICE_SHAPES = Shapes(
+  recurrences=((2, 301, 160), (1, 1031, 1536), (8, 133, 2560)),
+  attention=tuple((2, 523, 4, size) for size in (64, 128, 256)),
+  gates=(((2, 301, 512), 4), ((1, 2101, 2560), 16)),
+)
+
+
+def cases(shapes: Shapes) -> Iterator[Case]:
+  """Every kernel on rows of these shapes."""
   for dtype in ("bfloat16", "float32"):
-    for shape in shapes:
+    for shape in shapes.recurrences:
       yield _rg_lru(shape, dtype)
       for reverse in (False, True):
         yield _linear_scan(shape, dtype, reverse)
       yield _causal_conv(shape, dtype)
-  for size in heads:
+  for shape in shapes.attention:
     for kv_heads, window in ((1, 200), (1, None), (2, 200)):
-      yield _local_attention((2, 523, 4, size), kv_heads, window)
-  # Few tokens, and enough that programs on Hopper keep the weights.
-  yield _block_diagonal((2, 301, 512), 4)
-  yield _block_diagonal((1, 2101, 2560), 16)
+      yield _local_attention(shape, kv_heads, window)
+  for shape, blocks in shapes.gates:
+    yield _block_diagonal(shape, blocks)
 
 
 def expected_of(case: Case) -> dict[str, np.ndarray]:
@@ -236,8 +252,7 @@ def main() -> int:
     jax.config.update("jax_platforms", f"{platforms},cpu")
   device = jax.devices()[0]
   sys.stdout.write(f"{device.device_kind}, jax {jax.__version__}\n")
-  # GPUs cut one row of few channels into chunks, but not many rows; widths that end within a tile.
-  is_right = check(cases(((2, 301, 160), (1, 1031, 1536), (8, 133, 2560)), (64, 128, 256)))
+  is_right = check(cases(DEVICE_SHAPES))
   if is_right:
     return 0
   sys.stdout.write(
