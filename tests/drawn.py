@@ -4,6 +4,15 @@ import re
 from xml.etree import ElementTree
 
 
+def outside(page: str) -> list[str]:
+  """What a page would run or fetch: nothing, but for what it refers to within itself."""
+  return re.findall(
+    r"""<script|<link|<img|@import|src=|href=["']?(?!["']?#)|url\((?!#)"""
+    r"|https?://(?!www\.w3\.org/2000/svg)",
+    page,
+  )
+
+
 def words(svg: str) -> dict[str, tuple[float, float]]:
   """word -> its place in a picture, (x, y), y counted downward."""
   found = {}
