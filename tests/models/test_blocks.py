@@ -21,6 +21,8 @@ from tests.tolerances import assert_close
 
 WIDTH, VOCAB, WINDOW = 32, 48, 6
 MLP = gated_mlp.Config(mlp_width=48)
+PLAIN = dataclasses.replace(MLP, is_gated=False)
+SWIGLU = dataclasses.replace(MLP, activation="silu", biases=False)
 
 
 def _model(*mixers, num_blocks: int | None = None, **settings) -> DecoderConfig:
@@ -49,7 +51,10 @@ CONFIGS = {
   "recurrent_gates_pallas_tpu": _model(dataclasses.replace(RECURRENT, gates="pallas_tpu")),
   "local_attention": _model(LOCAL),
   "global_attention": _model(GLOBAL),
-  "grouped_attention": _model(SOME, ALL),
+  "grouped_attention": dataclasses.replace(
+    _model(SOME, ALL),
+    pattern=(BlockConfig(mixer=SOME, mlp=PLAIN), BlockConfig(mixer=ALL, mlp=SWIGLU)),
+  ),
   "hawk": _model(RECURRENT, num_blocks=3),
   "griffin_with_remainder": _model(RECURRENT, RECURRENT, LOCAL, num_blocks=8),
   "recurrentgemma": _model(

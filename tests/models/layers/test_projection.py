@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers.projection import branches, project
+from models.layers.projection import branches, project, project_each
+from sharding import logical, rules
+from sharding.mesh import MeshShape, make_mesh
 from sharding.xla_flags import XlaFlags
+from tests.draws import Draws
+from tests.tolerances import assert_close
 
 BATCH, TIME = 4, 96
 PRODUCTS = {
@@ -45,3 +49,23 @@ def test_what_is_kept_of_a_branch_is_its_product():
   assert [
     eqn.outvars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "add"
   ] == jaxpr.jaxpr.outvars
+
+
+def test_gradients_of_several_products_are_added_before_devices_sum_them():
+  """Queries, and keys and values of as many heads: four devices send one gradient of x."""
+  draws = Draws()
+  arrays = draws.normal(2, 3, 8), (draws.normal(8, 4, 5), draws.normal(8, 2, 4, 5))
+
+  def loss(x_BTD, weights):
+    axes = (("heads", "head"), (None, "heads", "head"))
+    products = project_each(x_BTD, weights, axes=axes, split="heads")
+    return sum(jnp.sum(jnp.sin(y)) for y in products)
+
+  alone = jax.jit(jax.grad(loss, (0, 1)))(*arrays)
+  mesh = make_mesh(MeshShape(tensor=4), devices=jax.devices()[:4])
+  with logical.placement(mesh, rules.ZERO1):
+    split = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, dtype="float32", reduction=40), split(*arrays), alone
+  )
+  assert len(re.findall(r" all-reduce(?:-start)?\(", split.as_text())) == 1
