@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.local_attention.kv_heads import attend_each
-
 # Finite, so that a query that fills up a block and sees nothing has weights and no NaN; exp of it
 # is exactly 0.
 _HIDDEN = -1e30
@@ -64,7 +62,8 @@ def attention(
   window: int | None,
 ) -> jax.Array:
   """As kernels/local_attention says; logits exist for one block of queries at a time."""
-  time, keys = q_BTNH.shape[1], k_BSEH.shape[1]
+  batch, time, heads, head_size = q_BTNH.shape
+  keys, kv_heads = k_BSEH.shape[1:3]
   window = keys if window is None else min(window, keys)
   # Smaller blocks reach fewer keys in vain; larger ones are fewer products.
   block = min(time, _MAX_BLOCK, max(16, window // 4))
@@ -73,7 +72,12 @@ def attention(
   def attend(*arrays: jax.Array) -> jax.Array:
     return cast(jax.Array, _attend(*arrays, layout))
 
-  return attend_each(attend, q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
+  documents = (q_documents_BT, k_documents_BS)
+  if kv_heads == 1:
+    return attend(q_BTNH, k_BSEH.squeeze(2), v_BSEH.squeeze(2), *documents)
+  q_BTEQH = q_BTNH.reshape(batch, time, kv_heads, heads // kv_heads, head_size)
+  of_heads = jax.vmap(attend, in_axes=(2, 2, 2, None, None), out_axes=2)
+  return of_heads(q_BTEQH, k_BSEH, v_BSEH, *documents).reshape(q_BTNH.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

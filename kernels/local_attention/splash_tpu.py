@@ -1,10 +1,11 @@
 """JAX's splash attention for TPU (jax.experimental.pallas.ops.tpu.splash_attention) to our rule.
 
-Letters of this file: Q and P are T and S filled up to whole blocks. The library's kernels visit the
-blocks of keys that the band reaches and no others; logits of one block alone exist, in VMEM. What
-fills up lies behind the last token, where causality hides it. The library scales nothing: q is
-scaled here, and rounded to its dtype once more (exact where the root of H is a power of two). Of
-several key-value heads each is a call of the kernels for one, by one more dimension of their grid.
+Letters of this file: Q and P are T and S filled up to whole blocks, G the query heads of one
+key-value head. The library's kernels visit the blocks of keys that the band reaches and no others;
+logits of one block alone exist, in VMEM. What fills up lies behind the last token, where causality
+hides it. The library scales nothing: q is scaled here, and rounded to its dtype once more (exact
+where the root of H is a power of two). Several key-value heads are one more dimension of the grid
+of the kernels for one.
 """
 
 import functools
@@ -15,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-from kernels.local_attention.kv_heads import attend_each
 
 # Rows of the smallest block, and what its head sizes are multiples of: a vector register's lanes.
 LANES = 128
@@ -39,7 +38,7 @@ def attention(
 
   `interpret` runs the kernels without a TPU, slowly.
   """
-  _, time, heads, head_size = q_BTNH.shape
+  batch, time, heads, head_size = q_BTNH.shape
   keys, kv_heads = k_BSEH.shape[1:3]
   if head_size % LANES:
     raise ValueError(
@@ -49,18 +48,22 @@ def attention(
   filled = (_round_up(time, blocks[0]), _round_up(keys, blocks[1]))
   kernel = _kernel(filled, heads // kv_heads, window, keys - time, blocks, interpret)
 
-  def attend(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS):
-    q_BNTH = (q_BTNH * head_size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
-    documents = splash.SegmentIds(
-      _fill(q_documents_BT, filled[0], axis=1), _fill(k_documents_BS, filled[1], axis=1)
-    )
-    k_BPH, v_BPH = (_fill(x_BSH, filled[1], axis=1) for x_BSH in (k_BSH, v_BSH))
-    o_BNQH = jax.vmap(kernel)(_fill(q_BNTH, filled[0], axis=2), k_BPH, v_BPH, documents)
-    # Without save_residuals the library returns the output alone.
-    o_BNQH = cast(jax.Array, o_BNQH)
-    return o_BNQH[:, :, :time].swapaxes(1, 2)
-
-  return attend_each(attend, q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS)
+  documents = splash.SegmentIds(
+    _fill(q_documents_BT, filled[0], axis=1), _fill(k_documents_BS, filled[1], axis=1)
+  )
+  # Heads before time: a block of the kernels is of its last two dimensions, time and head size.
+  q_BNTH = (q_BTNH * head_size**-0.5).astype(q_BTNH.dtype).swapaxes(1, 2)
+  q_BNQH = _fill(q_BNTH, filled[0], axis=2)
+  k_BEPH, v_BEPH = (_fill(x_BSEH.swapaxes(1, 2), filled[1], axis=2) for x_BSEH in (k_BSEH, v_BSEH))
+  if kv_heads == 1:
+    o_BNQH = jax.vmap(kernel)(q_BNQH, k_BEPH.squeeze(1), v_BEPH.squeeze(1), documents)
+  else:
+    q_BEGQH = q_BNQH.reshape(batch, kv_heads, heads // kv_heads, filled[0], head_size)
+    of_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    o_BNQH = jax.vmap(of_row)(q_BEGQH, k_BEPH, v_BEPH, documents)
+  # Without save_residuals the library returns the output alone.
+  o_BNQH = cast(jax.Array, o_BNQH).reshape(q_BNQH.shape)
+  return o_BNQH[:, :, :time].swapaxes(1, 2)
 
 
 def block_size(length: int, window: int | None) -> int:

@@ -261,8 +261,8 @@ _KEEPS = jax.checkpoint_policies.save_only_these_names("attention")
   ("topology", "case"),
   [
     ("v5e:2x2", {"time": 4096, "history": 0, "size": 128, "window": 1024}),
-    ("v5p:2x2x1", {"time": 4096, "history": 2048, "size": 256, "window": 2048}),
-    ("v6e:2x2", {"time": 4000, "history": 0, "size": 128, "window": None, "kv_heads": 4}),
+    ("v5p:2x2x1", {"time": 4096, "history": 2048, "size": 256, "window": 2048, "kv_heads": 4}),
+    ("v6e:2x2", {"time": 4000, "history": 0, "size": 128, "window": None}),
   ],
 )
 def test_it_compiles_for_a_tpu_without_the_matrix(monkeypatch, topology, case):
