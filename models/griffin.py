@@ -2,7 +2,7 @@
 
 from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, EmbeddingScale, Remat
-from models.layers import attention, gated_mlp, rg_lru
+from models.layers import attention, mlp, rg_lru
 from models.layers.rg_lru import DecayInit
 from models.sizes import Size
 
@@ -26,15 +26,15 @@ def griffin(
   remat: Remat = "block",
 ) -> DecoderConfig:
   """Blocks R, R, A, R, R, A, ... cut off at `num_blocks`."""
-  mlp = gated_mlp.Config(mlp_width=mlp_width)
+  geglu = mlp.Config(mlp_width=mlp_width)
   recurrent = BlockConfig(
     mixer=rg_lru.Config(
       rnn_width=rnn_width, num_gate_blocks=num_gate_blocks, decay_init=decay_init
     ),
-    mlp=mlp,
+    mlp=geglu,
   )
   local = BlockConfig(
-    mixer=attention.Config(num_heads=num_heads, head_size=head_size, window=window), mlp=mlp
+    mixer=attention.Config(num_heads=num_heads, head_size=head_size, window=window), mlp=geglu
   )
   return DecoderConfig(
     vocab_size=vocab_size,

@@ -2,7 +2,7 @@
 
 from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Remat
-from models.layers import gated_mlp, rg_lru
+from models.layers import mlp, rg_lru
 from models.layers.rg_lru import DecayInit
 from models.sizes import Size
 
@@ -25,7 +25,7 @@ def hawk(
     mixer=rg_lru.Config(
       rnn_width=rnn_width, num_gate_blocks=num_gate_blocks, decay_init=decay_init
     ),
-    mlp=gated_mlp.Config(mlp_width=mlp_width),
+    mlp=mlp.Config(mlp_width=mlp_width),
   )
   return DecoderConfig(
     vocab_size=vocab_size,

@@ -2,7 +2,7 @@
 
 from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Remat
-from models.layers import attention, gated_mlp
+from models.layers import attention, mlp
 from models.sizes import Size
 
 
@@ -22,7 +22,7 @@ def mqa_transformer(
   """`num_blocks` blocks of attention over the whole row, or over a window where one is given."""
   block = BlockConfig(
     mixer=attention.Config(num_heads=num_heads, head_size=head_size, window=window),
-    mlp=gated_mlp.Config(mlp_width=mlp_width),
+    mlp=mlp.Config(mlp_width=mlp_width),
   )
   return DecoderConfig(
     vocab_size=vocab_size,

@@ -18,7 +18,7 @@ from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Params
 from models.huggingface.name_map import NameMap, Settings, the_only
-from models.layers import attention, gated_mlp, rg_lru
+from models.layers import attention, mlp, rg_lru
 
 # What every RecurrentGemma has; another value would be another function than ours.
 _FIXED = {
@@ -66,13 +66,13 @@ def _from_json(settings: Settings, *, dtype: DType) -> DecoderConfig:
       "it is twice the width of the MLP"
     )
   num_blocks = settings.integer("num_hidden_layers")
-  mlp = gated_mlp.Config(mlp_width=settings.integer("intermediate_size") // 2)
+  geglu = mlp.Config(mlp_width=settings.integer("intermediate_size") // 2)
   return DecoderConfig(
     vocab_size=settings.integer("vocab_size"),
     width=width,
     num_blocks=num_blocks,
     pattern=tuple(
-      BlockConfig(mixer=_mixer(settings, kind), mlp=mlp)
+      BlockConfig(mixer=_mixer(settings, kind), mlp=geglu)
       for kind in _shortest_cycle(kinds, num_blocks)
     ),
     embedding_scale="sqrt_width",
@@ -160,7 +160,7 @@ def _to_json(config: DecoderConfig) -> dict[str, Any]:
       )
     if mixer.window is None:
       raise ValueError("window None (global attention): its own is local")
-  mlps = [block.mlp for block in config.pattern if isinstance(block.mlp, gated_mlp.Config)]
+  mlps = [block.mlp for block in config.pattern if isinstance(block.mlp, mlp.Config)]
   if len(mlps) < len(config.pattern):
     raise ValueError("mlp: each of its blocks has a gated MLP")
   mlp_width = the_only("mlp_width", [mlp.mlp_width for mlp in mlps])

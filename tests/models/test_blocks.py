@@ -12,7 +12,7 @@ from flax import nnx
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
-from models.layers import attention, gated_mlp, rg_lru
+from models.layers import attention, mlp, rg_lru
 from models.layers import segments as segments_lib
 from models.layers.rope import Rope
 from sharding import logical, rules
@@ -20,7 +20,7 @@ from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
 
 WIDTH, VOCAB, WINDOW = 32, 48, 6
-MLP = gated_mlp.Config(mlp_width=48)
+MLP = mlp.Config(mlp_width=48)
 PLAIN = dataclasses.replace(MLP, is_gated=False)
 SWIGLU = dataclasses.replace(MLP, activation="silu", biases=False)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
-from models.layers import gated_mlp
+from models.layers import mlp
 from models.param import param, zeros
 from models.remat import SavedNames
 from sharding import logical
@@ -45,7 +45,7 @@ class _Mixer(nnx.Module):
 
 
 def _model(first: str = "tap") -> decoder.Model:
-  block = BlockConfig(mixer=_Config(first), mlp=gated_mlp.Config(mlp_width=8))
+  block = BlockConfig(mixer=_Config(first), mlp=mlp.Config(mlp_width=8))
   return decoder.build(
     DecoderConfig(
       vocab_size=8,

@@ -20,9 +20,9 @@ from kernels.rg_lru import gates
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
-from models.layers import attention, gated_mlp, norms, rg_lru
+from models.layers import attention, mlp, norms, rg_lru
 from models.layers import segments as segments_lib
-from models.layers.rope import apply_rope
+from models.layers.rope import Rope, apply_rope
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "recurrentgemma"
 LAYERS = np.load(FOLDER / "layers.npz")
@@ -64,7 +64,7 @@ def _golden(name):
   arrays = dict(np.load(FOLDER / f"{name}.npz"))
   package = json.loads(str(arrays["config"]))
   width, num_heads = package["width"], package["num_heads"]
-  mlp = gated_mlp.Config(mlp_width=package["mlp_expanded_width"])
+  geglu = mlp.Config(mlp_width=package["mlp_expanded_width"])
   mixers = {
     "recurrent": rg_lru.Config(rnn_width=package["lru_width"], num_gate_blocks=num_heads),
     "attention": attention.Config(
@@ -79,7 +79,7 @@ def _golden(name):
     vocab_size=package["vocab_size"],
     width=width,
     num_blocks=len(package["block_types"]),
-    pattern=tuple(BlockConfig(mixer=mixers[kind], mlp=mlp) for kind in kinds),
+    pattern=tuple(BlockConfig(mixer=mixers[kind], mlp=geglu) for kind in kinds),
     embedding_scale="sqrt_width" if package["embeddings_scale_by_sqrt_dim"] else "none",
     logit_cap=package["logits_soft_cap"] or None,
     dtype="float32",
@@ -249,7 +249,7 @@ def test_square_root_and_its_bounded_derivative_are_the_packages():
 def test_rotary_embedding_is_the_packages():
   """Positions to 4096; the angle itself is rounded in float32, and differently by both."""
   golden = _layer("rope")
-  y_BTNH, pull = jax.vjp(lambda x: apply_rope(x, golden["positions"]), golden["inputs"])
+  y_BTNH, pull = jax.vjp(lambda x: apply_rope(x, golden["positions"], Rope()), golden["inputs"])
   np.testing.assert_allclose(y_BTNH, golden["y0"], atol=2e-3)
   np.testing.assert_allclose(y_BTNH[0], golden["y0"][0], atol=1e-5)
   gradient = pull(jnp.asarray(golden["cotangent0"]))[0]
@@ -294,7 +294,7 @@ def test_layer_is_the_packages(name):
       module = config.build(width, num_blocks=1, rngs=rngs)
       ours = lambda p: _attention(p, 3)  # noqa: E731
     case "mlp_block":
-      config = gated_mlp.Config(mlp_width=20)
+      config = mlp.Config(mlp_width=20)
       module, ours = config.build(width, num_blocks=1, rngs=rngs), _mlp
     case _:
       module, ours = norms.Config().build(width, rngs=rngs), lambda p: {"scale_D": p["scale"]}

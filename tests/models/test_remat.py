@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
-from models.layers import attention, gated_mlp, rg_lru
+from models.layers import attention, mlp, rg_lru
 from models.remat import SavedNames
 from tests.commands import ROOT
 
@@ -36,7 +36,7 @@ class _Mixer(nnx.Module):
 
 
 def _gradient(saved: SavedNames, remat: decoder.Remat, layers="scan") -> str:
-  block = BlockConfig(mixer=_Config(saved), mlp=gated_mlp.Config(mlp_width=6))
+  block = BlockConfig(mixer=_Config(saved), mlp=mlp.Config(mlp_width=6))
   sizes = {"vocab_size": 8, "width": 4, "num_blocks": 2, "pattern": (block,), "dtype": "float32"}
   model = decoder.build(DecoderConfig(**sizes, remat=remat, layers=layers))
   ones_BT = jnp.ones((1, 2), jnp.int32)
@@ -81,7 +81,7 @@ def test_every_name_in_the_sources_is_declared():
   configs = (
     rg_lru.Config(rnn_width=16),
     attention.Config(num_heads=1, head_size=4, window=None),
-    gated_mlp.Config(mlp_width=1),
+    mlp.Config(mlp_width=1),
   )
   declared = SavedNames()
   for config in configs:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from models import decoder
 from models.block import BlockConfig
 from models.decoder import DecoderConfig
-from models.layers import attention, gated_mlp, rg_lru
+from models.layers import attention, mlp, rg_lru
 from sharding import collectives, logical, rules
 from sharding.mesh import MeshShape, make_mesh
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("sequence_program")
 
 _ROWS, _SHARDS, _RNN, _WINDOW, _HEAD_SIZE, _TAPS = 5, 4, 64, 8, 8, 4
 _FLOAT = _INT = 4  # bytes
-_MLP = gated_mlp.Config(mlp_width=48)
+_MLP = mlp.Config(mlp_width=48)
 _RECURRENT = rg_lru.Config(rnn_width=_RNN, conv_taps=_TAPS)
 _LOCAL = attention.Config(num_heads=4, head_size=_HEAD_SIZE, window=_WINDOW)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from models.costs import Shard
 from models.initial_weights import Normal
-from models.layers import gated_mlp
+from models.layers import mlp
 from tests.tolerances import assert_close
 
 _WIDTH, _MLP_WIDTH = 12, 20
@@ -22,7 +22,7 @@ every_kind = pytest.mark.parametrize("kind", _KINDS)
 
 
 def _built(kind):
-  config = gated_mlp.Config(mlp_width=_MLP_WIDTH, **_KINDS[kind])
+  config = mlp.Config(mlp_width=_MLP_WIDTH, **_KINDS[kind])
   graph, params = nnx.split(config.build(_WIDTH, num_blocks=2, rngs=nnx.Rngs(0)), nnx.Param)
   random = np.random.default_rng(1)
   # No bias is 0.
@@ -77,4 +77,4 @@ def test_costs_count_the_products_there_are(kind):
 
 def test_an_activation_that_there_is_not_is_refused():
   with pytest.raises(ValueError, match=r"activation 'relu' is none of \('gelu', 'silu'\)"):
-    gated_mlp.Config(mlp_width=8, activation="relu")  # pyright: ignore[reportArgumentType]
+    mlp.Config(mlp_width=8, activation="relu")  # pyright: ignore[reportArgumentType]

@@ -33,6 +33,7 @@ _ACTIVATIONS = ("gelu", "silu")
 class Config:
   """The defaults are Griffin's, whose `mlp_width` is 3 x width in every published size."""
 
+  # From when this file was called so.
   recorded_as: ClassVar[str] = "models.layers.gated_mlp.Config"
 
   mlp_width: int
@@ -43,17 +44,15 @@ class Config:
 
   def __post_init__(self):
     if self.mlp_width < 1:
-      raise ValueError(f"gated_mlp.Config: mlp_width {self.mlp_width} must be at least 1")
+      raise ValueError(f"mlp.Config: mlp_width {self.mlp_width} must be at least 1")
     if self.activation not in _ACTIVATIONS:
-      raise ValueError(
-        f"gated_mlp.Config: activation {self.activation!r} is none of {_ACTIVATIONS}"
-      )
+      raise ValueError(f"mlp.Config: activation {self.activation!r} is none of {_ACTIVATIONS}")
 
   def saved_names(self) -> SavedNames:
     return projection.SAVED
 
-  def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "GatedMLP":
-    return GatedMLP(self, width, num_blocks=num_blocks, rngs=rngs)
+  def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> "MLP":
+    return MLP(self, width, num_blocks=num_blocks, rngs=rngs)
 
   def scopes(self) -> tuple[str, ...]:
     return ("mlp",)
@@ -84,7 +83,7 @@ class Config:
     )
 
 
-class GatedMLP(nnx.Module):
+class MLP(nnx.Module):
   """The projections up in one matrix (if gated 0: through f, 1: linear), and the one down."""
 
   def __init__(self, config: Config, width: int, *, num_blocks: int, rngs: nnx.Rngs):
