@@ -202,7 +202,7 @@ def _needed(run: Run, machine: Machine, refused: list[Plan]) -> Iterable[str]:
 
 
 def _table(run: Run, machine: Machine) -> Iterable[str]:
-  """What train/planning/layouts.py recommends for this preset here."""
+  """What train/planning/recommended.jsonl recommends for this preset here."""
   layout = recommended(run, chip=machine.chip.key, num_chips=machine.num_chips)
   if layout is not None:
     yield f"recommended for {run.name} on {machine.num_chips} {machine.chip.name}:"

@@ -23,6 +23,8 @@ ALLOWED = {
   "configs": {"train", "models", "data", "sharding"},
   "launch": {"train", "models", "data", "sharding"},
 }
+# Folders of code that serves any model.
+_ANY_MODEL = ("train", "sharding", "data", "launch")
 # Who may import a dependency: a folder or a file.
 OWNERS = {
   "flax": ("models/",),
@@ -50,7 +52,7 @@ def _imports(path: pathlib.Path) -> set[str]:
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module:
-      names.add(node.module)
+      names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
   return names
 
 
@@ -111,6 +113,21 @@ def test_no_module_loads_matplotlib():
     for path in _files()
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
+  ]
+  assert not wrong
+
+
+def _outside_models() -> list[pathlib.Path]:
+  return [path for path in _files() if path.relative_to(ROOT).parts[0] in _ANY_MODEL]
+
+
+def test_what_serves_any_model_knows_no_layer():
+  """Blocks answer for their layers: models/block.py."""
+  wrong = [
+    f"{path.relative_to(ROOT)} imports {name}"
+    for path in _outside_models()
+    for name in _imports(path)
+    if name.startswith("models.layers")
   ]
   assert not wrong
 

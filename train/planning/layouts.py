@@ -1,11 +1,14 @@
 """How a run lies on a machine, and the layouts we recommend for the published sizes.
 
-A layout changes no result: `layout.of(run)` trains as `run` does. The table was found by
-`python -m launch.plan --search` as the best layout that fits all families of a size;
-docs/plans.jsonl has what the compiler says of them.
+A layout changes no result: `layout.of(run)` trains as `run` does. What is recommended is data,
+recommended.jsonl: found by `python -m launch.plan --search` as the best layout that fits all
+families of a size. docs/plans.jsonl has what the compiler says of them.
 """
 
 import dataclasses
+import functools
+import json
+import pathlib
 from typing import Literal
 
 from models.decoder import Remat
@@ -47,69 +50,29 @@ def layout_of(run: Run, num_devices: int) -> Layout:
   )
 
 
-def _layout(
-  fsdp: int,
-  tensor: int,
-  zero_stage: Stage,
-  remat: Remat,
-  parts: int,
-  *,
-  data: int = 1,
-  sequence: int = 1,
-) -> Layout:
-  return Layout(
-    mesh=MeshShape(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor),
-    zero_stage=zero_stage,
-    remat=remat,
-    num_microbatches=parts,
-  )
-
-
-# Families whose presets of a size have the same layout.
-_FAMILIES = ("griffin", "hawk", "transformer", "recurrentgemma")
-# By chips and size, or a preset's whole name: fsdp, tensor, ZeRO stage, remat, microbatches.
-RECOMMENDED: dict[str, dict[str, Layout]] = {
-  "v5e-256": {
-    "100m": _layout(128, 2, 3, "none", 1),
-    "200m": _layout(128, 2, 3, "none", 1),
-    "400m": _layout(64, 1, 3, "none", 1, data=4),
-    "1b": _layout(256, 1, 3, "none", 1),
-    "3b": _layout(128, 1, 3, "none", 1, data=2),
-    "7b": _layout(256, 1, 3, "block", 1),
-    "14b": _layout(128, 1, 3, "block", 2, data=2),
-    "2b": _layout(16, 2, 3, "none", 1, data=8),
-    "9b": _layout(128, 2, 3, "block", 2),
-    "long-row-1b": _layout(4, 1, 3, "block", 1, sequence=64),
-  },
-  "v5p-128": {
-    "100m": _layout(128, 1, 3, "none", 1),
-    "200m": _layout(128, 1, 3, "none", 1),
-    "400m": _layout(128, 1, 3, "none", 1),
-    "1b": _layout(128, 1, 3, "none", 1),
-    "3b": _layout(128, 1, 3, "none", 1),
-    "7b": _layout(128, 1, 3, "matmuls", 1),
-    "14b": _layout(128, 1, 3, "matmuls", 2),
-    "2b": _layout(128, 1, 3, "none", 1),
-    "9b": _layout(128, 1, 3, "none", 2),
-    "long-row-1b": _layout(4, 1, 3, "block", 1, sequence=32),
-  },
-  "h100-8": {
-    "100m": _layout(8, 1, 3, "none", 1),
-    "200m": _layout(8, 1, 3, "none", 1),
-    "400m": _layout(8, 1, 3, "matmuls", 1),
-    "1b": _layout(8, 1, 2, "matmuls", 4),
-    "3b": _layout(8, 1, 2, "matmuls", 8),
-    "7b": _layout(8, 1, 3, "matmuls", 32),
-    "14b": _layout(8, 1, 3, "matmuls", 64),
-    "2b": _layout(8, 1, 2, "none", 8),
-    "9b": _layout(8, 1, 3, "matmuls", 32),
-    "long-row-1b": _layout(1, 1, 1, "block", 4, sequence=8),
-  },
-}
+# A line for each machine ("v5e-256": chip and number) and layout, with the names of its runs.
+_FILE = pathlib.Path(__file__).with_name("recommended.jsonl")
 
 
 def recommended(run: Run, *, chip: str, num_chips: int) -> Layout | None:
-  """The layout of the table for a preset on `num_chips` chips; None where it has none."""
-  family, _, size = run.name.rpartition("-")
-  key = size if family in _FAMILIES else run.name
-  return RECOMMENDED.get(f"{chip}-{num_chips}", {}).get(key)
+  """What the file recommends for a run of this name on `num_chips` chips; None for others."""
+  return recommendations().get(f"{chip}-{num_chips}", {}).get(run.name)
+
+
+@functools.cache
+def recommendations() -> dict[str, dict[str, Layout]]:
+  """Every layout of the file, by machine and name of the run."""
+  found: dict[str, dict[str, Layout]] = {}
+  for line in map(json.loads, _FILE.read_text(encoding="utf-8").splitlines()):
+    layout = Layout(
+      mesh=MeshShape(**line["mesh"]),
+      zero_stage=line["zero_stage"],
+      remat=line["remat"],
+      num_microbatches=line["num_microbatches"],
+    )
+    for name in line["runs"]:
+      on_machine = found.setdefault(line["machine"], {})
+      if name in on_machine:
+        raise ValueError(f"{_FILE.name}: {name} on {line['machine']} has two layouts; keep one")
+      on_machine[name] = layout
+  return found

@@ -14,7 +14,7 @@ from sharding import topology
 from sharding.mesh import MeshShape
 from train.planning import plan as plans
 from train.planning.footprint import resolved_kernels
-from train.planning.layouts import RECOMMENDED, Layout, recommended
+from train.planning.layouts import Layout, recommendations, recommended
 
 ROOT = pathlib.Path(__file__).parents[3]
 _SIZES = ("100m", "200m", "400m", "1b", "3b", "7b", "14b")
@@ -32,7 +32,7 @@ def _preset(name):
 
 @pytest.mark.parametrize(("name", "chip", "chips"), _CASES)
 def test_every_preset_fits_as_recommended(name, chip, chips):
-  """If this fails, `launch.plan --search` finds another layout for train/planning/layouts.py."""
+  """If this fails, `launch.plan --search` finds another layout for recommended.jsonl."""
   run = _preset(name)
   assert run.name == name
   layout = recommended(run, chip=chip, num_chips=chips)
@@ -44,7 +44,7 @@ def test_every_preset_fits_as_recommended(name, chip, chips):
 
 
 def test_another_run_has_no_recommendation():
-  assert set(RECOMMENDED) == {f"{chip}-{chips}" for chip, chips in _MACHINES}
+  assert set(recommendations()) == {f"{chip}-{chips}" for chip, chips in _MACHINES}
   run = _preset("griffin-1b")
   assert recommended(run, chip="v5e", num_chips=8) is None
   for name in ("own-1b", "long-row-7b"):  # of a size, and not of the families of that size
@@ -85,7 +85,7 @@ def _layout(record):
 @pytest.mark.parametrize("record", [one for one in _recorded() if _key(one)], ids=_name)
 def test_what_the_compiler_said_is_of_the_preset_as_recommended_today(record):
   """If this fails, plan the preset again as the record's command says, in the layout of
-  train/planning/layouts.py, and replace the line."""
+  train/planning/recommended.jsonl, and replace the line."""
   run = _preset(record["config"])
   assert record["fits"]
   assert record["compiled"]
