@@ -16,6 +16,7 @@ from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Sent, 
 from models.layers import norms
 from models.layers.segments import Segments
 from models.remat import SavedNames
+from models.statistics import Statistics
 
 # Arrays of the stream's width alive at the peak of a block's backward pass, found by compiling for
 # TPU; docs/plans.jsonl has the errors that are left.
@@ -65,6 +66,10 @@ class MixerConfig(Protocol):
 
   def sends(self, shard: Shard) -> Sends:
     """What the shards of a row send each other; the residual block knows of tensor shards."""
+    ...
+
+  def statistics(self) -> Statistics:
+    """What the layer records in `observe.record`: every name is declared here."""
     ...
 
 
@@ -122,6 +127,12 @@ class BlockProtocol(Protocol):
   def sends(self, width: int, shard: Shard) -> Sends:
     """All collectives of activations inside the block."""
     ...
+
+  def kind(self) -> str:
+    """The block in a word, for statistics.jsonl."""
+    ...
+
+  def statistics(self) -> Statistics: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +195,12 @@ class BlockConfig:
     stream = shard.tokens * width * shard.itemsize
     sums = Sent("all-reduce", "tensor", times, times * stream)
     return sent._replace(each=(sums, *sent.each))
+
+  def kind(self) -> str:
+    return type(self.mixer).__module__.rpartition(".")[2]
+
+  def statistics(self) -> Statistics:
+    return self.mixer.statistics()
 
 
 def _under(name: str, sizes: dict[str, int]) -> dict[str, int]:

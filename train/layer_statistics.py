@@ -1,10 +1,11 @@
-"""Each layer as it trains: norms of gradient, parameters and update, and what the recurrence does.
+"""Each layer as it trains: norms of gradient, parameters and update, and what mixers record.
 
 A program of its own, dispatched behind the step at a set interval: the step pays nothing. It reads
 the state after the step and goes forward, once, over the step's first microbatch. It writes
 WORKDIR/statistics.jsonl: step, time, "mixers" (what each block is), and lists by the names of
-LAYER_FIELDS with an entry for each block, first to last; null where a block has no such thing.
-"embedding", "final_norm" and an "unembedding" of its own have norms of their own.
+LAYER_FIELDS and of what blocks declare (models/statistics.py), with an entry for each block, first
+to last; null where a block has no such thing. "embedding", "final_norm" and an "unembedding" of its
+own have norms of their own. The first line of each start has "about": what the blocks declare.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from data.rows import Batch
-from models.decoder import DecoderConfig, Model, split_blocks
+from models.decoder import DecoderConfig, Model, Params, split_blocks
+from models.statistics import Statistics
 from train.optimizer import AdamW
 from train.state import TrainState
 from train.step import microbatches, square_norm
@@ -26,14 +28,6 @@ LAYER_FIELDS = {
   "grad_norm": "norm of their gradient, before clipping",
   "update_norm": "norm of what the step added to them",
   "output_rms": "root mean square of the residual stream behind the block",
-  "horizon": "memory horizon -1 / ln a in tokens at the mean gate: quantiles 5, 25, 50, 75, 95 % "
-  "of the channels",
-  "horizon_open": "the same with the gate wide open (r = 1): the shortest a channel can have",
-  "recurrence_gate_low": "share of recurrence gates below 0.05 (the state is kept)",
-  "recurrence_gate_high": "share of recurrence gates above 0.95 (it decays as fast as it can)",
-  "input_gate_low": "share of input gates below 0.05 (closed)",
-  "input_gate_high": "share of input gates above 0.95 (open)",
-  "state_rms": "root mean square of the recurrent states",
 }
 _BLOCKS = ("groups", "remainder")
 
@@ -75,6 +69,7 @@ def statistics_step(
   else:
     part = jax.tree.map(lambda x: x[0], microbatches(batch, num_microbatches))
   seen = model.observe(state.params, part.tokens_BT, part.segments_BT)
+  _check_declared(model.config, seen)
   update = optimizer.last_update(
     state.opt_state, state.params, total_steps=total_steps, decay_mask=model.decays
   )
@@ -102,13 +97,18 @@ def statistics_step(
   return values
 
 
+def declared(config: DecoderConfig) -> list[Statistics]:
+  """What the blocks of a model record beside LAYER_FIELDS, first to last, each once."""
+  found = dict.fromkeys(block.statistics() for block in config.blocks)
+  return [statistics for statistics in found if statistics.columns]
+
+
 def by_layer(config: DecoderConfig, values: dict[str, Any]) -> dict[str, Any]:
-  """A line of the file but for step and time, from the arrays of statistics_step on the host."""
+  """A line of the file but for step, time and "about", from the arrays of statistics_step on the
+  host."""
   blocks = split_blocks(config, values)
-  columns: dict[str, Any] = {
-    "mixers": [type(block.mixer).__module__.rpartition(".")[2] for block in config.blocks]
-  }
-  for name in LAYER_FIELDS:
+  columns: dict[str, Any] = {"mixers": [block.kind() for block in config.blocks]}
+  for name in (*LAYER_FIELDS, *_declared_names(config)):
     column = [_plain(block[name]) if name in block else None for block in blocks]
     if any(value is not None for value in column):
       columns[name] = column
@@ -117,6 +117,22 @@ def by_layer(config: DecoderConfig, values: dict[str, Any]) -> dict[str, Any]:
     for end in sorted(values.keys() - set(_BLOCKS))
   }
   return {**columns, **ends}
+
+
+def _declared_names(config: DecoderConfig) -> list[str]:
+  columns = [column.name for one in declared(config) for column in one.columns]
+  return list(dict.fromkeys(columns))
+
+
+def _check_declared(config: DecoderConfig, seen: Params) -> None:
+  """Raises for a recorded value that no block declares: no line of the file would have it."""
+  names = {*LAYER_FIELDS, *_declared_names(config)}
+  for run in (*seen["groups"].values(), *seen["remainder"].values()):
+    if unknown := sorted(set(run) - names):
+      raise ValueError(
+        f"statistics: a layer records {unknown[0]!r}, which no block declares; add a Column to the "
+        "statistics() of its config (models/statistics.py)"
+      )
 
 
 def _sum(tree: Any) -> jax.Array:

@@ -27,7 +27,7 @@ from train.initial import initial_state
 from train.job import agreement
 from train.job.peers import Peers
 from train.job.watchdog import Watchdog
-from train.layer_statistics import by_layer
+from train.layer_statistics import by_layer, declared
 from train.program import Program
 from train.record import compare_records, run_record
 from train.state import TrainState
@@ -229,7 +229,8 @@ class _Session:
     self.throughput.count_step()
     self.events.finished(step)
     if statistics is not None and bool(metrics.is_applied):
-      self.metrics.write_layers(step, by_layer(self.run.model, jax.device_get(statistics)))
+      columns = by_layer(self.run.model, jax.device_get(statistics))
+      self.metrics.write_layers(step, columns, about=declared(self.run.model))
     if not self.metrics.due(step):
       return
     rates = self.throughput.read()

@@ -3,43 +3,63 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from models.statistics import Picture as Declared
+from models.statistics import Statistics
 from train.drawing import colors
 from train.drawing.line_chart import Axis, Line, Mark, chart, dress, label_ends, smoothed
 from train.drawing.numbers import short
 from train.drawing.picture import TITLE_HEIGHT, Picture, drawing
 from train.telemetry.history import History
 
-NOTE = (
-  '<p class="faint">The memory horizon of a channel is -1 / ln a, at the mean of its recurrence '
-  "gate over a batch: after so many tokens its state has fallen to 1/e. Rings: the median with the "
-  "gate wide open. Gates are saturated below 0.05 (recurrence: the state is kept; input: closed) "
-  "or above 0.95 (the state fades as fast as it can; open).</p>"
-)
 _HEIGHT = 260.0
 _MOST_LABELS = 9
 
 
-def recurrence(
-  run: History, x_of: Callable[[int], float], x: Axis, marks: Sequence[Mark], width: float
+def recorded(
+  run: History,
+  statistics: Statistics,
+  x_of: Callable[[int], float],
+  x: Axis,
+  marks: Sequence[Mark],
+  width: float,
 ) -> Iterator[Picture | None]:
-  """Horizons over training and now, and gates that are saturated."""
-  horizon = [{step: value[2] for step, value in column.items()} for column in run.layer("horizon")]
-  tokens = Axis("tokens", scale="log")
-  yield _by_block(horizon, "Memory horizon of the median channel", x_of, x, tokens, marks, width)
-  yield _distribution(run, width)
-  for gate in ("recurrence", "input"):
-    share = [
-      {step: 100 * (lows[step] + highs[step]) for step in lows}
-      for lows, highs in zip(run.layer(f"{gate}_gate_low"), run.layer(f"{gate}_gate_high"))
-    ]
-    y = Axis("share of a batch (%)", show="{:.3g}%".format, exact="{:.3g}%".format, low=0.0)
-    yield _by_block(share, f"Saturated {gate} gates", x_of, x, y, marks, width)
+  """The pictures that a mixer declares of what it recorded (models/statistics.py)."""
+  for one in statistics.pictures:
+    match one.draw:
+      case "lines":
+        y = Axis(one.unit, scale="log")
+        yield _by_block(medians(run, one.columns[0]), one.title, x_of, x, y, marks, width)
+      case "shares":
+        y = Axis(one.unit, show="{:.3g}%".format, exact="{:.3g}%".format, low=0.0)
+        yield _by_block(_shares(run, one.columns), one.title, x_of, x, y, marks, width)
+      case "quantiles":
+        yield _distribution(run, one, width)
+
+
+def medians(run: History, name: str) -> list[dict[int, float]]:
+  """A column for each block: its numbers, of quantiles the middle ones."""
+  return [
+    {
+      step: value[len(value) // 2] if isinstance(value, list) else value
+      for step, value in column.items()
+    }
+    for column in run.layer(name)
+  ]
+
+
+def _shares(run: History, names: Sequence[str]) -> list[dict[int, float]]:
+  """Sums of columns of shares, in percent."""
+  columns = zip(*(run.layer(name) for name in names))
+  return [
+    {step: 100 * sum(values[step] for values in of_block) for step in of_block[0]}
+    for of_block in columns
+  ]
 
 
 def norms(
   run: History, x_of: Callable[[int], float], x: Axis, marks: Sequence[Mark], width: float
 ) -> Iterator[Picture | None]:
-  """Gradient, update over parameters, residual stream and states, a line for each block."""
+  """Gradient, update over parameters and residual stream, a line for each block."""
   updates = [
     {step: value / params[step] for step, value in column.items() if params.get(step)}
     for column, params in zip(run.layer("update_norm"), run.layer("param_norm"))
@@ -48,7 +68,6 @@ def norms(
     ("Gradient of each block, before clipping", "Euclidean norm", run.layer("grad_norm")),
     ("Update of each block over its parameters", "ratio of norms", updates),
     ("Residual stream behind each block", "root mean square", run.layer("output_rms")),
-    ("Recurrent state h of each block", "root mean square", run.layer("state_rms")),
   ):
     yield _by_block(columns, title, x_of, x, Axis(unit, scale="log"), marks, width)
 
@@ -82,20 +101,21 @@ def _named(blocks: Sequence[int]) -> set[int]:
   return {blocks[round(index * last / (_MOST_LABELS - 3))] for index in range(_MOST_LABELS - 2)}
 
 
-def _distribution(run: History, width: float) -> Picture | None:
-  """For each recurrent block: 5 to 95 % and 25 to 75 % of its channels, the median, and a ring for
-  the median with the gate wide open."""
-  line = run.layers[-1]
-  blocks = [(block, values) for block, values in enumerate(line.get("horizon", [])) if values]
+def _distribution(run: History, one: Declared, width: float) -> Picture | None:
+  """For each block that has them: 5 to 95 % and 25 to 75 % of its channels, the median, and a ring
+  for the median of a second column. A row's length is a line where the unit is tokens."""
+  line, name, *more = run.layers[-1], *one.columns
+  values_of = line.get(name, [])
+  blocks = [(block, values) for block, values in enumerate(values_of) if values]
   if not blocks:
     return None
-  opened = [values and values[2] for values in line.get("horizon_open", [])]
-  opened += [None] * (len(line["horizon"]) - len(opened))
-  row = [float(run.row_length)] if run.row_length else []
+  opened = [values and values[2] for values in (line.get(more[0], []) if more else [])]
+  opened += [None] * (len(values_of) - len(opened))
+  row = [float(run.row_length)] if run.row_length and one.unit == "tokens" else []
   shown = [*(value for _, values in blocks for value in values), *filter(None, opened), *row]
-  with drawing(width, _HEIGHT, title="Memory horizons of the channels now") as picture:
+  with drawing(width, _HEIGHT, title=one.title) as picture:
     axes = picture.axes(64, width - 130, TITLE_HEIGHT + 4, _HEIGHT - 42)
-    dress(axes, "y", Axis("tokens", scale="log"), shown, most=5)
+    dress(axes, "y", Axis(one.unit, scale="log"), shown, most=5)
     axes.grid(True, axis="y")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -107,16 +127,16 @@ def _distribution(run: History, width: float) -> Picture | None:
     for at in row:
       axes.axhline(at, color=colors.FAINT, linewidth=1.0, linestyle=(0, (2, 3)))
     for place, (block, (p5, p25, p50, p75, p95)) in enumerate(blocks):
-      color, half = colors.in_order(block, len(line["horizon"])), min(0.3, 0.04 * len(blocks))
+      color, half = colors.in_order(block, len(values_of)), min(0.3, 0.04 * len(blocks))
       axes.plot([place, place], [p5, p95], color=color, linewidth=1.4)
       axes.bar(place, p75 - p25, 2 * half, bottom=p25, color=color)
       axes.plot([place - half, place + half], [p50, p50], color="#ffffff", solid_capstyle="butt")
-      values = [f"95 %: {p95:,.4g} tokens", f"75 %: {p75:,.4g}", f"median: {p50:,.4g}"]
+      values = [f"95 %: {p95:,.4g} {one.unit}", f"75 %: {p75:,.4g}", f"median: {p50:,.4g}"]
       values += [f"25 %: {p25:,.4g}", f"5 %: {p5:,.4g}"]
       if (ring := opened[block]) is not None:
         axes.plot(place, ring, "o", color=color, markerfacecolor="#ffffff", markersize=6)
-        values.append(f"median with the gate wide open: {ring:,.4g}")
-      words = "\n".join([f"block {block}, horizons of its channels", *values])
+        values.append(f"{one.ring}: {ring:,.4g}")
+      words = "\n".join([f"block {block}, its channels", *values])
       picture.tooltip(axes, (place - 0.5, place + 0.5), None, words)
     # What the parts of the last block's shape are, beside it.
     names = zip(("5 %", "25 %", "median", "75 %", "95 % of channels"), blocks[-1][1])

@@ -229,9 +229,11 @@ def _layers(run: History, label: str, runs: Sequence[History]) -> list[str]:
     return x_of_run(run, step)
 
   parts = []
-  if any(run.layer("horizon")):
-    pictures = layer_charts.recurrence(run, x_of, x, marks, HALF)
-    parts += [f"<h2>What the recurrence{of} does</h2>", layer_charts.NOTE, *_pair(*pictures)]
+  for one in run.statistics:
+    pictures = layer_charts.recorded(run, one, x_of, x, marks, HALF)
+    note = f'<p class="faint">{html.escape(one.note)}</p>'
+    title = one.title if len(runs) == 1 else f"{one.title}: {label}"
+    parts += [f"<h2>{html.escape(title)}</h2>", note, *_pair(*pictures)]
   pictures = layer_charts.norms(run, x_of, x, marks, HALF)
   return [*parts, f"<h2>Layers{of}</h2>", *_pair(*pictures)]
 

@@ -2,6 +2,8 @@
 
 import statistics
 
+from launch.pages.layer_charts import medians
+from models.statistics import Picture
 from train.drawing.numbers import short
 from train.telemetry.history import History, duration
 
@@ -31,15 +33,20 @@ def summary_lines(run: History, label: str) -> list[str]:
     )
     shares = ", ".join(f"{kind.replace('_', ' ')} {spent / total:.1%}" for spent, kind in parts)
     lines.append(f"  goodput {seconds['step'] / total:.1%} of {duration(total)}: {shares}")
-  horizons = [
-    (block, column[max(column)][2]) for block, column in enumerate(run.layer("horizon")) if column
-  ]
-  if horizons:
-    middle = statistics.median(value for _, value in horizons)
-    shortest, longest = (choose(horizons, key=lambda pair: pair[1]) for choose in (min, max))
-    lines.append(
-      f"  memory horizon of the median channel: {short(middle)} tokens; from "
-      f"{short(shortest[1])} in block {shortest[0]} to {short(longest[1])} in block "
-      f"{longest[0]}"
-    )
+  pictures = (picture for one in run.statistics for picture in one.pictures)
+  for picture in pictures:
+    if picture.in_summary and any(run.layer(picture.columns[0])):
+      lines.append(_over_blocks(run, picture))
   return lines + [f"  missing: {line}" for line in run.missing]
+
+
+def _over_blocks(run: History, picture: Picture) -> str:
+  """The last values of a column: the block in the middle, the smallest and the largest."""
+  columns = enumerate(medians(run, picture.columns[0]))
+  values = [(block, column[max(column)]) for block, column in columns if column]
+  middle = statistics.median(value for _, value in values)
+  least, most = (choose(values, key=lambda pair: pair[1]) for choose in (min, max))
+  return (
+    f"  {picture.title[0].lower()}{picture.title[1:]}: {short(middle)} {picture.unit}; from "
+    f"{short(least[1])} in block {least[0]} to {short(most[1])} in block {most[0]}"
+  )

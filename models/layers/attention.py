@@ -37,6 +37,7 @@ from models.layers.segments import NO_DOCUMENT, Segments
 from models.layers.state import Cache
 from models.param import param, zeros
 from models.remat import SavedNames
+from models.statistics import Statistics
 from sharding import logical
 
 
@@ -86,6 +87,9 @@ class Config:
 
   def scopes(self) -> tuple[str, ...]:
     return attention_costs.SCOPES
+
+  def statistics(self) -> Statistics:
+    return Statistics()
 
   def tensor_sizes(self) -> dict[str, int]:
     return {"num_heads": self.num_heads}

@@ -32,10 +32,11 @@ from models.kernel_fields import kernel_field
 from models.layers import projection, rg_lru_costs
 from models.layers.gelu import gated_gelu
 from models.layers.projection import add_bias, branch_products, project
-from models.layers.rg_lru_statistics import statistics
+from models.layers.rg_lru_statistics import STATISTICS, statistics
 from models.layers.segments import NO_DOCUMENT, Segments
 from models.param import Initializer, normal, param, zeros
 from models.remat import SavedNames
+from models.statistics import Statistics
 from sharding import logical
 
 _DECAY_RANGE = (0.9, 0.999)
@@ -94,6 +95,9 @@ class Config:
 
   def scopes(self) -> tuple[str, ...]:
     return rg_lru_costs.SCOPES
+
+  def statistics(self) -> Statistics:
+    return STATISTICS
 
   def tensor_sizes(self) -> dict[str, int]:
     return {"num_gate_blocks": self.num_gate_blocks, "rnn_width": self.rnn_width}

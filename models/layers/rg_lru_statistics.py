@@ -12,8 +12,49 @@ import jax.numpy as jnp
 
 from kernels.rg_lru.gates import C
 from models.observe import rms
+from models.statistics import QUANTILES, Column, Picture, Statistics
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # over channels
+STATISTICS = Statistics(
+  title="What the recurrence does",
+  note="The memory horizon of a channel is -1 / ln a, at the mean of its recurrence gate over a "
+  "batch: after so many tokens its state has fallen to 1/e. Rings: the median with the gate wide "
+  "open. Gates are saturated below 0.05 (recurrence: the state is kept; input: closed) or above "
+  "0.95 (the state fades as fast as it can; open).",
+  columns=(
+    Column("horizon", "memory horizon -1 / ln a in tokens at the mean gate"),
+    Column("horizon_open", "the same with the gate wide open (r = 1): the shortest possible"),
+    Column("recurrence_gate_low", "share of recurrence gates below 0.05 (the state is kept)"),
+    Column("recurrence_gate_high", "share of recurrence gates above 0.95 (it decays fastest)"),
+    Column("input_gate_low", "share of input gates below 0.05 (closed)"),
+    Column("input_gate_high", "share of input gates above 0.95 (open)"),
+    Column("state_rms", "root mean square of the recurrent states"),
+  ),
+  pictures=(
+    Picture(
+      "Memory horizon of the median channel", "tokens", "lines", ("horizon",), in_summary=True
+    ),
+    Picture(
+      "Memory horizons of the channels now",
+      "tokens",
+      "quantiles",
+      ("horizon", "horizon_open"),
+      ring="median with the gate wide open",
+    ),
+    Picture(
+      "Saturated recurrence gates",
+      "share of a batch (%)",
+      "shares",
+      ("recurrence_gate_low", "recurrence_gate_high"),
+    ),
+    Picture(
+      "Saturated input gates",
+      "share of a batch (%)",
+      "shares",
+      ("input_gate_low", "input_gate_high"),
+    ),
+    Picture("Recurrent state h of each block", "root mean square", "lines", ("state_rms",)),
+  ),
+)
 _LOW, _HIGH = 0.05, 0.95  # beyond them a gate counts as saturated
 
 

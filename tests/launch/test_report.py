@@ -46,7 +46,7 @@ def test_two_runs_are_told_apart_by_their_names(tmp_path):
   words = page_words(*folders)
   assert "left 2.017" in words
   assert "right 2.017" in words
-  assert "What the recurrence of right does" in words
+  assert "What the recurrence does: right" in words
 
 
 def test_a_run_that_was_killed_and_cut_anywhere_is_shown(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from launch.pages import layer_charts, report_page, time_charts
 from launch.pages.report_text import summary_lines
+from models.layers.rg_lru_statistics import STATISTICS
 from tests import drawn
 from tests.reported_runs import QUANTILES, killed_run, page_words, write
 from train.drawing import colors
@@ -119,7 +120,8 @@ def test_the_axes_of_a_page_have_their_units(tmp_path):
 
 def test_the_horizons_now_stand_where_they_are(tmp_path):
   run = history.read(killed_run(tmp_path / "run"))
-  picture = layer_charts._distribution(run, 420).svg()
+  (declared,) = [one for one in STATISTICS.pictures if one.draw == "quantiles"]
+  picture = layer_charts._distribution(run, declared, 420).svg()
   words = drawn.words(picture)
   tops = [words[name][1] for name in ("95 % of channels", "75 %", "median", "25 %", "5 %")]
   assert tops == sorted(tops)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 
@@ -14,15 +15,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data import pipeline
 from models.decoder import split_blocks
 from models.hawk import hawk
-from models.layers.rg_lru_statistics import QUANTILES, statistics
+from models.layers import rg_lru
+from models.layers.rg_lru_statistics import STATISTICS, statistics
+from models.statistics import QUANTILES, of_json
 from models.transformer import mqa_transformer
 from sharding.mesh import MeshShape
 from tests import tiny
 from tests.tolerances import assert_close
 from train import program as programs
-from train.layer_statistics import LAYER_FIELDS, StatisticsConfig, by_layer
+from train.layer_statistics import LAYER_FIELDS, StatisticsConfig, by_layer, declared
 from train.optimizer import AdamW, apply_updates
 from train.telemetry.goodput import KINDS
+
+_RECURRENT = {column.name for column in STATISTICS.columns}
 
 
 def _random(tree, seed):
@@ -134,7 +139,7 @@ def test_any_mesh_tells_the_same(griffin):
   split = programs.build(dataclasses.replace(program.run, mesh=mesh))
   actual = _columns(split, state, batch, square_norms)
   assert actual.keys() == expected.keys()
-  for name in LAYER_FIELDS:
+  for name in (*LAYER_FIELDS, *_RECURRENT):
     for one, other in zip(actual[name], expected[name]):
       assert (one is None) == (other is None)
       if one is not None:
@@ -155,12 +160,10 @@ def test_every_family_tells_what_it_has(griffin, family):
   shapes = programs.lower_statistics_step(program).out_info
   values = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
   columns = by_layer(model, values)
-  recurrent = {name for name in LAYER_FIELDS if "gate" in name or "horizon" in name}
-  recurrent.add("state_rms")
-  common = set(LAYER_FIELDS) - recurrent
-  assert common <= set(columns)
-  assert (recurrent <= set(columns)) == (family == "hawk")
-  assert all(len(columns[name]) == 3 for name in common)
+  assert set(LAYER_FIELDS) <= set(columns)
+  assert (set(columns) >= _RECURRENT) == (not _RECURRENT.isdisjoint(columns)) == (family == "hawk")
+  assert declared(model) == ([STATISTICS] if family == "hawk" else [])
+  assert all(len(columns[name]) == 3 for name in LAYER_FIELDS)
 
 
 def test_the_last_update_is_what_was_added():
@@ -180,7 +183,19 @@ def test_the_last_update_is_what_was_added():
 
 def test_every_field_is_explained():
   text = (pathlib.Path(__file__).parents[2] / "docs" / "seeing_a_run.md").read_text()
-  assert not [name for name in (*LAYER_FIELDS, *KINDS) if f"`{name}`" not in text]
+  assert not [name for name in (*LAYER_FIELDS, *_RECURRENT, *KINDS) if f"`{name}`" not in text]
+
+
+def test_what_a_layer_declares_goes_through_json():
+  assert of_json(json.loads(json.dumps(STATISTICS.as_json()))) == STATISTICS
+  drawn = {name for picture in STATISTICS.pictures for name in picture.columns}
+  assert drawn == _RECURRENT
+
+
+def test_a_value_that_nothing_declares_is_refused(griffin, monkeypatch):
+  monkeypatch.setattr(rg_lru, "statistics", lambda *_: {"surprise": jnp.float32(1)})
+  with pytest.raises(ValueError, match="records 'surprise', which no block declares"):
+    programs.lower_statistics_step(griffin[0])
 
 
 def test_an_interval_that_is_none_is_refused():

@@ -6,10 +6,12 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
+from models.statistics import Statistics, of_json
 from train.telemetry import goodput
 from train.workdir.jsonl import read_jsonl, series
 
 _SECONDS_OF_SILENCE = 30.0
+_OLDER = pathlib.Path(__file__).with_name("older_statistics.json")
 
 
 class History(NamedTuple):
@@ -77,8 +79,18 @@ class History(NamedTuple):
     values = self.metrics.get(name, {})
     return statistics.median(values.values()) if values else None
 
+  @property
+  def statistics(self) -> list[Statistics]:
+    """What the blocks recorded, as the last start said it; of a run from before runs said it, what
+    was recorded then."""
+    said = [line["about"] for line in self.layers if "about" in line]
+    if said:
+      return [of_json(value) for value in said[-1]]
+    older = of_json(json.loads(_OLDER.read_text(encoding="utf-8")))
+    return [older] if any(self.layer(older.columns[0].name)) else []
+
   def layer(self, name: str) -> list[dict[int, Any]]:
-    """For each block step -> value of one of LAYER_FIELDS; empty for blocks without it."""
+    """For each block step -> value of a column of statistics.jsonl; empty for blocks without it."""
     columns: list[dict[int, Any]] = []
     for line in self.layers:
       values = line.get(name, [])
@@ -145,8 +157,8 @@ def _missing(history: History) -> list[str]:
       "no statistics.jsonl yet (statistics.every is None, or that many steps are not done): "
       "nothing of single layers"
     )
-  elif not any(history.layer("horizon")):
-    missing.append("no block is an RG-LRU: no memory horizon, no gates")
+  elif not history.statistics:
+    missing.append("no block records anything of its own (models/statistics.py): norms only")
   return missing
 
 

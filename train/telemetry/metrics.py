@@ -14,13 +14,14 @@ import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 from absl import logging
 
-from train import layer_statistics as statistics
+from models.statistics import Statistics
+from train import layer_statistics
 from train.workdir.jsonl import truncate
 from train.workdir.whole_file import write_whole
 
@@ -148,6 +149,7 @@ class Metrics:
     self.config = config
     self._start_step, self._total_steps = start_step, total_steps
     self._is_open = jax.process_index() == 0
+    self._has_told_about = False
     self._tensorboard: Any = None
     self._wandb: Any = None
     if not self._is_open:
@@ -156,8 +158,8 @@ class Metrics:
     folder.mkdir(parents=True, exist_ok=True)
     truncate(folder / JSONL, start_step)
     self._jsonl = (folder / JSONL).open("a", encoding="utf-8")
-    truncate(folder / statistics.JSONL, start_step)
-    self._layers = (folder / statistics.JSONL).open("a", encoding="utf-8")
+    truncate(folder / layer_statistics.JSONL, start_step)
+    self._layers = (folder / layer_statistics.JSONL).open("a", encoding="utf-8")
     if config.tensorboard:
       self._tensorboard = _open_tensorboard(folder / "tensorboard", start_step)
     if config.wandb != "disabled":
@@ -184,19 +186,26 @@ class Metrics:
     self._send(step, plain)
     logging.info("%s", console_line(step, self._total_steps, plain))
 
-  def write_layers(self, step: int, columns: Mapping[str, Any]) -> None:
+  def write_layers(
+    self, step: int, columns: Mapping[str, Any], *, about: Sequence[Statistics]
+  ) -> None:
     """Writes one step's columns of train/layer_statistics.py: a line of their file, and as scalars
-    "layers/<name>/<block>" everywhere else; of several quantiles the middle one."""
+    "layers/<name>/<block>" everywhere else; of several quantiles the middle one. `about` says what
+    the columns are, and stands in the first line that this process writes."""
     if not self._is_open:
       return
     record = {"step": step, "time": round(time.time(), 3), **columns}
+    if not self._has_told_about:
+      record["about"] = [statistics.as_json() for statistics in about]
+      self._has_told_about = True
     self._layers.write(json.dumps(record, allow_nan=False) + "\n")
     self._layers.flush()
     scalars = {
       f"layers/{name}/{block:02}": value[len(value) // 2] if isinstance(value, list) else value
-      for name in statistics.LAYER_FIELDS
-      for block, value in enumerate(columns.get(name, []))
-      if value is not None
+      for name, column in columns.items()
+      if isinstance(column, list)
+      for block, value in enumerate(column)
+      if value is not None and not isinstance(value, str)
     }
     self._send(step, scalars)
 

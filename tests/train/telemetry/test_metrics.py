@@ -39,7 +39,7 @@ def test_each_step_is_there_once_through_restarts(tmp_path):
   with _metrics(tmp_path) as metrics:
     for step in (1, 10, 20, 30):
       metrics.write(step, {"train/loss": 5.0 - step / 10})
-      metrics.write_layers(step, {"param_norm": [1.0]})
+      metrics.write_layers(step, {"param_norm": [1.0]}, about=())
   # Killed, and restored from step 10: 20 and 30 are trained again.
   with _metrics(tmp_path, start_step=10) as metrics:
     assert [line["step"] for line in read_jsonl(tmp_path / "statistics.jsonl")] == [1, 10]
