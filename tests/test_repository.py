@@ -132,6 +132,22 @@ def test_what_serves_any_model_knows_no_layer():
   assert not wrong
 
 
+def test_what_serves_any_model_lists_no_family():
+  """A family is a config file; what is known of its runs is data, as recommended.jsonl."""
+  families = {path.stem for path in (ROOT / "models").glob("*.py")} & {
+    path.stem for path in (ROOT / "configs").glob("*.py")
+  }
+  assert {"griffin", "hawk", "transformer"} <= families
+  wrong = [
+    f"{path.relative_to(ROOT)}:{node.lineno} has {node.value!r}"
+    for path in _outside_models()
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Constant) and node.value in families
+    if path != ROOT / "train" / "drawing" / "colors.py"  # a palette; others have a color as well
+  ]
+  assert not wrong
+
+
 def test_data_never_imports_jax():
   wrong = [
     path.name
