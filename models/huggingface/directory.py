@@ -18,12 +18,12 @@ import numpy as np
 
 from models import decoder
 from models.decoder import DecoderConfig, DType, Params
-from models.huggingface import recurrentgemma, tensor_files
+from models.huggingface import llama, recurrentgemma, tensor_files
 from models.huggingface.name_map import NameMap, Settings
 from models.huggingface.tensor_files import StoredTensor
 from models.same_model import differences
 
-_NAME_MAPS = (recurrentgemma.NAME_MAP,)
+_NAME_MAPS = (recurrentgemma.NAME_MAP, llama.NAME_MAP)
 _HEAD = "lm_head.weight"
 # Tensors of old files that no logit depends on: they are computed again from config.json.
 _UNUSED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|num_batches_tracked)$")

@@ -54,19 +54,26 @@ class Settings(NamedTuple):
     value = self.values.get(key)
     return absent if value is None else value
 
-  def integer(self, key: str) -> int:
-    """ValueError unless it is there, whole and above 0."""
-    value = self.values.get(key)
+  def integer(self, key: str, absent: int | None = None) -> int:
+    """ValueError unless it is whole and above 0, and there, or there is a value for `absent`."""
+    value = self.get(key, absent)
     if type(value) is not int or value < 1:
       raise ValueError(f"{self.source}: {key} {value!r} must be a whole number of at least 1")
     return value
 
-  def number(self, key: str) -> float:
-    """ValueError unless it is there, finite and above 0."""
-    value = self.values.get(key)
+  def number(self, key: str, absent: float | None = None) -> float:
+    """ValueError unless it is finite and above 0, and there, or there is a value for `absent`."""
+    value = self.get(key, absent)
     if isinstance(value, int | float) and value is not True and 0 < value < float("inf"):
       return float(value)
     raise ValueError(f"{self.source}: {key} {value!r} must be a finite number above 0")
+
+  def truth(self, key: str, absent: bool) -> bool:
+    """ValueError unless it is true, false or not there."""
+    value = self.get(key, absent)
+    if not isinstance(value, bool):
+      raise ValueError(f"{self.source}: {key} {value!r} must be true or false")
+    return value
 
   def check(self, family: str, *, fixed: dict[str, Any], read: set[str], unused: set[str]) -> None:
     """ValueError unless each key is read, unused, or has the value of `fixed`, the only one that

@@ -97,7 +97,7 @@ def _mixer(settings: Settings, kind: Any) -> rg_lru.Config | attention.Config:
   width, num_heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
   match kind:
     case "recurrent":
-      rnn_width = width if settings.get("lru_width") is None else settings.integer("lru_width")
+      rnn_width = settings.integer("lru_width", absent=width)
       if rnn_width % num_heads:
         raise ValueError(
           f"{settings.source}: lru_width {rnn_width} must be divisible by num_attention_heads, "

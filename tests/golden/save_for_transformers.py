@@ -1,24 +1,28 @@
-"""Writes tests/golden/recurrentgemma_hf/ours*/: directories that our `save` made.
+"""Writes recurrentgemma_hf/ours*/ and llama_hf/ours*/: directories that our `save` made.
 
   .venv/bin/python -m tests.golden.save_for_transformers
   ~/oracle/bin/python tests/golden/check_saved_with_transformers.py
 
 Run both when `save` changes what it writes: the second opens the directories in transformers and
-records its logits. models/huggingface/test_hf_directory.py asks `save` for the same bytes.
+records its logits. test_recurrentgemma.py and test_llama.py ask `save` for the same bytes.
 """
 
 import dataclasses
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
 
 from models import decoder, griffin, hawk
-from models.decoder import DecoderConfig, Params
+from models.decoder import DecoderConfig, DType, Params
+from models.huggingface import llama
 from models.huggingface.directory import save
+from models.huggingface.name_map import Settings
 
 FOLDER = pathlib.Path(__file__).parent / "recurrentgemma_hf"
+LLAMA_FOLDER = pathlib.Path(__file__).parent / "llama_hf"
 _GRIFFIN = griffin.griffin(
   vocab_size=37,
   width=16,
@@ -44,14 +48,51 @@ CONFIGS = {
     _HAWK, embedding_scale="sqrt_width", logit_cap=30.0, dtype="float32"
   ),
 }
-# Small enough that the bfloat16 directory has several files.
-MAX_SHARD_BYTES = {"ours": 2**30, "ours_bfloat16": 30_000, "ours_hawk": 2**30}
+_LLAMA = {
+  "vocab_size": 37,
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 8,
+  "rms_norm_eps": 1e-5,
+}
+_SCALED = {
+  "rope_type": "llama3",
+  "rope_theta": 500.0,
+  "factor": 32.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 32,
+}
+_TIED = {
+  "num_key_value_heads": 1,
+  "mlp_bias": True,
+  "tie_word_embeddings": True,
+  "rope_parameters": _SCALED,
+}
 
 
-def write(directory: pathlib.Path, name: str) -> Params:
-  """Writes the directory called `name`; gives back its parameters."""
-  params = spread_params(CONFIGS[name], seed=5)
-  save(directory, CONFIGS[name], params, eos_token_id=1, max_file_bytes=MAX_SHARD_BYTES[name])
+def _llama(settings: dict[str, Any], dtype: DType) -> DecoderConfig:
+  return llama.NAME_MAP.from_json(Settings(settings, "config.json"), dtype=dtype)
+
+
+LLAMAS = {
+  "ours": _llama(_LLAMA, "float32"),
+  "ours_tied_bfloat16": _llama(_LLAMA | _TIED, "bfloat16"),
+}
+
+
+# Small enough that these directories have several files.
+_MAX_FILE_BYTES = {"ours_bfloat16": 30_000, "ours_tied_bfloat16": 6_000}
+
+
+def write(directory: pathlib.Path, config: DecoderConfig) -> Params:
+  """Writes a directory by the name of one that is recorded; gives back its parameters."""
+  params = spread_params(config, seed=5)
+  max_file_bytes = _MAX_FILE_BYTES.get(directory.name, 2**30)
+  save(directory, config, params, eos_token_id=1, max_file_bytes=max_file_bytes)
   return params
 
 
@@ -76,6 +117,7 @@ def spread_params(config: DecoderConfig, *, seed: int) -> Params:
 
 
 if __name__ == "__main__":
-  for directory_name in CONFIGS:
-    shutil.rmtree(FOLDER / directory_name, ignore_errors=True)
-    write(FOLDER / directory_name, directory_name)
+  for folder, configs in ((FOLDER, CONFIGS), (LLAMA_FOLDER, LLAMAS)):
+    for name, config in configs.items():
+      shutil.rmtree(folder / name, ignore_errors=True)
+      write(folder / name, config)

@@ -60,7 +60,7 @@ def test_a_directory_of_transformers_gives_its_logits(name):
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_transformers_opened_what_save_writes_and_got_our_logits(name, tmp_path):
   """The bytes are those that transformers opened when its logits were recorded."""
-  params = save_for_transformers.write(tmp_path / name, name)
+  params = save_for_transformers.write(tmp_path / name, CONFIGS[name])
   files = sorted(path.name for path in (FOLDER / name).iterdir())
   assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
   for file in files:
