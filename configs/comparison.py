@@ -6,4 +6,4 @@ Each has the sizes of models/sizes.py.
 
 def get_families() -> tuple[str, ...]:
   """Names of files of this folder."""
-  return ("transformer", "hawk", "griffin")
+  return ("transformer", "hawk", "griffin", "llama")

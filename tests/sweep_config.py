@@ -7,9 +7,13 @@ import dataclasses
 import json
 import pathlib
 
+from models import llama
+from models.sizes import Size
 from tests import tiny
 from train.config import Run
 from train.scaling.sweep import Point
+
+_SIZE = Size(width=32, rnn_width=32, num_blocks=1, num_heads=2, head_size=16, tokens=0.0)
 
 
 def get_sweep(folder: str) -> tuple[Point, ...]:
@@ -20,7 +24,7 @@ def get_sweep(folder: str) -> tuple[Point, ...]:
       name=f"{family}/{steps}",
       family=family,
       budget=1e6,
-      run=_run(pathlib.Path(folder), steps, peak_lr),
+      run=_run(pathlib.Path(folder), family, steps, peak_lr),
     )
     for family, steps, peak_lr in grid
   )
@@ -32,10 +36,11 @@ def get_config(name: str) -> Run:
   return next(point.run for point in get_sweep(folder) if point.name == f"{family}/{steps}")
 
 
-def _run(folder: pathlib.Path, steps: int, peak_lr: float) -> Run:
+def _run(folder: pathlib.Path, family: str, steps: int, peak_lr: float) -> Run:
   run = tiny.run(folder, total_steps=steps, eval_every=steps)
+  model = llama.of_size(_SIZE, vocab_size=256, dtype="float32", remat="none")
   return dataclasses.replace(
     run,
-    model=dataclasses.replace(run.model, num_blocks=1),
+    model=model if family == "llama" else dataclasses.replace(run.model, num_blocks=1),
     optimizer=dataclasses.replace(run.optimizer, peak_lr=peak_lr),
   )

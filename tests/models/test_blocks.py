@@ -14,7 +14,8 @@ from models.block import BlockConfig
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, rg_lru
 from models.layers import segments as segments_lib
-from models.layers.rope import Rope
+from models.layers.rope import Llama3Scaling, Rope
+from models.llama import llama
 from sharding import logical, rules
 from sharding.mesh import MeshShape, make_mesh
 from tests.tolerances import assert_close
@@ -60,6 +61,18 @@ CONFIGS = {
   "recurrentgemma": _model(
     RECURRENT, RECURRENT, LOCAL, embedding_scale="sqrt_width", logit_cap=5.0
   ),
+  "llama": llama(
+    vocab_size=VOCAB,
+    width=WIDTH,
+    num_blocks=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_width=48,
+    theta=500.0,
+    rope_scaling=Llama3Scaling(factor=8.0, original_context=16),
+    dtype="float32",
+    remat="none",
+  ),
 }
 
 
@@ -81,6 +94,7 @@ every_sharded = every(
   "global_attention",
   "grouped_attention",
   "griffin_with_remainder",
+  "llama",
 )
 
 

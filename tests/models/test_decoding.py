@@ -10,6 +10,7 @@ import pytest
 from models import decoder, generate
 from models.griffin import griffin
 from models.hawk import hawk
+from models.llama import llama
 from models.transformer import mqa_transformer
 
 # Deep and narrow, many rows: the state outweighs what one block computes, and its weights.
@@ -19,6 +20,7 @@ HEADS = {"num_heads": 1, "head_size": 8}
 FAMILIES = {
   "griffin": griffin(num_blocks=98, rnn_width=16, window=255, **HEADS, **RECURRENT),
   "hawk": hawk(num_blocks=96, rnn_width=64, **RECURRENT),
+  "llama": llama(num_blocks=48, num_heads=2, num_kv_heads=2, **SETTINGS),
   "transformer": mqa_transformer(num_blocks=48, **HEADS, **SETTINGS),
 }
 BATCH, CONTEXT = 64, 512

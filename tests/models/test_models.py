@@ -15,6 +15,7 @@ from models.flops import count_params, flops_per_token
 from models.griffin import griffin, recurrentgemma_2b, recurrentgemma_9b
 from models.hawk import hawk
 from models.layers import attention, rg_lru
+from models.llama import llama
 from models.sizes import SIZES
 from models.transformer import mqa_transformer
 from sharding import logical, rules
@@ -23,15 +24,16 @@ from tests.jaxprs import equations
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
-# Millions without embedding, from the formulas of the paper's shapes (arXiv:2402.19427, Table 2).
+# Millions without embedding, from the formulas of the paper's shapes (arXiv:2402.19427, Table 2);
+# Llamas are made to be as large as the Transformer.
 PARAMS = {
-  "100m": {"transformer": 80.3, "hawk": 93.8, "griffin": 89.3},
-  "200m": {"transformer": 141.7, "hawk": 173.7, "griffin": 163.0},
-  "400m": {"transformer": 316.3, "hawk": 374.8, "griffin": 355.3},
-  "1b": {"transformer": 1120.4, "hawk": 1304.2, "griffin": 1242.9},
-  "3b": {"transformer": 2511.0, "hawk": 2996.5, "griffin": 2834.6},
-  "7b": {"transformer": 5940.4, "hawk": 7176.4, "griffin": 6790.2},
-  "14b": {"transformer": 11588.8, "hawk": 14811.2, "griffin": 13763.9},
+  "100m": {"transformer": 80.3, "hawk": 93.8, "griffin": 89.3, "llama": 79.6},
+  "200m": {"transformer": 141.7, "hawk": 173.7, "griffin": 163.0, "llama": 142.4},
+  "400m": {"transformer": 316.3, "hawk": 374.8, "griffin": 355.3, "llama": 315.0},
+  "1b": {"transformer": 1120.4, "hawk": 1304.2, "griffin": 1242.9, "llama": 1120.0},
+  "3b": {"transformer": 2511.0, "hawk": 2996.5, "griffin": 2834.6, "llama": 2505.7},
+  "7b": {"transformer": 5940.4, "hawk": 7176.4, "griffin": 6790.2, "llama": 5947.8},
+  "14b": {"transformer": 11588.8, "hawk": 14811.2, "griffin": 13763.9, "llama": 11587.2},
 }
 BLOCKS = {"100m": (8, 4), "1b": (16, 8), "7b": (22, 10), "14b": (27, 13)}
 
@@ -44,12 +46,35 @@ def _run(family, size):
 
 
 @pytest.mark.parametrize("size", PARAMS)
-@pytest.mark.parametrize("family", ["transformer", "hawk", "griffin"])
+@pytest.mark.parametrize("family", ["transformer", "hawk", "griffin", "llama"])
 def test_parameter_counts_are_the_published_ones(family, size):
   config = _run(family, size).model
   count = count_params(config)
   assert round(count.rest / 1e6, 1) == PARAMS[size][family]
   assert count.embedding == 32_000 * SIZES[size].width
+
+
+@pytest.mark.parametrize(
+  ("name", "total"),
+  [
+    ("2-7b", 6_738_415_616),
+    ("2-13b", 13_015_864_320),
+    ("3-8b", 8_030_261_248),
+    ("3.2-1b", 1_235_814_400),
+    ("3.2-3b", 3_212_749_824),
+  ],
+)
+def test_llama_has_the_parameters_of_the_released_model(name, total):
+  run = _run("llama", name)
+  assert count_params(run.model).total == total
+  assert run.batch_size * run.data.row_length == 1 << 22
+
+
+def test_an_unknown_llama_lists_the_known_ones():
+  with pytest.raises(ValueError, match=r"'2-8b' is none of 2-7b, .*3\.2-3b, 100m, .*14b"):
+    _run("llama", "2-8b")
+  with pytest.raises(ValueError, match="width 100 is not divisible by num_heads 3"):
+    llama(vocab_size=8, width=100, num_blocks=1, num_heads=3, num_kv_heads=3, mlp_width=8)
 
 
 @pytest.mark.parametrize("size", PARAMS)
@@ -137,6 +162,10 @@ TINY = {
   ),
   "transformer": mqa_transformer(
     vocab_size=512, width=128, num_blocks=2, num_heads=4, head_size=32, mlp_width=384,
+    dtype="float32", remat="none",
+  ),
+  "llama": llama(
+    vocab_size=512, width=128, num_blocks=2, num_heads=4, num_kv_heads=2, mlp_width=384,
     dtype="float32", remat="none",
   ),
 }  # fmt: skip

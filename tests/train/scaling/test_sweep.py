@@ -394,16 +394,16 @@ def test_data_in_a_bucket_is_there_when_its_store_is_complete(sweep, monkeypatch
 
 def test_a_run_that_was_started_by_hand_is_taken_over(sweep):
   """It trains: the names, the folders and the metrics are those of `python -m launch.train`."""
-  sweep.grid(["griffin", 4, 1e-2])
-  config = f"--config=tests/sweep_config.py:{sweep.folder}/griffin/4"
-  arguments = [config, f"--workdir={sweep.workdir}/runs/griffin/4"]
+  sweep.grid(["llama", 4, 1e-2])
+  config = f"--config=tests/sweep_config.py:{sweep.folder}/llama/4"
+  arguments = [config, f"--workdir={sweep.workdir}/runs/llama/4"]
   status, output = sweep.commands.run("launch.train", arguments, sweep.folder / "output")
   assert status == 0, output
   assert sweep.run()[0] == 0
   assert not sweep.starts
-  last = read_jsonl(sweep.workdir / "runs/griffin/4/metrics.jsonl")[-1]
+  last = read_jsonl(sweep.workdir / "runs/llama/4/metrics.jsonl")[-1]
   assert last["step"] == 4
-  assert sweep.runs["griffin/4"]["result"]["loss"] == last["eval/loss"]
+  assert sweep.runs["llama/4"]["result"]["loss"] == last["eval/loss"]
 
 
 def test_a_plan_for_chips_has_time_and_cost(sweep):
@@ -433,7 +433,7 @@ def test_the_shipped_grids_keep_their_promises(grid):
       assert abs(run.total_steps * batch_flops / budget - 1) <= batch_flops / budget
     assert run.optimizer.warmup_steps <= run.total_steps / 10
     by_size.setdefault((point.name.split("/")[1], budget), {})[point.family] = run
-  assert all(set(runs) == {"griffin", "hawk", "transformer"} for runs in by_size.values())
+  assert all(set(runs) == {"griffin", "hawk", "transformer", "llama"} for runs in by_size.values())
   budgets = {budget for _, budget in by_size}
   assert all(sum(key[1] == budget for key in by_size) >= 4 for budget in budgets)
   if grid in ("mini", "small"):
@@ -463,7 +463,9 @@ def test_the_published_rules_are_as_published():
   assert small.batch_size * small.data.row_length == pytest.approx(5220, abs=128)
   with pytest.raises(ValueError, match="there is no run"):
     load("configs/scaling.py:mini/hawk/w64/1e99")
-  with pytest.raises(ValueError, match=r"family 'owl' of .* is none of griffin, hawk, transformer"):
+  with pytest.raises(
+    ValueError, match=r"family 'owl' of .* is none of griffin, hawk, transformer, llama"
+  ):
     load("configs/scaling.py:mini/owl/w64/1e12")
 
 
