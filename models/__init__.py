@@ -1,6 +1,6 @@
 """Language models as pure functions over a dict of arrays: `decoder.build(config) -> Model`.
 
-The letters that array names carry, here and everywhere else:
+The letters at the end of array names, here and everywhere else:
 
   B batch (rows)       T time (tokens of a row)   S keys of a row (carried ones first)
   D width              F width of the MLP         R width of the recurrence

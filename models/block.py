@@ -1,4 +1,4 @@
-"""A block as its config describes it, and the residual block that every family is made of.
+"""What a block's config must answer, and the residual block that every family is made of.
 
 A decoder stacks blocks, and training, planning and reports ask their configs. Each layer answers in
 its own file: nothing outside models/ knows which layers there are.
@@ -26,7 +26,7 @@ _STREAM_PASSES = 5
 
 
 class Mixer(Protocol):
-  """What a mixer owes (models/layers/__init__.py); `state` is its own NamedTuple."""
+  """What a mixer must have (models/layers/__init__.py); `state` is its own NamedTuple."""
 
   def __call__(self, x_BTD: jax.Array, segments: Segments, state: Any) -> tuple[jax.Array, Any]: ...
 
@@ -34,7 +34,7 @@ class Mixer(Protocol):
 
 
 class MixerConfig(Protocol):
-  """A frozen dataclass in the mixer's own file; one with kernel fields also has `kernels`
+  """A frozen dataclass in the mixer's own file. If it has kernel fields, it also has `kernels`
   (models/kernel_fields.py). `recorded_as` is its name in the records of checkpoints, which never
   changes (train/recorded.py)."""
 
@@ -43,11 +43,11 @@ class MixerConfig(Protocol):
   def build(self, width: int, *, num_blocks: int, rngs: nnx.Rngs) -> Mixer: ...
 
   def saved_names(self) -> SavedNames:
-    """The names that the layer and its kernels give to values for remat to keep."""
+    """The names that the layer and its kernels give to values that remat may keep."""
     ...
 
   def scopes(self) -> tuple[str, ...]:
-    """The named scopes that the layer opens: the parts of a compiled step that it is."""
+    """The named scopes that the layer opens: its parts in the cost of a compiled step."""
     ...
 
   def tensor_sizes(self) -> dict[str, int]:
@@ -55,7 +55,7 @@ class MixerConfig(Protocol):
     ...
 
   def least_tokens_per_shard(self) -> LeastTokens:
-    """What a device must have of a row that is split."""
+    """How many tokens of a row each device must have where rows are split."""
     ...
 
   def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]:
@@ -65,16 +65,16 @@ class MixerConfig(Protocol):
   def activations(self, width: int, shard: Shard) -> LayerActivations: ...
 
   def sends(self, shard: Shard) -> Sends:
-    """What the shards of a row send each other; the residual block knows of tensor shards."""
+    """What the shards of a row send each other. The block adds what tensor shards send."""
     ...
 
   def statistics(self) -> Statistics:
-    """What the layer records in `observe.record`: every name is declared here."""
+    """What the layer records with `observe.record`: every name is declared here."""
     ...
 
 
 class MLPConfig(Protocol):
-  """As MixerConfig, of a layer that looks at each token alone."""
+  """As MixerConfig, for a layer that looks at each token alone."""
 
   recorded_as: ClassVar[str]
 
@@ -94,10 +94,10 @@ class MLPConfig(Protocol):
 
 
 class BlockProtocol(Protocol):
-  """A frozen dataclass that says what a block is and costs; equal ones are stacked.
+  """A frozen dataclass that says what a block is and what it costs; equal ones are stacked.
 
-  A block has the call and the initial state of a mixer. A block of another shape than the residual
-  one is a dataclass of its own with these methods.
+  The built block is called as a mixer is, and has an `initial_state` too. A block of another shape
+  than the residual one is a dataclass of its own with these methods.
   """
 
   recorded_as: ClassVar[str]
@@ -121,7 +121,7 @@ class BlockProtocol(Protocol):
   def flops(self, width: int, row_length: int) -> tuple[FlopsPart, ...]: ...
 
   def activations(self, width: int, shard: Shard) -> LayerActivations:
-    """Of the whole block, without its input, which every remat keeps."""
+    """Those of the whole block, without its input, which every remat keeps."""
     ...
 
   def sends(self, width: int, shard: Shard) -> Sends:
@@ -129,7 +129,7 @@ class BlockProtocol(Protocol):
     ...
 
   def kind(self) -> str:
-    """The block in a word, for statistics.jsonl."""
+    """One word for the block, for statistics.jsonl."""
     ...
 
   def statistics(self) -> Statistics: ...
@@ -166,7 +166,7 @@ class BlockConfig:
     mixer = self.mixer.flops(width, row_length)
     if self.mlp is None:
       return mixer
-    # The norm of the MLP needs what the mixer's last product gave.
+    # The norm of the MLP needs the result of the mixer's last product.
     return self.mlp.flops(width) + tuple(dataclasses.replace(part, last=0.0) for part in mixer)
 
   def activations(self, width: int, shard: Shard) -> LayerActivations:
@@ -184,8 +184,8 @@ class BlockConfig:
     )
 
   def sends(self, width: int, shard: Shard) -> Sends:
-    """Megatron: tensor shards sum each layer's output forward and its input's gradient backward,
-    and an output again that is computed again."""
+    """Megatron: tensor shards sum each layer's output forward and its input's gradient backward.
+    The sum of an output that is computed again is sent again."""
     sent = self.mixer.sends(shard)
     mlp = {} if self.mlp is None else self.mlp.tensor_sizes()
     is_split = [bool(self.mixer.tensor_sizes()), bool(mlp)]

@@ -1,9 +1,8 @@
-"""The terms in which a layer says what it costs, from its config alone: nothing is built.
+"""The terms in which a layer's config says what the layer costs, without building it.
 
 A layer's config answers for one layer, a block's config (models/block.py) adds its layers up, and
 train/planning sums over blocks, microbatches and passes. Bytes of activations are for each token of
-a device. What depends on the kernel needs a config whose kernels are named
-(`DecoderConfig.resolved`).
+a device. Where the answer depends on a kernel, the config must name it (`DecoderConfig.resolved`).
 """
 
 import dataclasses
@@ -13,8 +12,8 @@ from typing import Literal, NamedTuple
 class KernelPass(NamedTuple):
   """A custom kernel of a compiled step, whose FLOPs the compiler does not know."""
 
-  name: str  # how its name in the program begins
-  share: float  # the products that it forms, over those of the forward pass
+  name: str  # the beginning of its name in the program
+  share: float  # FLOPs of the products that it forms, over those of the forward pass
   is_backward: bool
 
 
@@ -28,9 +27,9 @@ class FlopsPart:
               inside a kernel and once more in its backward pass; "elementwise": on the vector unit,
               in no total
   batched     of a "matmul", the FLOPs of batched products, whose results no remat keeps
-  last        of a "matmul", the FLOPs of the layer's last product: where that is the block's, too,
-              nothing needs its result a second time
-  multiplied  of "attention", what its kernel multiplies, masked products too; None for `flops`
+  last        of a "matmul", the FLOPs of the layer's last product: where it is also the block's
+              last, nothing needs its result a second time
+  multiplied  of "attention", the FLOPs that its kernel executes, masked products too; None: `flops`
   kernels     of "attention", the kernels that may form it
   scope       of "attention", the named scope that the kernels' time is counted in
   """
@@ -61,8 +60,8 @@ class LeastTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-  """What one device has of a step: `rows` rows, each in `sequence` parts of which it holds one, and
-  wide dimensions in `tensor` parts. `itemsize` is the bytes of an activation."""
+  """What one device has of a step: one of `sequence` parts of each of its `rows` rows, and one of
+  `tensor` parts of wide dimensions. `itemsize` is the bytes of a number of an activation."""
 
   rows: float
   row_length: int
@@ -81,7 +80,7 @@ class LayerActivations(NamedTuple):
   """Bytes of one layer or block, for each token of a device.
 
   products     results of products with weights, which remat "matmuls" keeps
-  batched      results that remat "none" keeps beside: of attention and scans, of Triton kernels
+  batched      results that only remat "none" keeps: of attention and scans, of Triton kernels
   forward      moved through HBM by the forward pass
   elementwise  of that, moved by elementwise work or inside a kernel
   working      alive at the peak of the backward pass, beside what is kept

@@ -1,11 +1,11 @@
 """Parameters and FLOPs of a model by part, from its config; nothing is allocated.
 
 Convention, for MFU too: one multiply-add is 2 FLOPs. Matrix products are counted (projections,
-gates, convolution, logits) and attention at the keys that a query sees, causal and within its
-window: not at those that a kernel multiplies and then masks. Documents are not taken into account:
-a row counts as one document. Elementwise work, as the recurrence's, is listed apart and is in no
-total: it runs on the vector unit, and peak FLOP/s are those of the matrix unit. Training is three
-times the forward pass; recomputation by remat is not counted.
+gates, convolution, logits), and attention at the keys that a query sees, causal and within its
+window; keys that a kernel multiplies and then masks do not count. A row counts as one document.
+Elementwise work, such as the recurrence, is listed separately and is in no total: it runs on the
+vector unit, and peak FLOP/s are those of the matrix unit. Training is three times the forward pass;
+recomputation by remat is not counted.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def flops_per_token(config: DecoderConfig, row_length: int) -> Flops:
 
 
 def _sum(parts: list[FlopsPart]) -> FlopsPart:
-  """The part of all blocks; what its kernels are, each block says for itself."""
+  """The part summed over blocks. Its kernels are those of the first block alone."""
   return dataclasses.replace(
     parts[0],
     flops=sum(part.flops for part in parts),
@@ -78,7 +78,7 @@ def _sum(parts: list[FlopsPart]) -> FlopsPart:
 class ParamCount:
   """Numbers of parameters."""
 
-  embedding: int  # the table, and that of an unembedding of its own
+  embedding: int  # the table, and the unembedding's where it has its own
   rest: int
 
   @property

@@ -25,7 +25,7 @@ def generate(
   Prompts are padded on the left: segment 0 there, 1 on the prompt. temperature 0 takes the
   likeliest token. Nothing stops at an end-of-document token: cut there.
   """
-  # Not `< 0`: a temperature that is no number is none.
+  # Not `temperature < 0`, which is False for NaN.
   if num_tokens < 1 or not temperature >= 0:
     raise ValueError(
       f"generate: num_tokens {num_tokens} must be at least 1, temperature {temperature} at least 0"
@@ -64,7 +64,7 @@ def _generate(
 ) -> jax.Array:
   built = model.model
   batch, prompt_length = prompt_BT.shape
-  # Cast once, or every token would read the stored weights, of twice the bytes.
+  # Cast once: otherwise every token would read the stored weights, which have twice the bytes.
   params = built.cast(params)
 
   def sample(x_BTD: jax.Array, unembed_VD: jax.Array, key: jax.Array) -> jax.Array:

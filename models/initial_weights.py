@@ -1,4 +1,4 @@
-"""How large weights begin: a choice that the config of a layer states."""
+"""Initial values of weight matrices: a choice in the config of a layer."""
 
 import dataclasses
 from typing import ClassVar, Protocol
@@ -7,16 +7,16 @@ from models.param import Initializer, normal
 
 
 class InitialWeights(Protocol):
-  """A frozen dataclass, one for all matrices of a layer."""
+  """A frozen dataclass that initializes all matrices of a layer."""
 
   recorded_as: ClassVar[str]
 
   def inside(self, inputs: int) -> Initializer:
-    """Of a matrix whose result, a sum of `inputs` terms, stays in the layer."""
+    """For a matrix whose result, a sum of `inputs` terms, stays in the layer."""
     ...
 
   def into_stream(self, inputs: int, num_blocks: int) -> Initializer:
-    """Of a matrix whose result is added to the residual stream in each of `num_blocks` blocks."""
+    """For a matrix whose result is added to the residual stream in each of `num_blocks` blocks."""
     ...
 
 

@@ -2,13 +2,13 @@
 
   scan: str = kernel_field("rg_lru")
 
-A config with such fields resolves them itself, since it knows what the choice depends on:
+A config with such fields resolves them itself, because it knows what the choice depends on:
 
   kernels(dtype) -> {field: implementation}    for activations of `dtype`, on the platform that
                                                kernels/dispatch.py has as its target
 
-Whoever asks for the kernels of a model, names them, or leaves them out of a comparison, walks over
-the marked fields and needs to know neither their names nor the configs that have them.
+The functions below find marked fields anywhere in a config, so code that lists, sets or ignores
+kernels needs to know neither the fields' names nor the classes that have them.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def marked(config: object, path: str = "") -> Iterator[KernelField]:
 
 
 def resolved(config: _T, dtype: str) -> _T:
-  """`config` with the implementation that runs in place of every "auto"."""
+  """`config` with every "auto" replaced by the implementation that runs."""
 
   def names(owner: Any, ops: Mapping[str, str]) -> dict[str, str]:
     if not hasattr(owner, "kernels"):

@@ -19,7 +19,7 @@ _values: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.Conte
 
 @contextmanager
 def collecting() -> Iterator[None]:
-  """Within it, blocks collect what their layers record."""
+  """Inside it, blocks collect what their layers record."""
   token = _collects.set(True)
   try:
     yield
@@ -29,7 +29,7 @@ def collecting() -> Iterator[None]:
 
 @contextmanager
 def block() -> Iterator[dict[str, jax.Array] | None]:
-  """The values that the layers inside record; None outside of `collecting`."""
+  """A dict that collects what the layers inside record; None outside of `collecting`."""
   token = _values.set({} if _collects.get() else None)
   try:
     yield _values.get()
@@ -43,7 +43,7 @@ def is_on() -> bool:
 
 
 def record(**values: jax.Array) -> None:
-  """Keeps small float32 arrays of the block that is being traced, under names new to it."""
+  """Adds small float32 arrays to the dict of the block being traced; each name at most once."""
   kept = _values.get()
   assert kept is not None, "observe.record outside of collecting: ask is_on() first"
   assert not set(values) & set(kept), f"{sorted(set(values) & set(kept))} recorded twice"

@@ -12,7 +12,7 @@ Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Declared:
-  """What a parameter is, as `param` was told."""
+  """What `param` was given besides the values."""
 
   axes: tuple[str, ...]
   float32: bool
@@ -30,8 +30,8 @@ def param(
 ) -> nnx.Param:
   """A parameter of `shape`; `axes` names what each dimension is (see sharding/rules.py).
 
-  float32: it is stored and read in float32 whatever the model's dtypes: norms, biases and decays,
-  few, and read where bfloat16 is too coarse. decays: whether weight decay applies to it.
+  float32: stored and read in float32 whatever the model's dtypes. It is for norms, biases and
+  decays, which are few and read where bfloat16 is too coarse. decays: whether weight decay applies.
   """
   assert len(shape) == len(axes), f"shape {tuple(shape)} and axes {tuple(axes)} differ in length"
   declared = Declared(axes=tuple(axes), float32=float32, decays=decays)
@@ -39,7 +39,7 @@ def param(
 
 
 def declared_of(variable: nnx.Variable) -> Declared:
-  """What one parameter was declared to be."""
+  """What the `param` of this variable was given."""
   return variable.get_metadata("declared")
 
 

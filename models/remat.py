@@ -1,9 +1,9 @@
-"""What the backward pass of a block keeps, by the names that layers give to values.
+"""Which values the forward pass of a block keeps for its backward pass, by their names.
 
 A layer or a kernel names a value with jax.ad_checkpoint.checkpoint_name. The config of the layer
-declares every such name, those of its kernels too, in `saved_names()`. A name that a block has and
-its config does not declare is an error as soon as a gradient is traced: it would silently be
-computed again.
+declares every such name, those of its kernels too, in `saved_names()`. A name that a block uses and
+its config does not declare is an error when a gradient is traced; otherwise the value would be
+computed again without notice.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Remat = Literal["none", "block", "matmuls"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedNames:
-  """The names of a block's values, by what keeps them; remat "block" keeps none.
+  """The names of a block's values, by the setting of remat that keeps them; "block" keeps none.
 
   matmuls   remat "matmuls" and "none"
   none      remat "none"
@@ -53,7 +53,7 @@ class SavedNames:
 
 @functools.cache
 def policy(remat: Remat, names: SavedNames, *, is_unrolled: bool) -> Callable[..., bool]:
-  """For jax.checkpoint of a block that declares `names`: what is not computed again."""
+  """The policy for jax.checkpoint of a block that declares `names`."""
   policies = jax.checkpoint_policies
   keeps = policies.nothing_saveable
   if remat != "block":

@@ -1,4 +1,4 @@
-"""Whether two configs are of one model: with the same parameters they give the same logits."""
+"""Whether two configs describe one model: the same parameters then give the same logits."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from models import kernel_fields
 from models.decoder import DecoderConfig
 
-# Fields, wherever they are, that logits do not depend on once the parameters are there: precision,
-# how a step is computed, and how parameters are drawn.
+# Fields, anywhere in a config, that logits of given parameters do not depend on: precision, how a
+# step is computed, and how parameters are initialized.
 _FREE = ("dtype", "param_dtype", "remat", "layers", "decay_init", "initial_weights")
 _ABSENT = "(not there)"
 
@@ -22,7 +22,7 @@ class Difference(NamedTuple):
 
 
 def differences(first: DecoderConfig, second: DecoderConfig) -> list[Difference]:
-  """The fields in which they are not of one model, by path; none if they are."""
+  """The fields that make them different models, by path; empty if they are one model."""
   here, there = (dict(_decisive(kernel_fields.without_kernels(c))) for c in (first, second))
   return [
     Difference(path, here.get(path, _ABSENT), there.get(path, _ABSENT))
@@ -32,7 +32,7 @@ def differences(first: DecoderConfig, second: DecoderConfig) -> list[Difference]
 
 
 def _decisive(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """Path and value of every field that decides the model; of a config in a field its class too."""
+  """Path and value of every field that decides the model; for a field with a config, its class."""
   if isinstance(config, tuple):
     for index, item in enumerate(config):
       yield from _decisive(item, f"{path}[{index}]")

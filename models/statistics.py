@@ -1,12 +1,12 @@
-"""What a layer records of itself (models/observe.py), and how people are to see it.
+"""What a layer records (models/observe.py), and how a report shows it.
 
-Plain values, which go into statistics.jsonl beside the numbers: a report draws what any layer
-recorded from what the run left, without the layer's code.
+These are plain values, which a run writes into statistics.jsonl beside the numbers. So a report
+draws what any layer recorded from the run's files, without the layer's code.
 """
 
 from typing import Any, Literal, NamedTuple
 
-# Of a column that has several values for each block: quantiles over channels.
+# For a column with several values for each block: quantiles over channels.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -21,11 +21,11 @@ class Picture(NamedTuple):
   """How columns are drawn, with the axis labelled `unit`.
 
   lines      a line for each block over training, on a logarithmic axis; of quantiles the median
-  shares     the same of the sum of the columns, which are shares of 1, in percent
-  quantiles  the last quantiles of each block, and a ring at the median of a second column, `ring`
-             in words
+  shares     the same for the sum of the columns, which are shares of 1, in percent
+  quantiles  the last quantiles of each block, and a ring at the median of a second column; `ring`
+             says what the ring is
 
-  A picture of lines that is `in_summary` is also a sentence of the report on the console, which
+  If a picture of lines is `in_summary`, the report on the console also has a sentence for it, which
   begins with its title.
   """
 
@@ -38,8 +38,8 @@ class Picture(NamedTuple):
 
 
 class Statistics(NamedTuple):
-  """All that a layer records. `title` heads its pictures, as in "What the recurrence does"; `note`
-  explains them."""
+  """All that a layer records. `title` is the heading above its pictures, such as "What the
+  recurrence does", and `note` explains them."""
 
   title: str = ""
   note: str = ""
@@ -55,7 +55,7 @@ class Statistics(NamedTuple):
 
 
 def of_json(value: dict[str, Any]) -> Statistics:
-  """Undoes `Statistics.as_json`, also of a file; TypeError for what a newer version wrote."""
+  """The inverse of `Statistics.as_json`; TypeError for fields that a newer version wrote."""
   return Statistics(
     title=value["title"],
     note=value["note"],

@@ -1,4 +1,4 @@
-"""The multi-query-attention Transformer that Griffin is measured against (arXiv:2402.19427)."""
+"""The multi-query-attention Transformer that Griffin is compared with (arXiv:2402.19427)."""
 
 from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Remat

@@ -4,8 +4,8 @@ A program of its own, dispatched behind the step at a set interval: the step pay
 the state after the step and goes forward, once, over the step's first microbatch. It writes
 WORKDIR/statistics.jsonl: step, time, "mixers" (what each block is), and lists by the names of
 LAYER_FIELDS and of what blocks declare (models/statistics.py), with an entry for each block, first
-to last; null where a block has no such thing. "embedding", "final_norm" and an "unembedding" of its
-own have norms of their own. The first line of each start has "about": what the blocks declare.
+to last; null where a block does not record it. "embedding", "final_norm" and an "unembedding" of
+its own have norms of their own. The first line of each start has "about": what the blocks declare.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _BLOCKS = ("groups", "remainder")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-  """every: after each so many steps; None for never, which also compiles nothing."""
+  """every: after so many steps, again and again; None for never, which also compiles nothing."""
 
   recorded_as: ClassVar[str] = "train.statistics.StatisticsConfig"
 
@@ -62,8 +62,8 @@ def statistics_step(
   total_steps: int,
   num_microbatches: int,
 ) -> dict[str, Any]:
-  """What `by_layer` reads, of the step that ended in `state`: its batch, and of its StepMetrics
-  the square norms of the gradients' sums and the number of targets."""
+  """What `by_layer` reads, for the step that ended in `state`. The batch is that step's, and its
+  StepMetrics have the other two: square norms of the gradients' sums, and number of targets."""
   if num_microbatches == 1:
     part = batch
   else:
@@ -104,7 +104,7 @@ def declared(config: DecoderConfig) -> list[Statistics]:
 
 
 def by_layer(config: DecoderConfig, values: dict[str, Any]) -> dict[str, Any]:
-  """A line of the file but for step, time and "about", from the arrays of statistics_step on the
+  """A line of the file without step, time and "about", from the arrays of statistics_step on the
   host."""
   blocks = split_blocks(config, values)
   columns: dict[str, Any] = {"mixers": [block.kind() for block in config.blocks]}

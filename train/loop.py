@@ -99,7 +99,7 @@ def fit(
         logging.info("restored step %d from %s", step, checkpoints.storage)
       del restored
       if jax.process_index() == 0:
-        # Not before: this run may have been refused.
+        # Not earlier: the check of the restored record may have refused this run.
         settings = json.dumps(flatten(run), indent=1, default=repr)
         write_whole(workdir / "config.json", settings + "\n")
       if step >= (last := _last_step(run, bad_steps)):
@@ -173,7 +173,7 @@ class _Session:
   def train(
     self, state: TrainState, step: int, last: int, metrics: Metrics, peers: Peers
   ) -> Outcome:
-    """Runs steps `step` + 1 to `last`; all of them have been judged when it returns."""
+    """Runs steps `step` + 1 to `last`; when it returns, BadSteps has judged all of them."""
     run, self.metrics = self.run, metrics
     self.throughput = Throughput(
       tokens_per_step=run.batch_size * run.data.row_length,
@@ -192,10 +192,10 @@ class _Session:
         with self.throughput.waiting(), self.events.waiting():
           batch = programs.to_devices(next(batches), self.program.mesh)
         step += 1
-        state, told = self.train_step(state, batch, self.bad_steps.limits(step))
+        state, reported = self.train_step(state, batch, self.bad_steps.limits(step))
         if running is not None:
           self._finish(running)
-        running = _Running(step, told, self._statistics(step, state, batch, told))
+        running = _Running(step, reported, self._statistics(step, state, batch, reported))
 
         is_last = step == last
         kind = self.checkpoints.due(step) or ("permanent" if is_last else None)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-# For whoever carries one: optax is imported here only.
+# For annotations in other files: optax is imported only here.
 GradientTransformation: TypeAlias = optax.GradientTransformation
 apply_updates = optax.apply_updates
 
@@ -36,7 +36,7 @@ class Cosine:
       raise ValueError(f"Cosine: final_fraction {self.final_fraction} is not between 0 and 1")
 
   def check(self, *, warmup_steps: int, total_steps: int) -> None:
-    """Raises if the schedule does not fit into the run."""
+    """Fits any run that its warm-up fits."""
 
   def fraction(self, t: Any, *, warmup_steps: int, total_steps: int) -> Any:
     """Learning rate of step t, after the warm-up, as a fraction of the peak."""
@@ -98,7 +98,7 @@ class Constant:
   recorded_as: ClassVar[str] = "train.optimizer.Constant"
 
   def check(self, *, warmup_steps: int, total_steps: int) -> None:
-    """Raises if the schedule does not fit into the run."""
+    """Fits any run that its warm-up fits."""
 
   def fraction(self, t: Any, *, warmup_steps: int, total_steps: int) -> Any:
     """Learning rate of step t, after the warm-up, as a fraction of the peak."""
@@ -108,7 +108,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
-  """Adam with decoupled weight decay (arXiv:1711.05101), decay multiplied by the learning rate.
+  """Adam with decoupled weight decay (arXiv:1711.05101), which is multiplied by the learning rate.
 
   The learning rate rises linearly over `warmup_steps` to `peak_lr`, then follows `schedule`.
   clip_norm bounds the global norm of the gradient (None: no clipping); the train step applies it.
@@ -203,8 +203,8 @@ class AdamW:
   ) -> Any:
     """What the update that ended in `state` and `params` added to the parameters, float32.
 
-    To the rounding of stored moments and parameters. It was u = -lr (d + weight_decay (w - u)) for
-    the w of now, which is solved for u.
+    Exact up to the rounding of stored moments and parameters. The update was
+    u = -lr (d + weight_decay (w - u)), where w is the parameter after it: solved here for u.
     """
     lr = self.learning_rate(state.count, total_steps=total_steps)
     direction = self._direction(state.count)
@@ -252,7 +252,7 @@ def global_norm(square_norms: Any) -> jax.Array:
 
 
 def clip_factor(norm: jax.Array, max_norm: float | None) -> jax.Array:
-  """What scales gradients of global norm `norm` down to at most `max_norm` (None: 1).
+  """The factor that scales gradients of global norm `norm` to at most `max_norm` (None: 1).
 
   A norm that is not finite gives NaN, and so makes every gradient NaN: clipping hides nothing.
   """

@@ -45,10 +45,10 @@ class Program(NamedTuple):
 
 
 def build(run: Run, *, devices: Sequence[Any] | None = None) -> Program:
-  """The run on a mesh over `devices` (all there are); ValueError if it does not fit that mesh.
+  """The run on a mesh over `devices` (default: all); ValueError if it does not fit that mesh.
 
-  Devices of a machine that is not here (sharding/machine.py) will do: kernels are those of their
-  platform, XLA flags those of their chip.
+  The devices may be those of a machine that is not here (sharding/machine.py): kernels then follow
+  their platform, and XLA flags their chip.
   """
   mesh = make_mesh(run.mesh, devices=devices)
   check_fits(run, mesh)
@@ -106,7 +106,7 @@ def lower_train_step(program: Program) -> jax.stages.Lowered:
 
 
 def compile_step(program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """A lowered step of `program`, compiled with its flags; ValueError for one that XLA has not."""
+  """A lowered step of `program`, compiled with its flags; ValueError for an unknown flag."""
   flags: dict[str, Any] = dict(program.flags)  # JAX's type has no numbers, which XLA takes
   try:
     return lowered.compile(flags)
@@ -131,8 +131,8 @@ def lower_eval_step(program: Program) -> jax.stages.Lowered:
 
 
 def lower_statistics_step(program: Program) -> jax.stages.Lowered:
-  """`(state, batch, square norms of the gradients, targets) -> ` the values that
-  train/layer_statistics.py names, on every device; the last two are of the StepMetrics."""
+  """`(state, batch, square_norms, weight) ->` the values of train/layer_statistics.py, on every
+  device; the last two arguments are those of StepMetrics."""
   run = program.run
   replicated = _replicated(program.mesh)
 
@@ -180,12 +180,12 @@ def lower_row_losses(program: Program) -> jax.stages.Lowered:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows are dealt out over data and fsdp, the time of each over sequence."""
+  """Rows are split over data and fsdp, the time of each row over sequence."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-  """The global arrays of a batch, of which this process gives the rows of its share, whole."""
+  """The global arrays of a batch, from this process's share of its rows; each row is whole."""
   sharding = batch_sharding(mesh)
   share = row_share(mesh.devices, jax.process_index())
 
@@ -201,7 +201,7 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def local_part(x_BT: np.ndarray, share: RowShare, index: tuple[slice, ...]) -> np.ndarray:
-  """Rows and times `index` of a global array, of which x_BT are the rows of `share`."""
+  """The part `index` (rows, times) of a global array whose rows of `share` are x_BT."""
   rows, times = index
   num_rows = len(x_BT) // len(share.shards)
   first = share.shards.index((rows.start or 0) // num_rows) * num_rows
@@ -230,7 +230,7 @@ def _abstract_batch(program: Program) -> Batch:
 
 
 def check_fits(run: Run, mesh: Mesh | AbstractMesh) -> None:
-  """Raises if the mesh does not divide what it has to."""
+  """ValueError if the mesh does not divide the sizes and the batch of the run."""
   tables.check_tensor_degree(mesh.shape["tensor"], sizes=_tensor_sizes(run.model))
   row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = run.batch_size // run.num_microbatches
@@ -264,8 +264,8 @@ def check_rows_split(run: Run, shards: int) -> None:
 
 
 def _tensor_sizes(config: DecoderConfig) -> dict[str, int]:
-  """What tensor parallelism splits, by the name it has in a config; where blocks of the pattern
-  differ in it, also by the place of each."""
+  """The sizes that tensor parallelism splits, by their names in the config; where blocks of the
+  pattern differ in a size, also by its path in each block."""
   sizes = {"vocab_size": config.vocab_size}
   for index, block in enumerate(config.pattern[: config.num_blocks]):
     for path, size in block.tensor_sizes().items():

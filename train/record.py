@@ -45,16 +45,16 @@ MAY_CHANGE = (
   "data.read_threads",
   "data.prefetch_batches",
 )
-# Of those the exceptions: the arrays of the checkpoint have one.
+# Exceptions to MAY_CHANGE: the arrays of the checkpoint have this dtype.
 _FIXED = ("optimizer.moment_dtype",)
 _PACKAGES = ("jax", "jaxlib", "flax", "grain", "numpy", "optax", "orbax-checkpoint")
 
 
 def run_record(run: Run, model: Model) -> dict[str, Any]:
-  """What has to be known to repeat or continue `run`: plain values, as JSON gives them back.
+  """All that is needed to repeat or continue `run`, as plain JSON values.
 
-  identity: path -> value of every setting; kernels by the name of what runs, XLA flags as they are
-  for the devices at hand, token stores by their content and not by where they lie.
+  identity: path -> value of every setting. Kernels are named by what runs, XLA flags have their
+  values for the devices at hand, and token stores are known by content, not by place.
   kernels: which paths of identity name a kernel. defaults: see train/recorded.py.
   versions and devices are for people.
   """
@@ -96,8 +96,8 @@ def run_record(run: Run, model: Model) -> dict[str, Any]:
 def compare_records(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """Lines "path: was -> is" for what differs and may; ValueError for what may not change.
 
-  A setting that `saved` does not have is no difference while it is at its default. One that this
-  version does not have is refused: what it meant is not known here.
+  A setting that `saved` lacks is no difference while it is at its default. One that this version
+  lacks is refused: what it meant is not known here.
   """
   then, current = saved["identity"], now["identity"]
   # Records from before kernels were marked have no such list.

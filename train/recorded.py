@@ -1,12 +1,12 @@
-"""The settings of a config as records hold them, and what a record of before does not have.
+"""The settings of a config as records hold them, and settings that older records lack.
 
-A class of configs that stands in a run is called in records by its `recorded_as`, a name that never
-changes, so that the class may move and be renamed:
+In a record, a config class has the name `recorded_as`. It never changes, so the class may be moved
+and renamed:
 
   recorded_as: ClassVar[str] = "models.layers.running_mean.Config"
 
-A field that a class gets later has a default, and that means what was done before there was the
-field: a record without the field is of the same run as long as the field is at its default.
+A field that is added to a class later needs a default that means what was done before the field
+existed. A record without the field then fits a run in which the field is at its default.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def settings(config: object) -> dict[str, Any]:
-  """Every field by its path, and the name of the class of every choice that is an object.
+  """Path -> value of every field, and path -> class name of every value that is a config.
 
   TypeError for a class without a name of its own, and for two classes of one name.
   """
@@ -57,7 +57,7 @@ def _name(kind: type, classes: dict[str, type]) -> str:
 
 
 def defaults(config: object) -> dict[str, dict[str, Any]]:
-  """Path of every field that has a default -> that default, as settings from this path on."""
+  """Path of every field that has a default -> that default, as `settings` from this path on."""
   return {path: dict(_settings(default, path, {})) for path, default in default_values(config)}
 
 
@@ -79,10 +79,10 @@ def default_values(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def new_at_default(
   then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-  """The paths of `now` that `then` has not, and whose field does what was done without it.
+  """The paths of `now` that `then` lacks and whose value is the default.
 
-  Of an object that is new as a whole, the default of the field that holds it decides, and not those
-  of its own fields.
+  Where a whole object is new, the default of the field that holds it decides, not the defaults of
+  the object's own fields.
   """
   new = now.keys() - then.keys()
   found = set()

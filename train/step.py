@@ -81,8 +81,8 @@ def train_step(
   grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   grads = logical.constrain_gradients(grads, model.axes)
 
-  # Of the sums, so that dividing and clipping are one factor in the update, and no pass of their
-  # own: a product is fused into all that reads it, a quotient is not.
+  # Norms of the sums, not of the means: dividing and clipping are then one factor in the update and
+  # no pass of their own. XLA fuses a product into all that reads it, and does not fuse a quotient.
   square_norms = jax.tree.map(square_norm, grads, model.axes)
   grad_norm = global_norm(square_norms) / weight
   loss = sums.loss / weight

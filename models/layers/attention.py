@@ -126,8 +126,8 @@ class Config:
 
 
 class AttentionState(NamedTuple):
-  """The keys and values (rotated already) that the next query may see, its own included. Token t of
-  the row lies at t modulo the size: it replaces one that no later query sees."""
+  """The keys and values (already rotated) that the next query may see, its own included. Token t of
+  the row is at index t modulo the size, in place of one that no later query sees."""
 
   k_BWEH: Cache
   v_BWEH: Cache
@@ -189,7 +189,7 @@ class Attention(nnx.Module):
       q_BTNH, k_BSEH, v_BSEH = self._projected(x_BTD, copies=copies)
       q_BTNH = apply_rope(q_BTNH, segments.position_BT, self.rope)
       k_BSEH = apply_rope(k_BSEH, segments.position_BT, self.rope)
-      # To be kept instead of the product, which its gradient does not need.
+      # Remat keeps this instead of the product before it, which no gradient needs.
       q_BTNH = checkpoint_name(q_BTNH, "rotated")
       document_BS = segments.document_BT
       new = (k_BSEH, v_BSEH, document_BS)
@@ -200,7 +200,7 @@ class Attention(nnx.Module):
           keys = tuple(jnp.concatenate(parts, axis=1) for parts in zip(before, new, strict=True))
         state = _written(state, new, segments.num_before_B)
       if state is not None and x_BTD.shape[1] == 1:
-        # Near enough to be seen is all that the cache now holds.
+        # The cache now holds only keys that are near enough to be seen.
         y_BTNH = _attend_to_cache(q_BTNH, document_BS, state)
       else:
         y_BTNH = self._attend(q_BTNH, segments.document_BT, *keys)
@@ -229,11 +229,11 @@ class Attention(nnx.Module):
     v_BSEH: jax.Array,
     k_document_BS: jax.Array,
   ) -> jax.Array:
-    """What the queries read of the keys, the last of which are their own."""
+    """The attention of the queries to the keys, the last of which are the queries' own."""
     copies = _copies(k_BSEH.shape[2])
     k_BSEH, v_BSEH = _repeated(k_BSEH, copies), _repeated(v_BSEH, copies)
-    # Split by heads here, the gradients of one key and value that all shards use are summed over
-    # them once; left to the partitioner they are summed block by block, in float32.
+    # Where all shards use one key-value head, its gradients are summed over shards once, because
+    # heads are split here; the partitioner would sum them block by block, in float32.
     kv_axes = ("batch", "time", None if self.num_kv_heads == 1 else "heads", "head")
     attend = logical.on_shards(
       functools.partial(_attend, window=self.window, implementation=self.implementation),
@@ -251,8 +251,8 @@ class Attention(nnx.Module):
 
 
 def _copies(num_kv_heads: int) -> int:
-  """How many times each of several key-value heads has to stand in a row, for every shard of query
-  heads to have whole ones of its own."""
+  """How many times each of several key-value heads must be repeated, so that every shard of query
+  heads has whole key-value heads of its own."""
   shards = logical.num_shards("heads")
   return 1 if num_kv_heads == 1 else shards // math.gcd(shards, num_kv_heads)
 
@@ -263,7 +263,7 @@ def _repeated(x: jax.Array, copies: int) -> jax.Array:
 
 
 def _attend_to_cache(q_BTNH, document_BT, state):
-  """What one query of each row reads of the cache, its own key included, in whatever order."""
+  """The attention of one query of each row to the cache, its own key included, in any order."""
   k_BWEH, v_BWEH, document_BW = (cache.read() for cache in state)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   batch, time, num_heads, head_size = q_BTNH.shape
@@ -281,7 +281,7 @@ def _in_order(state, num_before_B, window):
   """Keys, values and documents of the cache that later queries see, oldest first."""
   size = state.document_BW.size
   kept = size if window is None else window
-  # The oldest lies where the next is written.
+  # The oldest is where the next will be written.
   index_BW = (num_before_B[:, None] + jnp.arange(size - kept, size)) % size
 
   def ordered(x: jax.Array) -> jax.Array:
@@ -291,7 +291,7 @@ def _in_order(state, num_before_B, window):
 
 
 def _written(state, new, num_before_B):
-  """The state with the newest tokens, each where the oldest lay."""
+  """The state with the newest tokens, each in place of the oldest."""
   size, time = state.document_BW.size, new[0].shape[1]
   kept = slice(max(0, time - size), time)
   index_BT = jnp.arange(time, dtype=jnp.int32)[None, kept]

@@ -10,8 +10,8 @@ SCOPES = ("attention",)
 _FLOAT32 = _INT32 = 4
 # Implementations that write logits to HBM.
 _UNFUSED = ("reference", "banded")
-# Of the 2 products of the forward pass. The backward kernels' shares of a chip's peak are for 5
-# products in all (sharding/topology.py), of which each counts its part.
+# Shares of the 2 products of the forward pass. The rates of backward kernels (sharding/topology.py)
+# count 5 products in all; the kernels form 7, and each counts its part of the 5.
 _KEYS, _QUERIES = 5 * 4 / 7 / 2, 5 * 3 / 7 / 2
 _KERNELS = (
   KernelPass("splash_mqa_fwd", 1.0, is_backward=False),
@@ -33,8 +33,8 @@ def flops(
   window: int | None,
   implementation: str,
 ) -> tuple[FlopsPart, ...]:
-  """Projections, and products with the keys that a query sees. Splash visits whole blocks of keys;
-  the shares of the peak that are published for GPUs are of the keys that queries see."""
+  """Projections, and products with the keys that a query sees. Splash also multiplies the rest of
+  the blocks of keys that it visits; rates on GPUs count only the keys that queries see."""
   heads_width = num_heads * head_size
   each_key = 4.0 * heads_width  # q k^T and p v
   visited = None
@@ -79,8 +79,9 @@ def activations(
 ) -> LayerActivations:
   """q: D -> N H; k and v: D -> 2 E H; rotation: N H -> N H; attention: N H -> N H; out: N H -> D.
 
-  Unfused, logits of the keys in reach are written and read in float32: once made, once normalised.
-  A shard of a row holds the keys and values of all of it for global attention, and their gradients.
+  Unfused, logits of the keys in reach are written and read in float32, and their softmax in the
+  dtype of activations. For global attention, a shard of a row holds the keys and values of the
+  whole row, and their gradients.
   """
   a, heads = shard.itemsize, num_heads * head_size / shard.tensor
   keys_values = 2 * _kv_heads_of(shard, num_kv_heads) * head_size
@@ -100,12 +101,12 @@ def activations(
 
 
 def _kv_heads_of(shard: Shard, num_kv_heads: int) -> int:
-  """How many key-value heads a shard of heads computes; those of several shards count in each."""
+  """How many key-value heads a shard of heads computes; a shared one counts in each shard."""
   return math.lcm(num_kv_heads, shard.tensor) // shard.tensor
 
 
 def sends(shard: Shard, *, num_kv_heads: int, head_size: int, window: int | None) -> Sends:
-  """Documents once, and of each layer keys and values: forward, again, and their gradients."""
+  """Documents once; for each layer, keys and values forward and again, and their gradients."""
   size = _kv_heads_of(shard, num_kv_heads) * head_size * shard.itemsize
   if window is None:
     tokens = shard.rows * shard.row_length
@@ -116,7 +117,7 @@ def sends(shard: Shard, *, num_kv_heads: int, head_size: int, window: int | None
         Sent("reduce-scatter", "sequence", 2, 2 * tokens * size),
       ),
     )
-  # From as many shards before as hold a window.
+  # From as many shards before this one as a window covers.
   time = shard.row_length // shard.sequence
   reached = min(window, (shard.sequence - 1) * time)
   shards = math.ceil(reached / time)

@@ -16,7 +16,7 @@ from sharding import logical
 
 
 def cut(x: jax.Array, axis: int) -> list[jax.Array]:
-  """x without `axis`, at every index of it."""
+  """The slices of x along `axis`, each without that axis."""
   return cast(list[jax.Array], _cut(x, axis))
 
 
@@ -37,8 +37,8 @@ _cut.defvjp(_forward, _backward)
 
 
 def _joined(parts: list[jax.Array], axis: int) -> jax.Array:
-  """jnp.stack(parts, axis). XLA's kernel for GPUs moves one element at a time: two of 16 bits go as
-  one word, where arrays are whole (split over `tensor`, a step of griffin-400m held 5 GB more)."""
+  """jnp.stack(parts, axis). XLA's kernel for GPUs moves one element at a time, so two of 16 bits go
+  as one word. Only where arrays are not split: over `tensor`, it took griffin-400m 5 GB more."""
   shape, dtype = parts[0].shape, parts[0].dtype
   in_words = dtype.itemsize == 2 and axis < len(shape) and shape[-1] % 2 == 0
   if not in_words or dispatch.target_platform() != "gpu" or logical.is_split():
@@ -50,8 +50,8 @@ def _joined(parts: list[jax.Array], axis: int) -> jax.Array:
 
 
 def cut_steps(xs: Any) -> list[Any]:
-  """The tree at every index of its leaves' first axis. Their gradients are joined before anything
-  reads the whole: they would be joined again in each operation that does, element by element."""
+  """The tree at every index of its leaves' first axis. Gradients are joined before anything reads
+  the whole; otherwise XLA would join them again, by element, in each operation that reads it."""
   leaves, tree = jax.tree.flatten(xs)
   cut_leaves = [
     cut(_joined_first(x), 0) if jnp.issubdtype(x.dtype, jnp.inexact) else list(x) for x in leaves

@@ -1,4 +1,4 @@
-"""The token embedding, the unembedding, and logits for those who want them whole."""
+"""The token embedding, the unembedding, and whole logits, as for sampling."""
 
 from typing import cast
 
@@ -29,16 +29,16 @@ class Embedding(nnx.Module):
 
 
 class Unembedding(nnx.Module):
-  """A table [vocab_size, width] of its own for the logits, as Embedding's begins. Unlike that it
-  decays: it is a matrix of a product."""
+  """A separate table [vocab_size, width] for the logits, initialized as Embedding's. Weight decay
+  applies to it, unlike Embedding's: it is the matrix of a product."""
 
   def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
     self.table_VD = param(normal(1.0 / width), (vocab_size, width), ("vocab", "embed"), rngs=rngs)
 
 
 def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """Each shard looks up the tokens of its part of the vocabulary; the sum over shards is the
-  row."""
+  """Each shard looks up the tokens of its part of the vocabulary; the results are summed over
+  shards."""
   axis = logical.mesh_axis("vocab")
   if axis is None:
     return _rows(table_VD, tokens_BT)

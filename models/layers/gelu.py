@@ -1,10 +1,11 @@
-"""GELU times what it gates, in the approximation by tanh that Griffin uses, with its own gradient.
+"""GELU times the value it gates, by the tanh approximation of Griffin, with its own gradient.
 
   gelu(x) = x (1 + tanh(c (x + k x^3))) / 2 = x sigmoid(2 c (x + k x^3))      arXiv:1606.08415
 
-Left to autodiff, XLA for CPUs and GPUs writes the tanh to memory, for value and gradients to share:
-backward an MLP's elementwise part then moves nine arrays (docs/benchmarks.md, "Passes over
-memory"). An exponential it forms again, in one pass that reads x, y and dz and writes three.
+With autodiff, XLA for CPUs and GPUs writes the tanh to memory, to share it between value and
+gradients: the elementwise part of an MLP's backward pass then moves nine arrays
+(docs/benchmarks.md, "Passes over memory"). XLA computes an exponential again instead: one pass
+reads x, y and dz, and writes three arrays.
 """
 
 import math
@@ -36,7 +37,7 @@ def _forward(x_BTF, y_BTF):
 def _backward(kept, dz_BTF):
   x_BTF, y_BTF, dz_BTF = (z_BTF.astype(jnp.float32) for z_BTF in (*kept, dz_BTF))
   open_BTF = _open(x_BTF)
-  # From _FAR on, open (1 - open) is 0, and stays it if what it is multiplied by is finite.
+  # From _FAR on, open (1 - open) is 0, and so is its product with anything finite.
   inner_BTF = _TWO_C * (1.0 + 3.0 * _K * jnp.minimum(jnp.square(x_BTF), _FAR**2))
   slope_BTF = open_BTF + open_BTF * (1.0 - open_BTF) * x_BTF * inner_BTF
   dtype = kept[0].dtype

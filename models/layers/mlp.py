@@ -23,8 +23,8 @@ from models.layers.projection import add_bias, branch_products, branches, projec
 from models.param import param, zeros
 from models.remat import SavedNames
 
-# Arrays of the MLP's width alive at the peak of its backward pass, for each product up and for what
-# is made of them: found by compiling GeGLU for TPU; docs/plans.jsonl has the errors that are left.
+# Arrays of the MLP's width alive at the peak of its backward pass, for each product up and for the
+# hidden value: found by compiling GeGLU for TPU; docs/plans.jsonl has the errors that are left.
 _WORKING = 3
 _ACTIVATIONS = ("gelu", "silu")
 
@@ -33,7 +33,7 @@ _ACTIVATIONS = ("gelu", "silu")
 class Config:
   """The defaults are Griffin's, whose `mlp_width` is 3 x width in every published size."""
 
-  # From when this file was called so.
+  # The file's name when the first records were written; it never changes.
   recorded_as: ClassVar[str] = "models.layers.gated_mlp.Config"
 
   mlp_width: int

@@ -29,8 +29,8 @@ class RowNorm(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """x / sqrt(mean(x^2) + epsilon), times 1 + scale ("one_plus_scale", which begins at 0) or times
-  scale ("scale", which begins at 1, as Llama has it)."""
+  """x / sqrt(mean(x^2) + epsilon), times 1 + scale ("one_plus_scale": scale is 0 at first) or times
+  scale ("scale": it is 1 at first, as in Llama)."""
 
   recorded_as: ClassVar[str] = "models.layers.norms.Config"
 

@@ -1,8 +1,8 @@
 """The matrix products of the layers: rows of activations by weights of two or more dimensions.
 
-XLA's products for CPUs take matrices as they lie, forward and backward, and have a transposed copy
-made of anything else. So where arrays are whole, these are products of matrices; where arrays are
-split over devices they are not, since split dimensions cannot be merged where they lie.
+XLA's products for CPUs read matrices in place, forward and backward, and make a transposed copy of
+anything with more dimensions. So where arrays are whole, these are products of matrices. Where
+arrays are split over devices they are not, because split dimensions cannot be merged in place.
 """
 
 import functools
@@ -17,7 +17,7 @@ from models.layers.cut import cut
 from models.remat import SavedNames
 from sharding import logical
 
-# Of whoever projects: the products, and matrices cut out of one.
+# The names that every layer with projections declares: products, and weights cut out of one array.
 SAVED = SavedNames(matmuls=frozenset({"projection"}), unrolled=frozenset({"weights"}))
 
 
@@ -28,7 +28,7 @@ def project(x_BTI: jax.Array, w_IO: jax.Array, *, inputs: int = 1) -> jax.Array:
   [B, T, N, H] with [N, H, D] and inputs=2 gives [B, T, D].
   """
   if logical.sums_are_float32():
-    # By its name a remat policy keeps it, which does not see products in a custom gradient.
+    # Named, because a remat policy does not see products inside a custom gradient.
     return checkpoint_name(_summed_in_float32(x_BTI, w_IO, inputs), "projection")
   if logical.is_split():
     return jnp.tensordot(x_BTI, w_IO, inputs)
@@ -72,12 +72,12 @@ def branches(
 
 
 def branch_products(x_BTD: jax.Array, w_DKF: jax.Array, *, axis: str) -> tuple[jax.Array, ...]:
-  """For every k, x_BTD @ w_DKF[:, k], "projection" to a remat policy: it is written anyway, and
-  with its bias would be one array more.
+  """For every k, x_BTD @ w_DKF[:, k]. Remat keeps it as "projection", without its bias: it is
+  written in any case, and the sum with the bias would be one more array.
 
-  As many products as branches: of one product a TPU writes the result with and without bias, cuts
-  the branches out of it, and joins their gradients again for every product of the backward pass
-  (docs/benchmarks.md). `axis` is what sharding/rules.py calls F; where F is split, the branches'
+  There is one product for each branch. With one product for all, a TPU writes the result with and
+  without bias, cuts the branches out of it, and joins their gradients for every product of the
+  backward pass. `axis` is the name of F in sharding/rules.py; where F is split, the branches'
   gradients with respect to x are added before they are summed over devices.
   """
   if _is_split_over(axis):
@@ -89,7 +89,7 @@ def branch_products(x_BTD: jax.Array, w_DKF: jax.Array, *, axis: str) -> tuple[j
 def _products(x_BTD: jax.Array, w_DKF: jax.Array) -> list[jax.Array]:
   if logical.is_split():
     return [project(x_BTD, w_DKF[:, k]) for k in range(w_DKF.shape[1])]
-  # By their name a remat policy keeps them, where they would be cut out again.
+  # Named, so that remat can keep them instead of cutting them out again.
   return [project(x_BTD, checkpoint_name(w_DF, "weights")) for w_DF in cut(w_DKF, 1)]
 
 
@@ -103,8 +103,8 @@ def project_each(
   """x_BTD @ w_DO for every w_DO of `weights`; where devices hold parts of O, their gradients with
   respect to x are added before they are summed over devices.
 
-  `axes` names the dimensions O of each, as sharding/rules.py does those of activations: in each of
-  them `split` is the one that tensor parallelism splits.
+  `axes` names the dimensions O of each weight by the table of activations (sharding/rules.py).
+  `split` is the one in each of them that tensor parallelism splits.
   """
   if not _is_split_over(split):
     return tuple(project(x_BTD, w_DO) for w_DO in weights)
@@ -118,7 +118,7 @@ def _is_split_over(axis: str) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _summed_once(x_BTD, weights, axes, split):
-  """`project` by each weight where O is split: autodiff has one all-reduce of dx for each."""
+  """`project` by each weight where O is split; autodiff would sum dx over devices for each."""
   del axes, split
   return tuple(project(x_BTD, w_DO) for w_DO in weights)
 

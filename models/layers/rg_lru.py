@@ -5,8 +5,8 @@
   a_t = exp(-8 softplus(decay) r_t)                                               eq. 3
   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)                                   eq. 4
 
-`decay` is minus the paper's Lambda. At a document start a_t is 0 and the square root 1: the state
-is forgotten and the first token enters whole. The convolution does not look across it either.
+`decay` is minus the paper's Lambda. At a document start a_t is 0 and the square root is 1: the
+state is forgotten and the first token enters whole. The convolution does not look across it either.
 
 Tensor parallelism: the two input projections are split by columns, the output by rows; convolution,
 gates (by block), decay and scan stay inside a shard's channels.
@@ -48,8 +48,9 @@ DecayInit = Literal["paper", "recurrentgemma"]
 class Config:
   """The recurrent block.
 
-  `decay_init` "paper": a^8 uniform in [0.9, 0.999] (the text of section 2.4); "recurrentgemma": a
-  itself there, uniform in the ring's area (the released code): memories about 8 times shorter.
+  `decay_init` "paper": a^8 is uniform in [0.9, 0.999] (the text of section 2.4). "recurrentgemma":
+  a itself is in that range, uniform in the ring's area (the released code), so memories are about 8
+  times shorter.
   `scan` names an implementation of kernels/rg_lru, `gates` of kernels/block_diagonal, `conv` of
   kernels/causal_conv, or "auto".
   """
@@ -207,8 +208,8 @@ class RecurrentBlock(nnx.Module):
   def _conv(
     self, x_BTR: jax.Array, segments: Segments, state: RecurrentState | None
   ) -> tuple[jax.Array, jax.Array]:
-    """Causal depthwise convolution of x and its bias, tap K-1 on the current token, over one
-    document only. Twice the same, for gates and recurrence (kernels/causal_conv)."""
+    """Causal depthwise convolution of x and its bias, tap K-1 on the current token, within each
+    document. It is returned twice, for gates and for the recurrence (kernels/causal_conv)."""
     row, channels = ("batch", "time", "rnn"), ("rnn",)
     arrays = (
       x_BTR, self.b_in_2R[1], self.w_conv_KR[...], self.b_conv_R[...], segments.document_BT
@@ -233,9 +234,10 @@ class RecurrentBlock(nnx.Module):
     segments: Segments,
     state: RecurrentState | None,
   ) -> tuple[jax.Array, jax.Array]:
-    """The states of the recurrence on x, gates formed of the first, and the row's last one.
+    """The states of the recurrence on `x_BTR`, with gates formed from `gated_BTR`, and the row's
+    last state.
 
-    On shards also where only channels are split: a Pallas kernel must not meet the partitioner.
+    On shards also where only channels are split: the partitioner must not see a Pallas kernel.
     """
     row = ("batch", "time", "rnn")
     recur = logical.on_shards(
@@ -271,8 +273,8 @@ class RecurrentBlock(nnx.Module):
 
 
 def _convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, *before, implementation):
-  """The convolution of one shard of the row; `before` is what stands before the row, if anything:
-  inputs with their bias [B, K-1, R], and documents."""
+  """The convolution of one shard of the row; `before` is what precedes the row, if anything: inputs
+  with their bias [B, K-1, R], and documents."""
   axis_name, history = logical.mesh_axis("time"), w_KR.shape[0] - 1
   if axis_name is not None:
     batch, time, width = x_BTR.shape
@@ -296,7 +298,7 @@ def _convolve(x_BTR, b_in_R, w_KR, b_R, document_BT, *before, implementation):
 
 
 def _recur(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, *, implementation):
-  """The states of one shard of the row, and the row's last one as this shard's [batch, 1, R]."""
+  """The states of one shard of the row, and a copy of the row's last state, [batch, 1, R]."""
   h_BTR, h_BR = rg_lru.rg_lru(
     x_BTR,
     r_BTR,
@@ -318,7 +320,7 @@ def _paper_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def _recurrentgemma_decay(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-  """a uniform in the area of the ring low <= |a| <= high: decay = log(1/a - 1)."""
+  """a uniform in the area of the ring low <= a <= high: decay = log(1/a - 1)."""
   low, high = _DECAY_RANGE
   a_R = jnp.sqrt(jax.random.uniform(key, shape, jnp.float32, low**2, high**2))
   return jnp.log(1.0 / a_R - 1.0)

@@ -16,7 +16,7 @@ _FUSED_WORKING = 11
 
 
 def flops(width: int, *, rnn_width: int, gate_width: int, conv_taps: int) -> tuple[FlopsPart, ...]:
-  """Linear layers, gates and convolution; apart from them the elementwise recurrence."""
+  """Linear layers, gates and convolution; separately the elementwise recurrence."""
   out = 2.0 * width * rnn_width
   gates = 2.0 * 2 * rnn_width * gate_width
   conv = 2.0 * conv_taps * rnn_width
@@ -48,7 +48,7 @@ def activations(
 
   Fused, the RG-LRU reads x and two gates and writes h. Otherwise the gates are float32, and decays
   (float32) and inputs are written by one pass and read by the scan. A shard of a row scans twice:
-  for what it tells the others, and from what they tell it. Not counted: what XLA for TPU copies
+  for what it sends to the others, and from what it receives. Not counted: what XLA for TPU copies
   around gates that are "einsum" (kernels/block_diagonal). Of unrolled blocks, remat "none" keeps
   the outputs of the Triton kernels of gates and convolution.
   """
@@ -74,9 +74,9 @@ def activations(
 
 
 def sends(shard: Shard, *, rnn_width: int, conv_taps: int, scan: str) -> Sends:
-  """Once for all layers, documents that the convolution asks for; of each: every shard's product of
-  decays and last state for a scan, the convolution's halo, and unfused the decay that a gradient
-  meets between shards."""
+  """Once for all layers: the documents for the convolution's halo. For each layer: every shard's
+  product of decays and last state for a scan, the convolution's halo, and for an unfused scan the
+  decay that the gradient needs at the border between shards."""
   width, taps = rnn_width / shard.tensor, conv_taps - 1
   # Forward and backward; again, unless states are kept. The convolution is never kept.
   scans = 2 if shard.remat == "none" else 3

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a recurrent block: `python -m models.layers.rg_lru_program v5e`.
+"""The recurrent block as compiled for TPU: `python -m models.layers.rg_lru_program v5e`.
 
 One JSON line for each of three published sizes, forward alone and with all gradients, the gates
 by each implementation of kernels/block_diagonal: bytes that the compiled program accesses, bytes
@@ -64,18 +64,18 @@ def compiled(
 
 
 def instructions(text: str) -> list[Instruction]:
-  """Those of the program that runs, without those inside its fusions."""
+  """The instructions of the program that runs, without those inside its fusions."""
   computations, entry = computations_of(text)
   return list(computations[entry].values())
 
 
 def result_bytes(one: Instruction) -> int:
-  """Of all arrays that it makes."""
+  """The bytes of all arrays that the instruction makes."""
   return size_of(arrays_of(one.shape))
 
 
 def moves(text: str, least_bytes: int) -> list[Instruction]:
-  """What only moves an array of at least so many bytes to another place or layout."""
+  """Instructions that only move an array of at least so many bytes to another place or layout."""
   computations, entry = computations_of(text)
   found = []
   for one in computations[entry].values():

@@ -1,6 +1,6 @@
 """What an RG-LRU has learned to remember, and what its gates do, over the tokens of a batch.
 
-The memory horizon of a channel is -1 / ln a, in tokens: after so many the state has fallen to 1/e.
+The memory horizon of a channel is -1 / ln a, in tokens: after so many, the state has fallen to 1/e.
 With a_t = exp(-8 softplus(decay) r_t), n tokens multiply the state by the n-th power of the decay
 at the mean gate r, so the horizon is 1 / (8 softplus(decay) mean(r)); with the gate wide open
 (r = 1) it is 1 / (8 softplus(decay)), the shortest that the channel can have. Document starts,

@@ -42,7 +42,7 @@ class Llama3Scaling:
       )
 
   def scaled(self, frequency_P: jax.Array) -> jax.Array:
-    """The frequencies, in radians a token, that take the place of `frequency_P`."""
+    """The frequencies, in radians a token, that replace `frequency_P`."""
     turns_P = self.original_context * frequency_P / (2.0 * math.pi)
     span = self.high_frequency_factor - self.low_frequency_factor
     kept_P = jnp.clip((turns_P - self.low_frequency_factor) / span, 0.0, 1.0)
@@ -66,7 +66,7 @@ class Rope:
       raise ValueError(f"Rope: theta {self.theta} must be above 1 and finite")
 
   def rotated(self, head_size: int) -> int:
-    """How many dimensions of a head are rotated; ValueError if they are no whole pairs."""
+    """How many dimensions of a head are rotated; ValueError if they do not make whole pairs."""
     rotated = head_size * self.share
     if rotated % 2:
       raise ValueError(

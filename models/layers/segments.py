@@ -38,7 +38,7 @@ class SegmentState(NamedTuple):
 
 
 def check_rows(tokens_BT: jax.Array, segments_BT: jax.Array) -> None:
-  """ValueError unless both are integers [batch, time] of one shape, of one token at least."""
+  """ValueError unless both are integers [batch, time] of one shape, with at least one token."""
   for name, x in (("tokens", tokens_BT), ("segments", segments_BT)):
     if x.ndim != 2 or not x.size or not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(
@@ -74,7 +74,7 @@ def segments(
       segments_BT[:, -1], before=True, axis_name=axis_name, edge=segment_B
     )
   previous_BT = jnp.concatenate([segment_B[:, None], segments_BT[:, :-1]], axis=1)
-  # Not told by an id that stands for none: every integer may be one.
+  # Not marked by a special id: every integer may be the id of a document.
   is_first_BT = (index_1T == 0) & (document_B == 0)[:, None]
   is_start_BT = is_first_BT | (segments_BT != previous_BT)
   if axis_name is not None:

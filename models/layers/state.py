@@ -1,8 +1,8 @@
-"""The state that a block carries along a row: plain arrays, read and replaced whole, and caches.
+"""The state that a block carries along a row: plain arrays, replaced whole, and caches.
 
 A `Cache` is too large to be copied for each token. The decoder's loops carry the caches of all
-blocks alike in one array, and a layer reads and writes its own where it lies: first writes, then
-reads, since XLA copies an array that may still be read when it is written.
+equal blocks in one array, and a layer writes and reads its own part in place. It writes first and
+then reads, because XLA copies an array that may still be read when it is written.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Cache:
     return at(self.stack, self.place)
 
   def write(self, values: jax.Array, index_BT: jax.Array) -> "Cache":
-    """The cache with values [batch, count, ...] at `index_BT`, no two alike in a row."""
+    """The cache with values [batch, count, ...] at `index_BT`, whose entries differ in each row."""
     row_B1 = jnp.arange(values.shape[0])[:, None]
     where = self.stack.at[(*self.place, row_B1, index_BT)]
     stack = where.set(values.astype(self.stack.dtype), unique_indices=True)
@@ -50,7 +50,7 @@ def put(stack: jax.Array, x: jax.Array, index: Any) -> jax.Array:
 
 
 def divide(state: Any) -> tuple[Any, Any]:
-  """The plain arrays of a state, and its caches: None in place of the other kind."""
+  """A state with only its plain arrays, and with only its caches; None in place of the others."""
 
   def only(*, caches: bool) -> Any:
     return jax.tree.map(lambda x: x if _is_cache(x) == caches else None, state, is_leaf=_is_cache)
@@ -59,7 +59,7 @@ def divide(state: Any) -> tuple[Any, Any]:
 
 
 def join(plain: Any, caches: Any) -> Any:
-  """The state of both: undoes divide."""
+  """The state made of both parts: the inverse of `divide`."""
   return jax.tree.map(
     lambda x, cache: x if cache is None else cache,
     plain,

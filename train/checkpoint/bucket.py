@@ -1,12 +1,13 @@
-"""Checkpoints in a bucket, where nothing can be renamed: complete is what has a record.
+"""Checkpoints in a bucket, where nothing can be renamed: the record makes one complete.
 
-  CHECKPOINTS/00000500.json               the record, written last: it makes the checkpoint
-  CHECKPOINTS/00000500-1a2b3c4d.tmp       arrays that are being written, or removed, or were left
+  CHECKPOINTS/00000500.json               the record, written last
+  CHECKPOINTS/00000500-1a2b3c4d.tmp       marks arrays that are being written or removed, or were
+                                          left by a run that was killed
   CHECKPOINTS/damaged-00000500-TIME.json  set aside because it was damaged
   CHECKPOINTS/lock                        who writes here: train/workdir/bucket_lock.py
   CHECKPOINTS_arrays/00000500-1a2b3c4d/   the arrays, zarr 3, a block for each shard
 
-A record names its arrays: a step that is written again never meets the arrays of its former self.
+A record names its arrays, so a step that is written again never mixes with its earlier arrays.
 """
 
 import concurrent.futures
@@ -81,8 +82,8 @@ class BucketFolder:
     return f"{self._url}_arrays/{name}"
 
   def mark(self, arrays: str) -> str:
-    """The URL of the mark of arrays that are being written or removed: a start that finds it
-    finishes what was killed."""
+    """The URL of the mark of arrays that are being written or removed. A start that finds it
+    finishes what an earlier run began."""
     return f"{self._url}/{arrays}.tmp"
 
   def marked(self) -> list[str]:
@@ -146,7 +147,7 @@ class BucketWriter:
     self._remover.submit(self.remove_arrays, self.forget(step))
 
   def set_aside(self, step: int, name: str) -> None:
-    """What names its arrays has another name."""
+    """Keeps the record under another name; the arrays that it names stay where they are."""
     record = self._folder.read_record(step)
     if record is not None:
       bucket.write(f"{self._folder}/{name}.json", record)
@@ -157,7 +158,8 @@ class BucketWriter:
     self._remover.shutdown(wait=True)
 
   def forget(self, step: int) -> str:
-    """Makes it no checkpoint any more; returns the name of its arrays, for `remove_arrays`."""
+    """Removes the record, so that the step has no checkpoint; returns the name of its arrays, for
+    `remove_arrays`."""
     arrays = _arrays_at(self._folder.read_record(step) or b"{}")
     bucket.write(self._folder.mark(arrays), b"")
     bucket.delete(f"{self._folder.at(step)}.json")
@@ -168,7 +170,7 @@ class BucketWriter:
       bucket.delete_below(self._folder.arrays(arrays))
       bucket.delete(self._folder.mark(arrays))
     except ValueError as error:
-      # The next start tries again; nothing depends on it but space.
+      # The next start tries again; until then it only takes space.
       logging.error("%s could not be removed: %s", self._folder.arrays(arrays), error)
 
   def _write(self, step: int, arrays: str, shards: list[Any], record: bytes) -> None:

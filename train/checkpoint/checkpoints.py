@@ -1,7 +1,7 @@
-"""Checkpoints: the state, the data position and the run record, complete or not there at all.
+"""Checkpoints: the state, the data position and the run record, complete or absent.
 
-Whenever the process is killed, the last complete checkpoint is there: nothing older is removed
-before a newer one is complete. What is written where: folder.py, or bucket.py for a URL.
+Whenever the process is killed, the last complete checkpoint stays: no older one is removed before a
+newer one is complete. folder.py and bucket.py (for a URL) say what is written where.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ _SAVE_TIMEOUT_SECONDS = 1200
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When checkpoints are written and which are kept; times are of process 0.
+  """When checkpoints are written and which are kept, by the clock of process 0.
 
-  every_steps: a permanent one at each multiple; keep_permanent: the newest so many, None for all.
-  temporary_minutes: a temporary one when so long nothing was saved, None for never; a temporary
-  one goes when keep_temporary newer ones (of either kind) are complete.
-  on_damage: "refuse" a damaged newest checkpoint, or go on from the one before ("previous").
+  every_steps: a permanent one at each multiple. keep_permanent: how many of the newest are kept,
+  None for all. temporary_minutes: a temporary one after so many minutes without a save, None for
+  never. keep_temporary: a temporary one is removed when this many newer ones (of either kind) are
+  complete. on_damage: "refuse" a damaged newest checkpoint, or go on from the one before
+  ("previous").
   verify: compare the checksum of every restored array.
   """
 
@@ -77,8 +78,8 @@ class Checkpoints:
   """The checkpoints of one run, for the processes that train it; use it in a `with`.
 
   Every method has to be called by all processes alike. A failed save raises SaveFailedError from
-  the next call of any method. Process 0 calls `before_complete` when all arrays are written and the
-  checkpoint does not count yet, in the thread that writes.
+  the next call of any method. Process 0 calls `before_complete` in the thread that writes, when all
+  arrays are written and before the checkpoint counts as complete.
   """
 
   def __init__(
@@ -104,8 +105,8 @@ class Checkpoints:
     self._last_seconds = time.monotonic()
 
   def latest(self) -> int | None:
-    """The newest step with a readable checkpoint, when nothing is being written any more; None
-    where there is none.
+    """The newest step with a readable checkpoint, None where there is none; it first waits until
+    nothing is being written.
 
     A newer folder without a readable record raises DamagedCheckpointError, or is set aside if
     on_damage is "previous".
@@ -214,11 +215,12 @@ class Checkpoints:
       # The error that is on its way out matters more; this one must not hide it.
       if kind is None:
         raise
-      if not issubclass(kind, SaveFailedError):  # else it is the same one, told again
+      if not issubclass(kind, SaveFailedError):  # else it is the same one, raised again
         logging.error("%s", error)
 
   def _last_complete(self) -> str:
-    """For people, so that it raises nothing: the place may be what has failed."""
+    """The last complete checkpoint, for a message. It raises nothing: the storage may be what has
+    failed."""
     try:
       complete = self.storage.steps()
     except (OSError, ValueError) as error:
@@ -226,7 +228,7 @@ class Checkpoints:
     return f"that of step {max(complete)}" if complete else "none"
 
   def _settle(self) -> None:
-    """Notices that a save has finished or failed, and then removes what it makes superfluous."""
+    """Notices that a save has finished or failed; removes checkpoints that it makes superfluous."""
     with self._failing(self._pending):
       self._writer.check_for_errors()
     if self._pending is None or not self.storage.exists(self._pending):
@@ -290,7 +292,7 @@ def superfluous(kinds: dict[int, Kind], config: CheckpointConfig) -> list[int]:
 
 
 def _kinds(storage: Storage) -> dict[int, Kind]:
-  """The kind of each readable checkpoint; those that are not are never removed."""
+  """The kind of each readable checkpoint; unreadable ones are never removed."""
   kinds = {}
   for step in storage.steps():
     with contextlib.suppress(ValueError):

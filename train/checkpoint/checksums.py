@@ -1,7 +1,7 @@
-"""A number for every array of a state, by name, that changes when a bit of the array does.
+"""Checksums of the arrays of a state, by name: one changes when any bit of its array changes.
 
 The file format notices that a file is cut off, but not that a bit in it has changed. The sums here
-are over all elements of the global array modulo 2^32, so they do not depend on how it is laid out.
+are over all elements of the global array modulo 2^32, so they do not depend on its sharding.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Up to so many elements an array in host memory is summed by NumPy, for which nothing is compiled.
+# Arrays in host memory of at most this many elements are summed by NumPy: nothing to compile.
 HOST_SIZE = 1 << 22
 
 
@@ -43,7 +43,7 @@ def _is_on_host(x: jax.Array) -> bool:
 
 
 def _on_host(x: jax.Array) -> np.uint32:
-  """`_on_device`, in the same words for NumPy."""
+  """The sum of `_on_device`, by NumPy."""
   array = np.ascontiguousarray(np.asarray(x)).reshape(-1)
   bits = array.view(f"uint{8 * min(4, array.itemsize)}").astype(np.uint32)
   index = np.arange(bits.size, dtype=np.uint32)

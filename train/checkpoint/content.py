@@ -5,7 +5,7 @@
   run                  the run's record, train/record.py
   sha256               of all that
 
-A bucket's also says where its arrays are: train/checkpoint/bucket.py.
+In a bucket it also says where the arrays are: train/checkpoint/bucket.py.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class DamagedCheckpointError(ValueError):
 
 
 class UnreadableError(DamagedCheckpointError):
-  """Damage that one process may see and another not."""
+  """Damage that one process may see and another may not."""
 
 
 def parsed(record: bytes, *, where: str, step: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def parsed(record: bytes, *, where: str, step: int) -> dict[str, Any]:
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-  """With the sha256 of all the rest, as JSON gives it back."""
+  """`content` with the sha256 of everything else in it, as plain JSON values."""
   rest = {key: value for key, value in content.items() if key != "sha256"}
   text = json.dumps(rest, sort_keys=True, allow_nan=False)
   return {**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -29,7 +29,7 @@ from absl import logging
 from train.checkpoint.checksums import named_leaves
 from train.workdir.lock import Lock
 
-# Orbax looks for its own files with glob, and does not escape the path above them.
+# Orbax finds its own files with glob, and does not escape these characters in the path above them.
 _PATTERN = frozenset("*?[\\")
 
 
@@ -117,7 +117,7 @@ class FolderWriter:
     self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=options)
 
   def clean_up(self) -> None:
-    # Each once, though a name can be of both.
+    # A set: a name can match both patterns.
     patterns = ("*.orbax-checkpoint-tmp*", "deleted-*")
     for leftover in sorted({path for pattern in patterns for path in self._path.glob(pattern)}):
       logging.info("removing what an interrupted run left: %s", leftover.name)
@@ -157,7 +157,7 @@ class FolderWriter:
     self._remover.shutdown(wait=True)
 
   def _discard(self, folder: pathlib.Path) -> None:
-    """Renames it, so that what is named like a step is never half there, and removes it later."""
+    """Renames it, so that no folder named like a step is ever incomplete, and removes it later."""
     doomed = self._path / f"deleted-{folder.name}-{time.time_ns()}"
     folder.rename(doomed)
     self._remover.submit(remove_tree, doomed)
@@ -191,12 +191,12 @@ def remove_tree(folder: pathlib.Path) -> None:
   try:
     shutil.rmtree(folder)
   except OSError as error:
-    # It has another name than a step, so nothing depends on it but space.
+    # Its name is not that of a step, so it only takes space.
     logging.error("%s could not be removed: %s", folder, error)
 
 
 def _check_joined(folder: pathlib.Path) -> None:
-  """RuntimeError if what the processes wrote was not joined to arrays that can be read."""
+  """RuntimeError if Orbax did not join what the processes wrote into readable arrays."""
   for arrays in folder.glob("state*"):
     if not (arrays / "manifest.ocdbt").exists():
       raise RuntimeError(f"{arrays} has no manifest.ocdbt: Orbax did not join what was written")
@@ -219,8 +219,8 @@ def _nested(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_worth_reading(record: Any) -> bool:
-  """Of log records: Orbax tells at INFO level about every thread of every save. Of what it raises
-  the line is enough: who catches it tells of it, and keeps where it came from."""
+  """Whether a log record is shown. Orbax logs every thread of every save at INFO level. Its
+  tracebacks are dropped: it also raises these errors, and whoever catches them reports them."""
   if "/orbax/" not in record.pathname:
     return True
   record.exc_info = None
@@ -229,8 +229,8 @@ def _is_worth_reading(record: Any) -> bool:
 
 @functools.cache
 def _quieten_orbax() -> None:
-  """Of Orbax's lines only what people want to read; and when one read of a restore fails, not a
-  traceback for each other that was under way: they end after Orbax's event loop."""
+  """Hides Orbax's INFO lines. When one read of a restore fails, it also hides the tracebacks of the
+  other reads, which end after Orbax's event loop."""
   logging.get_absl_logger().addFilter(_is_worth_reading)
   show = sys.unraisablehook
 

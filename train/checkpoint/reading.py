@@ -1,4 +1,4 @@
-"""Reads checkpoints and changes nothing, so also while a run is writing there."""
+"""Reads checkpoints and changes nothing, so it may be used while a run is writing there."""
 
 import os
 from collections.abc import Callable
@@ -41,9 +41,10 @@ def restore(
 ) -> Restored:
   """The checkpoint of a step in a folder or below a URL.
 
-  `abstract` is the state as ShapeDtypeStructs with the shardings to restore into, any mesh. With
-  `part`, such as "params", it is that part of the state, and nothing else is read. `check` gets the
-  saved run record before any array is read, and may raise. `verify` compares the checksums.
+  `abstract` is the state as ShapeDtypeStructs with the shardings to restore into, on any mesh. With
+  `part`, such as "params", it is that part of the state, and nothing else is read. `check` is
+  called with the saved run record before any array is read, and may raise. `verify` compares the
+  checksums.
   Raises ValueError for a step without a checkpoint or for other arrays, DamagedCheckpointError for
   damage.
   """
@@ -89,7 +90,7 @@ def restore_from(
 
 
 def first_line(error: Exception) -> str:
-  """What Orbax or TensorStore raised, in one line."""
+  """The error of Orbax or TensorStore in one line."""
   lines = str(error).strip().partition("[tensorstore_spec")[0].splitlines()
   return lines[0].strip() if lines else type(error).__name__
 

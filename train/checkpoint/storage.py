@@ -1,7 +1,7 @@
 """Where the checkpoints of a run are: a folder or a bucket, chosen here, with the same methods.
 
-Whoever reads uses `Storage` alone and changes nothing there. The run that writes holds the lock and
-has a `Writer`. How a checkpoint comes to be complete or absent differs: folder.py and bucket.py.
+A reader uses `Storage` alone and changes nothing there. The run that writes holds the lock and has
+a `Writer`. How a checkpoint becomes complete in one go differs: folder.py and bucket.py.
 """
 
 import os
@@ -30,14 +30,15 @@ class Writer(Protocol):
     ...
 
   def location(self, step: int) -> dict[str, str]:
-    """What the content of a new checkpoint has to say of where its arrays are; by all processes."""
+    """What the content of a new checkpoint says about where its arrays are; by all processes."""
     ...
 
   def save(self, step: int, named: dict[str, jax.Array], content: dict[str, Any]) -> None:
     """Starts writing; returns when the arrays may be overwritten; by all processes.
 
-    `content` is what content.py: sealed gave, with `location`. The checkpoint appears when all is
-    written and `before_complete` has returned, which process 0 calls in the thread that writes.
+    `content` is the result of content.py: sealed, with `location` in it. The checkpoint appears
+    when all is written and `before_complete` has returned, which process 0 calls in the thread that
+    writes.
     """
     ...
 
@@ -50,15 +51,15 @@ class Writer(Protocol):
     ...
 
   def make_durable(self) -> None:
-    """Returns when a checkpoint that has appeared outlives a loss of power; called by process 0."""
+    """Returns when a checkpoint that has appeared survives a loss of power; called by process 0."""
     ...
 
   def remove(self, step: int) -> None:
-    """Makes it no checkpoint at once, and removes its arrays in the background; by process 0."""
+    """Takes the step's checkpoint away at once, and its arrays in the background; by process 0."""
     ...
 
   def set_aside(self, step: int, name: str) -> None:
-    """Makes it no checkpoint, and keeps what it has under `name`; called by process 0."""
+    """Takes the step's checkpoint away and keeps its files under `name`; called by process 0."""
     ...
 
   def close(self) -> None:
@@ -74,9 +75,9 @@ class Storage(Protocol):
     ...
 
   def steps(self) -> list[int]:
-    """The steps with a checkpoint, ascending; those still being written are none of them.
+    """The steps with a checkpoint, ascending; those still being written do not count.
 
-    ValueError for a step that is not written as ours are: it is of another program.
+    ValueError for a step whose name is not written as ours are: another program wrote it.
     """
     ...
 
@@ -85,23 +86,23 @@ class Storage(Protocol):
     ...
 
   def read_record(self, step: int) -> bytes | None:
-    """What `save` wrote of `content`, as JSON; None where there is none."""
+    """The `content` that `save` wrote, as JSON; None where there is none."""
     ...
 
   def read_arrays(
     self, step: int, named: dict[str, jax.ShapeDtypeStruct], content: dict[str, Any]
   ) -> dict[str, Any]:
-    """The arrays of `named` and no others, in the layout asked for; raises all kinds of errors if
-    it cannot."""
+    """The arrays of `named` and no others, in the layout asked for. Any kind of exception if a file
+    cannot be read."""
     ...
 
   def prepare(self) -> None:
-    """Makes the place; ValueError where no checkpoint could be read again, or another program's
-    lie. Nothing is touched then. Called by all processes."""
+    """Makes the folder; called by all processes. ValueError, before anything is touched, where no
+    checkpoint could be read back or where another program's checkpoints are."""
     ...
 
   def lock(self) -> Lock | BucketLock:
-    """Holds the place for this run; InUseError where another has it. Called by process 0."""
+    """Locks the storage for this run; InUseError where another run has it. Called by process 0."""
     ...
 
   def writer(self, *, timeout_seconds: int, before_complete: Callable[[], object]) -> Writer:
@@ -110,7 +111,7 @@ class Storage(Protocol):
 
 
 def storage_at(directory: str | os.PathLike[str]) -> Storage:
-  """That of a folder, or of a URL such as gs://bucket/run/checkpoints."""
+  """The storage of a folder, or of a URL such as gs://bucket/run/checkpoints."""
   name = os.fspath(directory)
   return BucketFolder(name) if bucket.is_url(name) else Folder(name)
 
@@ -121,7 +122,7 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
 
 
 def read_content(storage: Storage, step: int) -> dict[str, Any]:
-  """What content.py describes of a checkpoint, after checking that it is what was written."""
+  """The content of a checkpoint (content.py), after checking that it is what was written."""
   record = storage.read_record(step)
   if record is not None:
     return content.parsed(record, where=storage.at(step), step=step)

@@ -1,1 +1,1 @@
-"""The processes of a run: who lives, who agrees, when all leave."""
+"""The processes of a run: which are alive, what they agree on, when all leave."""

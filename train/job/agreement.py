@@ -1,6 +1,6 @@
 """Whether all processes of a job run the same thing: config, data, code and packages.
 
-A host with another checkout or another token store would train on without a sign of it, or hang.
+Otherwise a host with another checkout or token store would go on unnoticed, or hang.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def check(peers: Peers, record: dict[str, Any]) -> None:
 
 
 def _differences(first: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-  """What is not as in process 0, for people; of a file only that."""
+  """What differs from process 0, for people; for a file only that it differs."""
   lines = []
   for name in sorted({*first, *mine}):
     theirs, ours = first.get(name), mine.get(name)

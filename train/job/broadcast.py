@@ -5,7 +5,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _LENGTH_BYTES = 8
-# What fits goes in one collective.
+# A text that fits into so many bytes, with its length, takes one collective.
 _BLOCK_BYTES = 1024
 
 
@@ -13,7 +13,8 @@ def broadcast(text: str) -> str:
   """Process 0's text, on every process; all have arrived when it returns.
 
   It is a collective: every process calls it, at the same place among its steps and other
-  collectives. What the others pass is ignored. One that never comes is found by train/job/peers.py.
+  collectives. The text of the others is ignored. train/job/peers.py detects a process that never
+  calls it.
   """
   if jax.process_count() == 1:
     return text

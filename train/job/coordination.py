@@ -1,8 +1,8 @@
 """The private names of jax that we need, in this one file: its coordination service and clusters.
 
 The service (in process 0) keeps keys and barriers for threads that may not run a collective, and
-for processes whose collectives hang. The public jax.distributed can join and leave it, no more.
-TODO: drop when jax.distributed gives out its client, and says what it detects before it joins.
+for processes whose collectives hang. Through the public jax.distributed a process can only join and
+leave it. TODO: drop when jax.distributed makes its client and the detected cluster public.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ def client() -> Any:
 
 
 def wait_for_all(what: str, *, seconds: int) -> None:
-  """Returns when every process has called it with this name, which is used once. Any thread may
-  call it: it is no collective of the devices."""
+  """Returns when every process has called it with this name; a name is used once. Any thread may
+  call it, because it is not a collective of the devices."""
   if jax.process_count() > 1:
     client().wait_at_barrier(what, seconds * 1000)
 

@@ -1,13 +1,13 @@
-"""The processes of a job, as one of them sees the others: who is alive, and when all leave.
+"""The processes of a job, as one of them sees the others: which are alive, and when all leave.
 
-Every process tells the coordination service of jax (in process 0) every few moments that it lives,
-and reads what the others have to say, in a thread of its own. Process 0 judges: when one is not
-heard of for too long, or any has failed, all leave with a message that names it. Without that they
-would wait in a collective for ever, or be aborted by jax without a name.
+At least once a second, a thread of every process reports to the coordination service of jax (in
+process 0) that the process is alive, and reads what the others reported. Process 0 judges: when one
+has not reported for too long, or any has failed, all leave with a message that names it. Otherwise
+they would wait in a collective for ever, or jax would abort them without a name.
 
   alive/INDEX    a number that grows
   stop/INDEX     why this process wants all to save and leave
-  frozen/INDEX   the step it was at when it read that; -1 before its first
+  frozen/INDEX   the step this process was at when it read a stop; -1 before its first
   failure/INDEX  how it failed
   trouble/INDEX  the same, where another may have caused it
   verdict        why all have to leave now
@@ -40,16 +40,16 @@ class Peers:
   def __init__(
     self, client: Any, *, index: int, hosts: tuple[str, ...], seconds: float, coordinator: str = ""
   ):
-    """`client` is jax's of the coordination service (None: this process is all there is), `hosts`
-    by process index; `seconds` is how long a process may not be heard of."""
+    """`client` is jax's client of the coordination service (None: this is the only process),
+    `hosts` are by process index, `seconds` is how long a process may be silent."""
     self.index, self.hosts, self.seconds = index, hosts, seconds
-    self.step = 0  # the last that `reached` was told of
-    self._has_begun = False  # it was told of one
+    self.step = 0  # the last that was passed to `reached`
+    self._has_begun = False  # `reached` was called
     self._client, self._coordinator = client, coordinator
     self._beat = min(_MAX_BEAT_SECONDS, seconds / _BEATS_PER_TIMEOUT)
     self._closed = threading.Event()
     self._threads: list[threading.Thread] = []
-    self._say: dict[str, str] = {}  # what is to be told at the next beat
+    self._say: dict[str, str] = {}  # to be reported at the next beat
     self._trouble, self._heard = "", threading.Event()
     self._changed = threading.Condition()
     self._freezing, self._stop_at, self.stop_reason = False, None, ""
@@ -66,7 +66,7 @@ class Peers:
 
   @classmethod
   def alone(cls) -> "Peers":
-    """Of a job of one process: no thread, no message."""
+    """For a job of one process: no thread, no message."""
     return cls(None, index=0, hosts=(socket.gethostname(),), seconds=1.0)
 
   @property
@@ -74,12 +74,12 @@ class Peers:
     return len(self.hosts)
 
   def name(self, index: int) -> str:
-    """What people know a process by."""
+    """How messages name a process."""
     return f"process {index} (host {self.hosts[index]})"
 
   def ask_to_stop(self, reason: str) -> None:
-    """Makes `reached` true at the same step on all processes. Before any of them has come to its
-    first step there is nothing to save: then they end at once."""
+    """Makes `reached` true at the same step on all processes. If none has come to its first step,
+    there is nothing to save, and they end at once."""
     if self._client is None:
       with self._changed:
         self.stop_reason, self._stop_at = reason, 0
@@ -89,7 +89,7 @@ class Peers:
       self._say.setdefault(f"stop/{self.index}", f"{reason} on {self.name(self.index)}")
 
   def reached(self, step: int) -> bool:
-    """Whether to leave after `step` finished steps, the same on all; to be asked at every step."""
+    """Whether to leave after `step` finished steps, the same on all; call it at every step."""
     with self._changed:
       self.step, self._has_begun = step, True
       while self._freezing:
@@ -97,31 +97,31 @@ class Peers:
       return self._stop_at is not None and step >= self._stop_at
 
   def exchange(self, name: str, value: str) -> list[str]:
-    """The value of every process under a name that is used once, when all have given theirs."""
+    """The value of every process, in their order, when all have called it; `name` is used once."""
     if self._client is None:
       return [value]
     self._client.key_value_set(f"{name}/{self.index}", value)
-    self._client.wait_at_barrier(name, 24 * 3600 * 1000)  # who does not come is found out
+    self._client.wait_at_barrier(name, 24 * 3600 * 1000)  # _judge notices who never comes
     told = self._read(name)
     return [told[str(index)] for index in range(self.count)]
 
   @classmethod
   def leave_unbegun(cls, reason: str) -> NoReturn:
-    """Ends this process, which has no step to save, so that it is started again."""
+    """Ends this process, which has no step to save, with the status that asks for a new start."""
     cls.leave(f"{reason} before the first step: there is nothing to save", status=STOPPED)
 
   @staticmethod
   def leave(message: str, *, status: int = LOST) -> NoReturn:
-    """Ends this process, now: at its exit jax would wait for the others for minutes."""
+    """Ends this process at once: a normal exit would wait for the others for minutes, in jax."""
     logging.error("%s", message)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
   def failed(self, problem: str, *, is_echo: bool) -> None:
-    """Tells the others that this process has failed, before it ends with a status of its own.
+    """Reports to the others that this process has failed, before it ends with its own status.
 
-    With `is_echo` the failure may be that of another, who is gone: then this one leaves with LOST.
+    With `is_echo` the cause may be another process that is gone: then this one leaves with LOST.
     """
     if self._client is not None:
       self._trouble = problem
@@ -129,7 +129,7 @@ class Peers:
       self._heard.wait(self._beat * (_BEATS_OF_A_ROLL_CALL + 6) + 3.0)
 
   def close(self) -> None:
-    """Before this process ends well: it is not missed from now on."""
+    """Call it before this process ends well: the others no longer wait for its reports."""
     self._closed.set()
     for thread in self._threads:
       thread.join(timeout=10.0)
@@ -155,12 +155,12 @@ class Peers:
       except jax.errors.JaxRuntimeError as error:
         # A process that has said nothing at all is named by _listen or _aborted.
         logging.log_first_n(logging.WARNING, "the coordination service: %s", 1, error)
-    # Who asks to stop now, waits for nobody: this process has gone as far as it will.
+    # A process that asks to stop from now on need not wait: this one has done its last step.
     for key, value in (("frozen", str(self.step)), ("alive", "done")):
       self._try_tell(f"{key}/{self.index}", value)
 
   def _agree(self) -> None:
-    """Once somebody wants to stop: holds the loop until all know the last step of all."""
+    """Once a process wants to stop: holds the loop until all know the last step of all."""
     if self._stop_at is not None:
       return
     if not self._freezing:
@@ -182,7 +182,7 @@ class Peers:
         self._changed.notify_all()
 
   def _leave_with_all(self) -> NoReturn:
-    """Process 0 is the last: with it the service ends, and who is still there would miss it."""
+    """Process 0 leaves last: the service ends with it, and the others still need the service."""
     self._tell(f"alive/{self.index}", "done")
     end = time.monotonic() + self.seconds
     while self.index == 0 and time.monotonic() < end:
@@ -193,7 +193,7 @@ class Peers:
     self.leave_unbegun(self.stop_reason)
 
   def _judge(self) -> None:
-    """Process 0 says who is gone, or whose failure it is, and is the last to leave."""
+    """Process 0 decides which process is gone or has failed, and is the last to leave."""
     now, alive = time.monotonic(), self._read("alive")
     for index, (value, _) in self._seen.items():
       if (current := alive.get(str(index), "")) != value:
@@ -204,8 +204,8 @@ class Peers:
       patience = now - self._trouble_since
       if patience < self._beat * _BEATS_OF_A_ROLL_CALL + 0.5:
         return
-      # What one told as it died may be heard a beat after the trouble that its death made; who
-      # lives is heard of every beat.
+      # The last report of a process that died may arrive a beat after the trouble that its death
+      # caused; a process that is alive reports at every beat.
       patience -= 2 * self._beat
     gone = [i for i, (value, at) in self._seen.items() if value != "done" and now - at >= patience]
     if not gone and not troubles:
@@ -224,7 +224,7 @@ class Peers:
     self._hear(kind, verdict)
 
   def _hear(self, kind: str, verdict: str) -> None:
-    """Leaves, unless it is this process's own failure: `failed` returns to who called it."""
+    """Leaves, unless this process itself has failed: then `failed` returns to its caller."""
     if kind == "gone" or not self._trouble:
       self.leave(f"{verdict}. This process leaves, to be started again with all others")
     self._heard.set()
@@ -237,14 +237,14 @@ class Peers:
         self.leave(f"{self.name(0)}, the coordinator, has not answered for {silent:.1f} s")
 
   def _aborted(self, number: int) -> None:
-    """The handler of SIGABRT: jax aborts as soon as the service is gone, and nothing of Python's
-    would run after that; this runs in the thread that aborts."""
+    """The handler of SIGABRT, in the thread that aborts: jax aborts as soon as the service is gone,
+    and no Python code of ours would run after that."""
     if not self._is_reachable():
       self.leave(f"{self.name(0)}, the coordinator, is gone")
     silent = time.monotonic() - self._last_answer
     if silent > 4 * self._beat + 1:
       self.leave(f"{self.name(0)}, the coordinator, has not answered for {silent:.1f} s")
-    # Another reason, which the lines above tell.
+    # Aborted for another reason, which the log above shows.
     ctypes.CDLL(None).signal(signal.SIGABRT, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -257,7 +257,7 @@ class Peers:
     return True
 
   def _read(self, name: str) -> dict[str, str]:
-    """What has been told under NAME/, by process index."""
+    """What processes have reported under NAME/, by process index."""
     pairs = self._client.key_value_dir_get(f"{name}/")
     return {key.rpartition("/")[2]: value for key, value in pairs}
 

@@ -12,16 +12,16 @@ from absl import logging
 from train.job.peers import Peers
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-# Slurm and systemd tell every process of a job, and a supervisor among them passes it on.
+# Slurm and systemd signal every process of a job, and a supervisor passes its signal on.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopRequest:
   """Ctrl-C or SIGTERM: the first calls `ask` with the signal's name, the second ends this process.
 
-  What comes within a second of the first is the same request, told by several. Use it in a `with`.
-  `ask` may be replaced within it. `signal_name` is what came, or None. A thread listens: the main
-  one may be in a collective that will not end.
+  Signals within a second of the first are the same request, sent by several. Use it in a `with`.
+  `ask` may be replaced within it. `signal_name` is the signal that came, or None. A thread listens,
+  because the main thread may be in a collective that will not end.
   """
 
   def __init__(self, ask: Callable[[str], object] = lambda name: None):
@@ -32,7 +32,7 @@ class StopRequest:
   def __enter__(self) -> "StopRequest":
     listening, self._wakeup = socket.socketpair()
     self._wakeup.setblocking(False)
-    # Python's handlers wait for the main thread; this descriptor gets the signal's number at once.
+    # Python runs handlers in the main thread; this socket gets the signal's number at once.
     self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno())
     for number in _STOPPING:
       self._previous[number] = signal.signal(number, lambda *_: None)

@@ -12,8 +12,8 @@ from typing import ClassVar
 from train.job.peers import Peers
 from train.workdir.failure import record_failure
 
-# Native code that holds the interpreter's lock for ever also holds up the watchdog's thread: after
-# so much longer, C ends the process.
+# Native code that never releases the interpreter's lock also blocks the watchdog's thread. After so
+# many seconds more, faulthandler ends the process from C.
 _SECONDS_BEFORE_FORCE = 60.0
 _CHECKS_PER_LIMIT = 20
 _MAX_CHECK_SECONDS = 1.0
@@ -21,10 +21,10 @@ _MAX_CHECK_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-  """How many minutes a run may go without progress; None for ever.
+  """How many minutes a run may go without progress; None for no limit.
 
   step_minutes: from one step to the next, evaluation and waiting for a checkpoint included.
-  start_minutes: for each thing before that: restoring, compiling, the first step.
+  start_minutes: for each part before that: restoring, compiling, the first step.
   """
 
   recorded_as: ClassVar[str] = "train.watchdog.WatchdogConfig"
@@ -40,10 +40,10 @@ class WatchdogConfig:
 
 
 class Watchdog:
-  """Between `with` and its end, wants to hear of progress in time; else ends the process.
+  """Inside its `with`, ends the process when no progress is reported in time.
 
-  Then WORKDIR/stacks-INDEX.txt and stderr have the stack of every thread, failure.json says where,
-  the other processes are told, and the status is LOST: start all again.
+  Then WORKDIR/stacks-INDEX.txt and stderr have the stack of every thread, failure.json says where
+  it was, the other processes are informed, and the status is LOST: start all again.
   """
 
   def __init__(self, workdir: pathlib.Path, config: WatchdogConfig, peers: Peers):
@@ -53,11 +53,11 @@ class Watchdog:
     self.begins("starting")
 
   def begins(self, what: str) -> None:
-    """A part of the start: "restoring" or "compiling"."""
+    """A part of the start begins: "restoring" or "compiling"."""
     self._progress(what, self._config.start_minutes)
 
   def step(self, step: int) -> None:
-    """A step is over. What is left to compile is compiled in the first one after it."""
+    """A step is over. Whatever is not compiled yet is compiled after the first one."""
     self._steps += 1
     is_start = self._steps == 1
     minutes = self._config.start_minutes if is_start else self._config.step_minutes

@@ -2,8 +2,8 @@
 
 Each layer says what it makes (models/costs.py): matrix products read their operand and write their
 result; elementwise work between two of them is one pass, which reads the results before and writes
-the operand after; a kernel that an op has for itself keeps what is inside it out of HBM. Here is
-what a remat policy makes of that.
+the operand after; a kernel of its own keeps the values inside an op out of HBM. This file computes
+what each remat policy keeps of them and computes again.
 """
 
 import dataclasses

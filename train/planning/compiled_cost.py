@@ -2,15 +2,15 @@
 
 Read from the program (sharding/program_cost.py): FLOPs and bytes of every operation, and the
 compiler's own estimate of its cycles. Custom kernels have no FLOPs there; a layer whose kernels
-multiply matrices says which of its products each of them forms (models/costs.py). Two times come of
-it, both of operations one after another, as a TPU runs them:
+multiply matrices says which of its products each of them forms (models/costs.py). This gives two
+times, both for operations that run one after another, as on a TPU:
 
   seconds    each operation the longer of its FLOPs and its bytes, at the shares of the chip's peaks
              that kernels reach (sharding/topology.py)
   estimated  the compiler's cycles; kernels, which have none, as in `seconds`
 
-Collectives are in neither but for the bytes that they read and write; the whole adds half of what
-they take, as train/planning/roofline.py does.
+Of collectives, both count only the bytes that they read and write in memory. The time of the whole
+step adds half of the time that they take, as train/planning/roofline.py does.
 """
 
 import collections
@@ -78,8 +78,8 @@ class ProgramCost:
 
 
 class _Kernel(NamedTuple):
-  """What a layer says of a custom kernel: the FLOPs of one pass over all tokens of the device and
-  all blocks that have it, and in how many calls that is."""
+  """A custom kernel as its layers declare it: the FLOPs for each token of one pass over all blocks
+  that have it, and in how many calls that is."""
 
   scope: str
   is_backward: bool
@@ -139,7 +139,8 @@ def _kernels(model: DecoderConfig, row_length: int, num_microbatches: int) -> di
 
 
 def _declared(one: Operation, kernels: Mapping[str, _Kernel]) -> str | None:
-  """By which name a layer declares this kernel; None if it is none, or none does."""
+  """The name under which a layer declares this kernel; None for other operations, and for a kernel
+  that no layer declares."""
   if one.kernel is None:
     return None
   return next((name for name in kernels if one.kernel.startswith(name)), None)
@@ -179,7 +180,7 @@ def _cost(one: Operation, chip: Chip) -> PartCost:
 
 
 def _kernel_cost(one: Operation, chip: Chip, flops: float, *, is_backward: bool) -> PartCost:
-  """Of all calls of a kernel at the rates of attention, `flops` in them."""
+  """All calls of a kernel, with `flops` in them, at the rates of attention."""
   reached = chip.reached
   share = reached.attention_backward if is_backward else reached.attention_forward
   seconds = flops / (share * chip.peak_flops)

@@ -1,6 +1,6 @@
 """Bytes that a training step holds on one device, by part, from config and mesh alone.
 
-What lies on devices between steps is exact: shapes and layout tables. What lives inside a step is a
+What devices hold between steps is exact: shapes and layout tables. What lives inside a step is a
 model of what the compiler does (train/planning/activations.py), checked against compiled programs
 (docs/plans.jsonl).
 """
@@ -31,7 +31,7 @@ _BLOCKS = 5
 
 
 class Leaf(NamedTuple):
-  """A parameter: its name, those of its dimensions, shape and stored bytes of a number."""
+  """A parameter: its name, the names of its dimensions, its shape, the bytes of a stored number."""
 
   name: str
   axes: Axes
@@ -46,7 +46,7 @@ class Footprint:
   parameters, moments, batch  between steps; exact
   gradients    in float32, laid out as the tables say
   activations  kept for the backward pass, and alive at its peak
-  weights      gathered parameters and whole gradients of what is computed just now
+  weights      gathered parameters and whole gradients of the blocks being computed
   """
 
   parameters: float
@@ -62,7 +62,7 @@ class Footprint:
 
   @property
   def temporaries(self) -> float:
-    """What a compiled program calls so."""
+    """What a compiled program reports as temporaries."""
     return self.gradients + self.activations + self.weights
 
 
@@ -212,5 +212,5 @@ def compute_numbers(config: DecoderConfig, mesh: MeshShape, platform: str) -> Co
       total += numbers
       stack = leaf.shape[:num_stacked]
       runs.setdefault(stack, []).append(numbers / math.prod(stack))
-  # Runs that are stacked alike are told apart no further: their sum is no less than either.
+  # Stacks of one shape are not told apart: their sum is an upper bound for each.
   return ComputeNumbers(embedding, total, max((sum(sizes) for sizes in runs.values()), default=0.0))

@@ -2,7 +2,7 @@
 
 `compiled(run, machine)` compiles the real training step for the real chip, without such a chip, and
 reads memory, collectives and what is executed (`program`) from it. `modelled(run, machine)` takes
-memory and collectives from the models of footprint.py and traffic.py beside it, in milliseconds.
+memory and collectives from the models in footprint.py and traffic.py; that takes milliseconds.
 FLOPs and HBM bytes of the roofline are analytic in both.
 """
 
@@ -90,7 +90,7 @@ class Plan:
   program: ProgramCost | None = None  # of a program that was compiled and fits
   compile_seconds: float | None = None
   model_error: float | None = None  # of the memory model, as a share of what the compiler needs
-  refusal: str | None = None  # the compiler's own words where memory did not suffice
+  refusal: str | None = None  # the compiler's message where there was not enough memory
 
   @property
   def chip(self) -> Chip:
@@ -194,8 +194,8 @@ def modelled(run: Run, machine: Machine) -> Plan:
 
 
 def compiled(run: Run, machine: Machine) -> Plan:
-  """The plan from the compiled step. A program that needs more memory than there is is a plan that
-  does not fit; its activations then are what the compiler says is missing."""
+  """The plan from the compiled step. A program that needs more memory than the chip has gives a
+  plan that does not fit: all it needs beside state, batch and gradients counts as activations."""
   mesh = run.mesh.resolved(machine.num_devices)
   _check(run, mesh, machine)
   held = footprint(run, mesh, platform=machine.chip.platform)
@@ -278,7 +278,7 @@ def _plan(
 
 
 def _check(run: Run, mesh: MeshShape, machine: Machine) -> None:
-  """Raises where building the run on a real mesh would."""
+  """Raises the errors that building the run on a real mesh would raise."""
   run.optimizer.check(total_steps=run.total_steps)
   if machine.chip.platform == "tpu":
     check_slices(mesh, machine.num_islands)

@@ -1,9 +1,10 @@
 """The time of a training step on a machine: matrix units, HBM, fast links, network.
 
-Each of the four is bytes or FLOPs over what the chip can do (sharding/topology.py). At its peaks, a
-step takes no less than the largest of them, all others hidden behind it: the bound, and the MFU
-ceiling. At the shares of the peaks that kernels reach, half way between the largest and the sum is
-what a step is expected to take. Elementwise work is counted by the bytes it moves.
+Each of the four is bytes or FLOPs over what the chip can do (sharding/topology.py). The bound uses
+the chip's peaks: a step takes no less than the largest of the four, with all others hidden behind
+it. This also gives the MFU ceiling. The expected time uses the shares of the peaks that kernels
+reach, and lies half way between the largest and the sum. Elementwise work is counted by the bytes
+it moves.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ _PASSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer:
-  """Equal collectives of one step. `bytes` is what one device gives or gets, whichever is larger,
-  over all `times`; `islands` is how many slices or nodes a group of `members` devices lies in."""
+  """Equal collectives of one step. `bytes` is what one device sends or receives, whichever is
+  larger, in all `times`; a group of `members` devices lies in `islands` slices or nodes."""
 
   kind: str
   axes: tuple[str, ...]
@@ -57,9 +58,8 @@ def transfer(
 ) -> Transfer:
   """The cost of collectives among the devices at positions `group` of the mesh.
 
-  Inside an island a ring over all links of the axes; between islands each device brings the part
-  of the array that it is left with when its island has shared the work out. A permutation is one
-  hop over one link.
+  Inside an island it is a ring over all links of the axes. Between islands each device sends the
+  part of the array that is its share within its island. A permutation is one hop over one link.
   """
   axes = tuple(axes)
   members, islands = len(group), machine.islands(group)
@@ -105,7 +105,7 @@ class Executed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-  """Seconds of one step on each device, and the model's FLOPs that it is worth."""
+  """Seconds of one step on each device, and the model's FLOPs of that step."""
 
   compute: float
   hbm: float
@@ -138,9 +138,9 @@ class Roofline:
 
   @property
   def expected_seconds(self) -> float:
-    """What a step is expected to take, and what layouts are compared by: with kernels as fast as
-    they are known to be, half way between all hidden and nothing hidden. Of what is sent, gathers
-    of weights hide well and all-reduces of activations badly; copies hide behind nothing."""
+    """What a step is expected to take, by which layouts are compared. Kernels are as fast as they
+    are known to be, and the time is half way between all hidden and nothing hidden: gathers of
+    weights hide well, all-reduces of activations badly. Copies hide behind nothing."""
     times = (self.compute_reached, self.hbm_reached, self.ici, self.dcn)
     return (max(times) + sum(times)) / 2 + self.relayout_reached
 

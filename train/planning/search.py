@@ -18,7 +18,7 @@ from train.planning.layouts import REMATS, STAGES, Layout, layout_of
 from train.planning.roofline import Roofline, roofline
 from train.planning.traffic import collectives, executed_flops, hbm_bytes
 
-# The memory model is short by less than this (docs/plans.jsonl): what leaves more fits for sure.
+# The memory model falls short by less than this (docs/plans.jsonl): what leaves more fits for sure.
 SAFE_MARGIN = 0.15
 # Shorter rows lie whole on a device; a shard of a longer one has at least so many tokens.
 _LONG_ROW = 32_768
@@ -106,7 +106,7 @@ def evaluate(run: Run, layout: Layout, machine: Machine) -> Candidate | None:
 
 
 def advice(run: Run, machine: Machine) -> list[tuple[str, Candidate]]:
-  """Changes of one setting that make a run fit or, if it does, faster by 3 % at least: what to set,
+  """Changes of one setting that make a run fit or, if it fits, at least 3 % faster: what to set,
   and the candidate; best first."""
   now = layout_of(run, machine.num_devices)
   before = evaluate(run, now, machine)
@@ -125,7 +125,7 @@ def advice(run: Run, machine: Machine) -> list[tuple[str, Candidate]]:
 
 
 def _difference(now: Layout, then: Layout) -> list[str]:
-  """What is set otherwise, as it is said to people."""
+  """The settings in which `then` differs, in words."""
   found = []
   if then.mesh != now.mesh:
     axes = ("data", "fsdp", "sequence", "tensor")
@@ -137,7 +137,7 @@ def _difference(now: Layout, then: Layout) -> list[str]:
 
 
 def _row_shards(run: Run, machine: Machine) -> list[int]:
-  """Over how many devices a row may lie: long ones over any number, others as the run has it."""
+  """Over how many devices a row may lie: any number for long rows, otherwise as the run says."""
   length = run.data.row_length
   if length < _LONG_ROW:
     return [max(1, run.mesh.sequence)]
@@ -146,7 +146,7 @@ def _row_shards(run: Run, machine: Machine) -> list[int]:
 
 
 def _meshes(machine: Machine, *, sequence: int) -> Iterator[MeshShape]:
-  """Every mesh of so many devices with that axis sequence, whose slices lie over data."""
+  """Every mesh of the machine's devices with that size of sequence; slices lie over data."""
   if machine.num_devices % sequence:
     return
   devices = machine.num_devices // sequence

@@ -2,7 +2,7 @@
 
 `hbm_bytes`: through the device's memory. `collectives`: between devices, in the terms that
 sharding/collectives.py reads from a compiled program. `executed_flops`: with what is computed
-again. Terms are written out where they are added up; activations are those of activations.py.
+again. Each term is explained where it is added up; activations are those of activations.py.
 """
 
 import collections
@@ -142,7 +142,7 @@ def collectives(run: Run, mesh: MeshShape, machine: Machine) -> tuple[Transfer, 
   else:
     add("reduce-scatter", ("fsdp",), parts * blocks, parts * sums)
     add("all-reduce", ("data", "sequence"), parts * blocks, parts * sums / mesh.fsdp)
-  # Behind the embedding, and what blocks send.
+  # The embedding's sum, and what blocks send.
   sent = [Sent("all-reduce", "tensor", 1, stream), *_between_shards(run, mesh, platform)]
   for axis, kind in (
     ("tensor", "all-reduce"),

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
   kind: str
   start: float
   end: float
-  # Of steps the first and the last, (n + 1, n) if none came to its end; of evaluations (n, n).
+  # Of steps the first and the last, (n + 1, n) if none was finished; of evaluations (n, n).
   steps: tuple[int, int] | None = None
 
 
@@ -116,7 +116,7 @@ class _Reader:
 
   def _add_piece(self, kind: str, start: float, line: dict[str, Any]) -> None:
     if kind == "step" or "steps" in line:
-      # No step came to its end: the next was going on.
+      # No step was finished: the next one was running.
       first, last = line.get("steps", (self._step + 1, self._step))
       self._step = last
       waited = min(line.get("data_wait", 0.0), self.end - start)

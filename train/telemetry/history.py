@@ -1,4 +1,4 @@
-"""A run as its folder tells it, at any time: still going, killed, or of an older version."""
+"""A run as its folder shows it, at any time: still going, killed, or of an older version."""
 
 import json
 import pathlib
@@ -81,8 +81,8 @@ class History(NamedTuple):
 
   @property
   def statistics(self) -> list[Statistics]:
-    """What the blocks recorded, as the last start said it; of a run from before runs said it, what
-    was recorded then."""
+    """What the blocks recorded, as the last start declared it. Older runs declared nothing: for
+    them it is what was recorded then (older_statistics.json)."""
     said = [line["about"] for line in self.layers if "about" in line]
     if said:
       return [of_json(value) for value in said[-1]]
@@ -90,7 +90,7 @@ class History(NamedTuple):
     return [older] if any(self.layer(older.columns[0].name)) else []
 
   def layer(self, name: str) -> list[dict[int, Any]]:
-    """For each block step -> value of a column of statistics.jsonl; empty for blocks without it."""
+    """For each block, step -> value of a column of statistics.jsonl; empty for one without it."""
     columns: list[dict[int, Any]] = []
     for line in self.layers:
       values = line.get(name, [])

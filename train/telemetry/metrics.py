@@ -1,4 +1,4 @@
-"""What a run tells while it trains: console, metrics.jsonl, TensorBoard, wandb; process 0 only.
+"""What a run reports while it trains: console, metrics.jsonl, TensorBoard, wandb; process 0 only.
 
 WORKDIR/metrics.jsonl    one JSON object per line: step, time, and values by the names of FIELDS
 WORKDIR/statistics.jsonl one for each step with statistics: see train/layer_statistics.py
@@ -189,9 +189,9 @@ class Metrics:
   def write_layers(
     self, step: int, columns: Mapping[str, Any], *, about: Sequence[Statistics]
   ) -> None:
-    """Writes one step's columns of train/layer_statistics.py: a line of their file, and as scalars
-    "layers/<name>/<block>" everywhere else; of several quantiles the middle one. `about` says what
-    the columns are, and stands in the first line that this process writes."""
+    """Writes one step's columns of train/layer_statistics.py: a line of their file, and scalars
+    "layers/<name>/<block>" everywhere else, the middle one where there are several quantiles.
+    `about` declares the columns; it is in the first line that this process writes."""
     if not self._is_open:
       return
     record = {"step": step, "time": round(time.time(), 3), **columns}

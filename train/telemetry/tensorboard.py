@@ -1,7 +1,7 @@
-"""Scalars in TensorBoard's files, written by who tells them.
+"""Scalars in TensorBoard's files, written in the thread that calls.
 
-A thread that writes would die of a full disk and keep who tells it more waiting for ever; and what
-it had not written when the process is killed would be missing after every restart.
+A writer thread would die of a full disk and leave its callers waiting for ever. What it had not
+written when the process is killed would be missing after every restart.
 """
 
 import pathlib
@@ -21,8 +21,8 @@ Summary: Any = vars(summary_pb2)["Summary"]
 
 
 class EventFile:
-  """A new file in `folder`, or the end of one of this second; TensorBoard hides what is in those
-  before of steps after `start_step`."""
+  """A new file in `folder`, or the end of one that was made in this second. TensorBoard hides what
+  earlier files have of steps after `start_step`."""
 
   def __init__(self, folder: pathlib.Path, start_step: int):
     folder.mkdir(parents=True, exist_ok=True)
