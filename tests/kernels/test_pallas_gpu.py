@@ -14,37 +14,19 @@ from kernels.block_diagonal import measure as block_diagonal_measure
 from kernels.linear_scan import pallas_gpu as plain
 from kernels.rg_lru import measure
 from kernels.rg_lru import pallas_gpu as fused
-from kernels.triton_call import on_gpu_or_interpreted
 from tests.draws import Draws
 from tests.tolerances import assert_close
+from tests.triton_tiles import small_tiles
 
 # Tokens of a chunk, and its parts.
 CHUNKS = {"long chunks": (16, 1), "short chunks": (4, 1), "parts": (8, 4)}
 
 
 @pytest.fixture(params=CHUNKS)
-def mode(request, monkeypatch):
-  """Tiles with few steps side by side, which compile sooner.
-
-  Forgets earlier traces: constants are not part of the key by which JAX finds them.
-  """
+def mode(request):
   steps, warps = CHUNKS[request.param]
-  tiles_of, cut_into = plain.Tiles.of, set()
-
-  def watched(shape, *, steps, warps):
-    cut_into.add((steps, warps))
-    return tiles_of(shape, steps=steps, warps=warps)
-
-  monkeypatch.setattr(plain.Tiles, "of", watched)
-  for module, name in ((plain, ""), (fused, ""), (fused, "_BACKWARD")):
-    monkeypatch.setattr(module, f"{name}_STEPS", steps)
-    monkeypatch.setattr(module, f"{name}_WARPS", warps)
-  monkeypatch.setattr(plain, "GROUP", 2)
-  monkeypatch.setattr(plain, "_WINDOWS", (2, 3))
-  on_gpu_or_interpreted.clear_cache()
-  yield
-  on_gpu_or_interpreted.clear_cache()
-  assert cut_into == {(steps, warps)}
+  with small_tiles(steps=steps, warps=warps):
+    yield
 
 
 in_all_kinds_of_chunks = pytest.mark.usefixtures("mode")
