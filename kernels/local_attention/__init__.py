@@ -6,15 +6,16 @@
 E divides N: query head n uses key-value head n // (N / E). E = 1 is multi-query attention, E = N
 multi-head attention; no implementation makes a copy of k or v for each query head.
 
-Keys are aligned with queries at the end: query t is row S - T + t, and the first S - T keys belong
-to an earlier chunk of a split row. Query t sees key s if both carry the same document number and
+Keys and queries are aligned at the end: query t is at the place of key S - T + t, and the first
+S - T keys belong to an earlier chunk of a split row. Query t sees key s if both have the same
+document number and
 
   0 <= (S - T + t) - s <= window
 
-so itself and `window` keys before it: window + 1 in all. `window=None` lets it see every earlier
-key of its document. Logits are scaled by H^-0.5; logits and softmax are float32, the result has the
-dtype of q. What a query does not see has a weight of exactly 0. The backward pass recomputes the
-weights: kept are q, k, v, the output and one number per query and head.
+so it sees itself and `window` keys before it: window + 1 in all. `window=None` lets it see every
+earlier key of its document. Logits are scaled by H^-0.5; logits and softmax are float32, the result
+has the dtype of q. What a query does not see has a weight of exactly 0. The backward pass
+recomputes the weights: kept are q, k, v, the output and one number per query and head.
 
   reference   the whole T x S matrix, as the definition reads
   banded      one block of queries at a time against the keys that it can reach, or against all keys
@@ -24,14 +25,14 @@ weights: kept are q, k, v, the output and one number per query and head.
               prompt) is computed as banded says, by its shape alone
   pallas_gpu  the same in Triton kernels for Hopper and Ampere; head sizes 16, 32, 64, 128 and 256
 
-"auto" is splash_tpu on TPU, pallas_gpu on NVIDIA's GPUs from Ampere on, and banded where the head
-size is none of theirs, on other GPUs, and on CPU. The kernels run on whole arrays, or inside
-jax.shard_map with check_vma=False (`tracks_varying`). splash_tpu lowers for TPU alone; pallas_gpu
-is interpreted, slowly, on CPU.
+"auto" is splash_tpu on TPU and pallas_gpu on NVIDIA's GPUs from Ampere on, for the head sizes that
+they support. Otherwise, on other GPUs, and on CPU it is banded. The kernels run on whole arrays, or
+inside jax.shard_map with check_vma=False (`tracks_varying`). splash_tpu lowers for TPU alone;
+pallas_gpu is interpreted, slowly, on CPU.
 
-cuDNN's attention (jax.nn.dot_product_attention) is not among them: it has a causal window, but of
-documents it knows only lengths, as many per row as the program was compiled for, and on GPUs before
-Hopper one; a mask in their place would be T x S. Here a row has any number of documents.
+cuDNN's attention (jax.nn.dot_product_attention) is not among them. It has a causal window, but it
+takes documents only as lengths, with a fixed number of documents per row (one on GPUs before
+Hopper), or as a mask of T x S. Here a row has any number of documents.
 """
 
 import functools
@@ -56,7 +57,7 @@ _DEFAULTS = {"cpu": "banded", "gpu": "pallas_gpu", "tpu": "splash_tpu"}
 def resolve(requested: str, *, head_size: int) -> str:
   """The implementation that `requested` stands for on this platform; see kernels/dispatch.py.
 
-  One of the kernels by name, with a head size that it cannot do, is a ValueError.
+  ValueError for a kernel that is asked for by name and does not support the head size.
   """
   fits_splash = head_size % splash_tpu.LANES == 0
   fits_gpu = head_size in pallas_gpu.HEAD_SIZES
@@ -79,7 +80,7 @@ def resolve(requested: str, *, head_size: int) -> str:
 
 
 def tracks_varying(implementation: str) -> bool:
-  """Whether jax.shard_map can check over which axes its arrays vary (check_vma)."""
+  """Whether jax.shard_map can check over which axes this implementation's arrays vary."""
   return implementation in ("reference", "banded")
 
 

@@ -1,10 +1,10 @@
 """Attention one block of queries at a time, each against the band of keys that it can reach.
 
-Letters of this file: C queries of a block, M keys of a band; P is T or S filled up so that every
-block is whole. The backward pass forms the weights again from the logits and their log-sum-exp, as
-flash attention does (arXiv:2205.14135): kept are q, k, v, the output and one number per query and
-head. Logits of one block alone exist at a time: on a CPU they stay in its cache. Below `attention`
-there is one key-value head, and N are its query heads.
+Letters of this file: C queries of a block, M keys of a band; P is T or S padded to whole blocks.
+The backward pass forms the weights again from the logits and their log-sum-exp, as flash attention
+does (arXiv:2205.14135): kept are q, k, v, the output and one number per query and head. Only the
+logits of one block exist at a time: on a CPU they stay in its cache. Below `attention` there is one
+key-value head, and N are its query heads.
 """
 
 import functools
@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Finite, so that a query that fills up a block and sees nothing has weights and no NaN; exp of it
-# is exactly 0.
+# Finite, so that a padding query, which sees nothing, has weights and no NaN; exp of it is 0.
 _HIDDEN = -1e30
-# The largest block of queries: a band is window + block keys long, of which window + 1 count.
+# The largest block of queries: a band has window + block keys, of which a query sees window + 1.
 _MAX_BLOCK = 128
 
 
 class _Layout(NamedTuple):
-  """Which queries and keys meet. `band` keys from a block's own start on, or from 0 if all keys."""
+  """Which queries meet which keys: `band` keys from the block's start on, or all keys from 0 on."""
 
   time: int
   keys: int
@@ -48,7 +47,7 @@ class _Layout(NamedTuple):
 
   @property
   def missing(self) -> int:
-    """Rows without a key in the reach of the first query: they are filled up."""
+    """Rows that the first query can reach before the first key: they are padding."""
     return max(0, self.window - (self.keys - self.time)) if self.is_sliced else 0
 
 
@@ -65,7 +64,7 @@ def attention(
   batch, time, heads, head_size = q_BTNH.shape
   keys, kv_heads = k_BSEH.shape[1:3]
   window = keys if window is None else min(window, keys)
-  # Smaller blocks reach fewer keys in vain; larger ones are fewer products.
+  # Smaller blocks multiply fewer keys that are then masked; larger blocks are fewer products.
   block = min(time, _MAX_BLOCK, max(16, window // 4))
   layout = _Layout(time, keys, window, block)
 
@@ -102,7 +101,7 @@ def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
 
   _, blocks = _over_blocks(one_block, None, layout)
   o_BTNH, log_sum_BTN1 = (_join(x, layout) for x in blocks)
-  # A remat policy can keep what is named, rather than attend again.
+  # Named, so that a remat policy can keep it instead of computing attention again.
   o_BTNH = checkpoint_name(o_BTNH.astype(q_BTNH.dtype), "attention")
   log_sum_BTN1 = checkpoint_name(log_sum_BTN1, "attention")
   inputs = (q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS)
@@ -111,7 +110,7 @@ def _forward(q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, layout):
 
 def _backward(layout, kept, do_BTNH):
   q_BTNH, k_BSH, v_BSH, q_documents_BT, k_documents_BS, o_BTNH, log_sum_BTN1 = kept
-  # sum_m w_m dw_m, from the output: o is what the weights make of v.
+  # sum_m w_m dw_m, from the output, because o = sum_m w_m v_m.
   mean_BTN1 = jnp.sum(
     do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), axis=-1, keepdims=True
   )
@@ -145,7 +144,7 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _sum_of_queries(x_BCNM, y_BCNH):
-  """sum_cn x_bcnm y_bcnh, float32; merged, since a CPU would make a transposed copy of two."""
+  """sum_cn x_bcnm y_bcnh, float32; C and N are merged, or a CPU would make a transposed copy."""
   batch, _, _, keys = x_BCNM.shape
   y_BRH = y_BCNH.reshape(batch, -1, y_BCNH.shape[-1])
   return _product("BRM,BRH->BMH", x_BCNM.reshape(batch, -1, keys), y_BRH)
@@ -158,7 +157,7 @@ def _logits(q_BCNH, k_BMH, visible_BCM):
 
 
 def _visible(q_documents_BC, k_documents_BM, start, layout):
-  """Same document, 0 <= distance <= window, and a key at all."""
+  """Same document, 0 <= distance <= window, and not padding."""
   row_C = start + jnp.arange(layout.block)
   row_M = jnp.arange(layout.band)
   if layout.is_sliced:
@@ -171,11 +170,11 @@ def _visible(q_documents_BC, k_documents_BM, start, layout):
 
 
 def _over_blocks(one_block, carry, layout):
-  """jax.lax.scan over the first queries of the blocks; one block, as when decoding: no loop."""
+  """jax.lax.scan over the first queries of the blocks; no loop for one block, as when decoding."""
   if layout.num_blocks == 1:
     carry, outputs = one_block(carry, 0)
     return carry, jax.tree.map(lambda x: x[None], outputs)
-  # What blocks give out is float32 and rounded after: see kernels/linear_scan/reference.py.
+  # Outputs of blocks are float32 and rounded after the loop: see kernels/linear_scan/reference.py.
   return jax.lax.scan(one_block, carry, jnp.arange(layout.num_blocks) * layout.block)
 
 
@@ -186,7 +185,7 @@ def _join(x_blocks, layout):
 
 
 def _fill_queries(arrays, layout):
-  """[B, T, ...] -> [B, P, ...] with zeros behind, which get no gradient: do is 0 there too."""
+  """[B, T, ...] -> [B, P, ...] with zeros at the end. They get no gradient: do is 0 there too."""
   fill = layout.num_blocks * layout.block - layout.time
   return tuple(_pad(x_BT, 0, fill) for x_BT in arrays)
 
@@ -220,7 +219,7 @@ def _cut_band(keys, start, layout):
 
 
 def _add_band(sums, terms, start, layout):
-  """Adds what a block gives to its band of keys."""
+  """Adds the terms of a block to the sums of its band of keys."""
   if not layout.is_sliced:
     return tuple(x_BSH + y_BSH for x_BSH, y_BSH in zip(sums, terms))
   return tuple(

@@ -1,12 +1,12 @@
-"""What share of a TPU's peak splash attention reaches, as its compiler sees it.
+"""The share of a TPU's peak that splash attention reaches, by the compiler's estimate.
 
   python -m kernels.local_attention.cycles [v5e v5p v6e]
 
 One JSON line for each chip and head size: estimated cycles of a pair of blocks (queries x keys)
 forward and backward (kernels/cycle_estimate.py), and the share of the matrix units' peak that 2 and
-5 products of such a pair then have; the backward kernels form 7. The compiler takes what a kernel
-may skip to be skipped, so the condition that a pair of blocks is visited is taken as true; what the
-first and the last pair of a row do beside stays out.
+5 products of such a pair then have; the backward kernels form 7. The compiler assumes that a kernel
+skips whatever it may skip, so the condition that a pair of blocks is visited is replaced by true.
+Extra work of the first and the last pair of a row is not counted.
 """
 
 import sys
@@ -26,8 +26,8 @@ _HEAD_SIZES = (128, 256)
 
 
 class _When:
-  """The library's `pl.when`, but for the second of the three conditions of each kernel: whether a
-  pair is visited (before it: whether it is the first, after it: whether it is the last)."""
+  """The library's `pl.when`, with the second of each kernel's three conditions taken as true. They
+  ask whether a pair of blocks is the first, whether it is visited, and whether it is the last."""
 
   def __init__(self, when):
     self.when, self.calls = when, 0

@@ -3,10 +3,10 @@
 For each batch, row length, heads, head size, window (0: none) and number of key-value heads (1
 where it is not given), in bfloat16, one JSON line:
 device, date, command, FLOP/s of a product of two [4096, 4096] matrices on the same device, and for
-each implementation that runs here, but for the reference, the median milliseconds forward and of
+each implementation that runs here, except the reference, the median milliseconds forward and of
 forward and backward together, compile seconds and temporary bytes of the latter, and the FLOP/s of
-each pass over those of the product. Counted are two products forward and five backward of the keys
-that a query sees in a row of one document; what is multiplied in vain does not count.
+each pass over those of the product. Two products forward and five backward count, with the keys
+that a query sees in a row of one document; masked products do not count.
 """
 
 import functools

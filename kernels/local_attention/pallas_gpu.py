@@ -1,11 +1,11 @@
 """Flash attention (arXiv:2205.14135) as Triton kernels, for Hopper and Ampere.
 
-Letters of this file: C queries of a block, M keys of a block. A program has a block of queries of
-one head and goes over the keys that it can reach, a block at a time; backward, another one has a
-block of keys of one key-value head and goes over the queries that reach it, of a group G of that
-head's query heads, so that the gradients of the key and value that they share are summed in float32
-registers; sums of groups are added outside. Logits of one block alone exist. Of blocks whose keys
-are all near, the documents alone are compared.
+Letters of this file: C queries of a block, M keys of a block, G groups of query heads. Forward, a
+program has a block of queries of one head and goes over the keys that it can reach, a block at a
+time. Backward, another kernel has a block of keys of one key-value head and goes over the queries
+that reach it, of one group of that head's query heads. So the gradients of the key and value that
+they share are summed in float32 registers; the sums of groups are added outside. Only the logits of
+one block exist at a time. Where all keys of a block are near, only documents are compared.
 
 On an H100 (docs/h100_attention.jsonl): 315 TFLOP/s forward and 258 backward at rows of 2048, 16
 heads of 128. cuDNN's kernels, which know no documents, reach 437 and 315 there. Up to head size 128
@@ -27,10 +27,10 @@ from kernels.triton_call import on_gpu_or_interpreted, shape_of
 
 # Triton's blocks are powers of two, tensor cores' at least 16; wider heads do not fit registers.
 HEAD_SIZES = (16, 32, 64, 128, 256)
-# Finite, so that a row that sees nothing in a block has weights and no NaN; exp2 of it is 0.
+# Finite, so that a query that sees nothing in a block has weights and no NaN; exp2 of it is 0.
 _HIDDEN = -1e30
 _BLOCK = 64
-# Programs of unequal length that an H100 (132 multiprocessors) can be kept busy with to the end.
+# So many programs of unequal length keep an H100 (132 multiprocessors) busy to the end.
 _PROGRAMS = 1024
 
 
@@ -48,12 +48,12 @@ class _Layout(NamedTuple):
 
   @property
   def scale(self) -> float:
-    """Of logits, to units of log 2."""
+    """The factor of logits, in units of log 2."""
     return self.size**-0.5 * gpu_math.LOG2_E
 
   @property
   def offset(self) -> int:
-    """The row of query 0 among the keys."""
+    """The index of query 0 among the keys."""
     return self.keys - self.time
 
   def kv_head(self, head):
@@ -103,7 +103,7 @@ def _forward(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, layout):
     num_stages=_stages(q_BTNH),
     name="local_attention_forward",
   )
-  # A remat policy can keep what is named, rather than attend again.
+  # Named, so that a remat policy can keep it instead of computing attention again.
   o_BTNH = checkpoint_name(o_BTNH, "attention")
   log_sum_BNT = checkpoint_name(log_sum_BNT, "attention")
   return o_BTNH, (*inputs, o_BTNH, log_sum_BNT)
@@ -112,7 +112,7 @@ def _forward(q_BTNH, k_BSEH, v_BSEH, q_documents_BT, k_documents_BS, layout):
 def _backward(layout, kept, do_BTNH):
   *inputs, o_BTNH, log_sum_BNT = kept
   q_BTNH, k_BSEH, *_ = inputs
-  # sum_m w_m dw_m, from the output: o is what the weights make of v.
+  # sum_m w_m dw_m, from the output, because o = sum_m w_m v_m.
   mean_BNT = jnp.einsum("BTNH,BTNH->BNT", do_BTNH.astype(jnp.float32), o_BTNH.astype(jnp.float32))
   arrays = (*inputs, do_BTNH, log_sum_BNT, mean_BNT)
   batch = q_BTNH.shape[0]
@@ -153,7 +153,7 @@ def _stages(q_BTNH: jax.Array) -> int:
 
 
 def _head_groups(heads: int, *, programs: int) -> int:
-  """Into how many groups the query heads of a block of keys are dealt: as few as give enough
+  """Into how many groups the query heads of a block of keys are divided: as few as make enough
   programs."""
   divisors = (groups for groups in range(1, heads + 1) if heads % groups == 0)
   return next((groups for groups in divisors if groups * programs >= _PROGRAMS), heads)
@@ -205,7 +205,7 @@ def _outputs(q_ref, k_ref, v_ref, qd_ref, kd_ref, o_ref, log_sum_ref, *, layout,
       visible_CM &= _is_near(queries.index_C[:, None], keys.index_M[None], layout)
     logits_CM = jnp.where(visible_CM, _dot(q_CH, k_MH, trans_b=True), _HIDDEN)
     next_C = jnp.maximum(largest_C, jnp.max(logits_CM, axis=1) * scale)
-    # Where nothing was seen yet, nothing has a weight.
+    # Before a query has seen any key, no key has a weight.
     shift_C = jnp.where(next_C > 0.01 * _HIDDEN, next_C, 0.0)
     weights_CM = math.exp2(math.fma(logits_CM, scale, -shift_C[:, None]))
     shrink_C = math.exp2(largest_C - next_C)
@@ -268,7 +268,7 @@ def _key_gradients(
   k_MH, v_MH, documents_M = keys.load(k_ref), keys.load(v_ref), keys.load_documents(kd_ref)
   blocks = keys.query_blocks(layout)
 
-  # All of it with keys as rows: what a product takes from registers cannot be transposed.
+  # Everything has keys as rows: a product's operand in registers cannot be transposed.
   def one_block(index, carry, *, is_inner, head):
     dk_MH, dv_MH = carry
     queries = _Queries.of(keys.row, head, index, layout)
@@ -297,7 +297,7 @@ def _key_gradients(
 
 
 def _over_blocks(blocks, one_block, carry):
-  """The carry after all blocks; among inner ones documents alone decide what is seen."""
+  """The carry after all blocks; in inner blocks, documents alone decide what a query sees."""
   num_before = blocks.inner - blocks.first
 
   def outer(number, carry):
@@ -316,7 +316,7 @@ def _dot(a, b, *, trans_b=False):
 
 
 def _is_near(queries, keys, layout):
-  """Whether a key is there, not behind the query and within its window."""
+  """Whether a key is not padding, not after the query, and within its window."""
   distance = queries + layout.offset - keys
   return (distance >= 0) & (distance <= layout.window) & (keys < layout.keys)
 
@@ -336,7 +336,7 @@ class _Blocks(NamedTuple):
 
 
 class _Queries(NamedTuple):
-  """A block of queries of one row and head; what is not there is loaded as 0."""
+  """A block of queries of one row and head; past the end of the row, 0 is loaded."""
 
   row: Any
   head: Any
@@ -385,7 +385,7 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-  """A block of keys of one row and key-value head; what is not there is loaded as 0."""
+  """A block of keys of one row and key-value head; past the end of the row, 0 is loaded."""
 
   row: Any
   head: Any
@@ -402,7 +402,7 @@ class _Keys(NamedTuple):
     return cls(row, head, pl.ds(first, block), index_M, index_M < layout.keys, first)
 
   def query_blocks(self, layout):
-    """Blocks of queries that reach these keys; what fills up the last is zero and gives zero."""
+    """Blocks of queries that reach these keys; padding in the last one is zero and adds zero."""
     start, block = self.first - layout.offset, layout.query_block
     stop = start + layout.key_block
     return _Blocks.of(

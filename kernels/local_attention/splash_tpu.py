@@ -1,11 +1,11 @@
-"""JAX's splash attention for TPU (jax.experimental.pallas.ops.tpu.splash_attention) to our rule.
+"""JAX's splash attention for TPU (jax.experimental.pallas.ops.tpu.splash_attention) for our op.
 
-Letters of this file: Q and P are T and S filled up to whole blocks, G the query heads of one
-key-value head. The library's kernels visit the blocks of keys that the band reaches and no others;
-logits of one block alone exist, in VMEM. What fills up lies behind the last token, where causality
-hides it. The library scales nothing: q is scaled here, and rounded to its dtype once more (exact
-where the root of H is a power of two). Several key-value heads are one more dimension of the grid
-of the kernels for one.
+Letters of this file: Q and P are T and S padded to whole blocks, G the query heads of one key-value
+head. The library's kernels visit the blocks of keys that the band reaches and no others; only the
+logits of one block exist at a time, in VMEM. Padding comes after the last token, where causality
+hides it. The library does not scale logits: q is scaled here, and rounded to its dtype once more
+(exact where the root of H is a power of two). Several key-value heads are one more dimension of the
+grid of the kernels for one.
 """
 
 import functools
@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-# Rows of the smallest block, and what its head sizes are multiples of: a vector register's lanes.
+# A vector register's lanes: the smallest block has so many rows, head sizes are multiples of it.
 LANES = 128
-# The size that public training configurations take for every block of these kernels, and halves of
-# it for narrow windows: of the keys of a band, window + block, a block of queries needs window + 1.
+# The size that public training configurations use for every block of these kernels, and halves of
+# it for narrow windows: a block of queries meets window + block keys, a query sees window + 1.
 _BLOCKS = (512, 256, LANES)
 
 
@@ -67,7 +67,7 @@ def attention(
 
 
 def block_size(length: int, window: int | None) -> int:
-  """The largest block that half a window holds and that fills up no more than an eighth."""
+  """The largest block that fits into half a window and pads the length by at most an eighth."""
   limit = _BLOCKS[0] if window is None else window // 2
   fitting = [
     block for block in _BLOCKS if block <= limit and _round_up(length, block) <= 1.125 * length
@@ -94,16 +94,16 @@ def _fill(x: jax.Array, length: int, *, axis: int) -> jax.Array:
 
 
 class _Band(masks.LocalMask):
-  """The library's band; blocks outside or wholly inside are told by their corners.
+  """The library's band, which finds blocks wholly outside or inside the band by their corners.
 
-  It asks for every block of the T x S matrix: formed entry by entry, those of a row of 131,072
-  tokens take minutes.
+  The library asks for every block of the T x S matrix. Computed entry by entry, the blocks of a row
+  of 131,072 tokens would take minutes.
   """
 
   def __getitem__(self, idx) -> np.ndarray:
     q_rows, k_rows = idx
     window, _ = self.window_size
-    # Distances from query to key over the block, the smallest and the largest.
+    # The smallest and the largest distance from query to key in the block.
     nearest = q_rows.start + self.offset - (k_rows.stop - 1)
     farthest = q_rows.stop - 1 + self.offset - k_rows.start
     if farthest < 0 or (window is not None and nearest > window):

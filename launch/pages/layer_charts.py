@@ -37,7 +37,7 @@ def recorded(
 
 
 def medians(run: History, name: str) -> list[dict[int, float]]:
-  """A column for each block: its numbers, of quantiles the middle ones."""
+  """For each block, step -> its number in a column, or the middle one of its quantiles."""
   return [
     {
       step: value[len(value) // 2] if isinstance(value, list) else value
@@ -48,7 +48,7 @@ def medians(run: History, name: str) -> list[dict[int, float]]:
 
 
 def _shares(run: History, names: Sequence[str]) -> list[dict[int, float]]:
-  """Sums of columns of shares, in percent."""
+  """For each block, step -> the sum of several columns of shares, in percent."""
   columns = zip(*(run.layer(name) for name in names))
   return [
     {step: 100 * sum(values[step] for values in of_block) for step in of_block[0]}
@@ -59,7 +59,7 @@ def _shares(run: History, names: Sequence[str]) -> list[dict[int, float]]:
 def norms(
   run: History, x_of: Callable[[int], float], x: Axis, marks: Sequence[Mark], width: float
 ) -> Iterator[Picture | None]:
-  """Gradient, update over parameters and residual stream, a line for each block."""
+  """Gradient, update over parameters, and residual stream: a line for each block."""
   updates = [
     {step: value / params[step] for step, value in column.items() if params.get(step)}
     for column, params in zip(run.layer("update_norm"), run.layer("param_norm"))
@@ -94,7 +94,7 @@ def _by_block(
 
 
 def _named(blocks: Sequence[int]) -> set[int]:
-  """Which of many blocks get a name: evenly spread ones, the first and the last among them."""
+  """Which of many blocks get a label: evenly spread ones, with the first and the last."""
   if len(blocks) <= _MOST_LABELS:
     return set(blocks)
   last = len(blocks) - 1
@@ -102,8 +102,8 @@ def _named(blocks: Sequence[int]) -> set[int]:
 
 
 def _distribution(run: History, one: Declared, width: float) -> Picture | None:
-  """For each block that has them: 5 to 95 % and 25 to 75 % of its channels, the median, and a ring
-  for the median of a second column. A row's length is a line where the unit is tokens."""
+  """For each block with such quantiles: 5 to 95 % and 25 to 75 % of its channels, the median, and a
+  ring at the median of a second column. Where the unit is tokens, a line marks the row's length."""
   line, name, *more = run.layers[-1], *one.columns
   values_of = line.get(name, [])
   blocks = [(block, values) for block, values in enumerate(values_of) if values]
@@ -138,7 +138,7 @@ def _distribution(run: History, one: Declared, width: float) -> Picture | None:
         values.append(f"{one.ring}: {ring:,.4g}")
       words = "\n".join([f"block {block}, its channels", *values])
       picture.tooltip(axes, (place - 0.5, place + 0.5), None, words)
-    # What the parts of the last block's shape are, beside it.
+    # Beside the last block's shape, labels say what its parts are.
     names = zip(("5 %", "25 %", "median", "75 %", "95 % of channels"), blocks[-1][1])
     ends = [(value, name) for name, value in names]
     ends += [(at, f"a row: {short(at)}" if at >= 1e6 else f"a row: {at:,.0f}") for at in row]

@@ -1,4 +1,4 @@
-"""A plan as one page: pictures a person reads at a glance, no script and no other file."""
+"""A plan as one HTML page of pictures, without scripts or other files."""
 
 import html
 from collections.abc import Sequence
@@ -45,8 +45,8 @@ def page(
   train: str,
   command: str,
 ) -> str:
-  """The page; `notes` are lines of advice and other layouts, `train` is the command that runs the
-  plan, `command` the one that made it."""
+  """The page. `notes` are lines of advice and other layouts, `train` is the command that runs the
+  plan, and `command` the one that made the page."""
   color, word = (_GOOD, "fits") if plan.fits else (_BAD, "does not fit")
   title = html.escape(f"{plan.run.name} on {plan.machine}")
   lines = plan_text.plan_lines(plan, mfu=mfu, price=price)
@@ -78,7 +78,8 @@ def page(
 
 
 def _memory(plan: Plan) -> str:
-  """One bar from 0 to what is needed or there, whichever is more; a line where the memory ends."""
+  """One bar as long as the memory needed or the chip's, whichever is more; a line where the chip's
+  memory ends."""
   memory = plan.memory
   rows = [
     Bar(plan_text.MEMORY[name], size / 1e9, f"{plan_text.gigabytes(size)} GB", _COLORS[name])
@@ -96,7 +97,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _times(plan: Plan) -> str:
-  """A bar for each resource; the longest is what binds."""
+  """A bar for each resource; the longest one is the bound."""
   times = plan.roofline
   rows = []
   for name, seconds in times.times.items():
@@ -109,7 +110,7 @@ def _times(plan: Plan) -> str:
 
 
 def _collectives(plan: Plan) -> str:
-  """A bar for each kind and axes, by time; in another color where it crosses slices."""
+  """A bar for each kind and axes, by time, in another color where it crosses slices or nodes."""
   if not plan.collectives:
     return "<p>Nothing: one device, or nothing split.</p>"
   across = "slices" if plan.chip.platform == "tpu" else "nodes"

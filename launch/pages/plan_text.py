@@ -76,10 +76,10 @@ def mesh_words(plan: Plan) -> str:
 
 
 def layout_flags(layout: Layout) -> str:
-  """What a command has to be told to run in this layout."""
+  """The flags with which a command runs in this layout."""
   mesh = layout.mesh
   axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, mesh.sizes) if size > 1]
-  # A preset's own -1 would take the rest.
+  # A preset's own -1 would take the devices that the other axes leave.
   if mesh.fsdp == 1:
     axes.append("--config.mesh.fsdp=1")
   return " ".join(
@@ -93,8 +93,8 @@ def layout_flags(layout: Layout) -> str:
 
 
 def train_command(run: Run, layout: Layout, argv: Sequence[str]) -> str:
-  """What trains `run` in `layout`, for a shell: with all that the command `argv` changes of its
-  config but layouts."""
+  """The shell command that trains `run` in `layout`, with the overrides of the command `argv` but
+  for those of its layout."""
   spec, overrides = said(argv)
   words = ["python", "-m", "launch.train", f"--config={spec}", f"--workdir=runs/{run.name}"]
   words += [flag for path, flag in overrides.items() if not _is_layout(path)]
@@ -102,7 +102,7 @@ def train_command(run: Run, layout: Layout, argv: Sequence[str]) -> str:
 
 
 def plan_command(argv: Sequence[str]) -> str:
-  """The command `argv`, but for where its results go."""
+  """The command `argv` without the flags that say where its results go."""
   words, rest = [], iter(argv[1:])
   for word in rest:
     if word in ("--json", "--html"):
@@ -218,7 +218,7 @@ def _program(plan: Plan) -> Iterable[str]:
 
 
 def ceiling(plan: Plan) -> str:
-  """The most that can be reached, and what is reached if nothing hides behind anything."""
+  """The best case, and the case in which nothing overlaps."""
   times = plan.roofline
   return (
     f"MFU ceiling {times.mfu_ceiling:.1%} if all else hides behind what binds; "
@@ -227,7 +227,7 @@ def ceiling(plan: Plan) -> str:
 
 
 def expected(plan: Plan) -> str:
-  """What a step is expected to take with kernels as fast as published ones."""
+  """The expected time of a step, with kernels at the rates in sharding/topology.py."""
   times = plan.roofline
   return (
     f"expected {1e3 * times.expected_seconds:,.1f} ms, MFU {times.expected_mfu:.1%}: half of what "

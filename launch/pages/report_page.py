@@ -26,7 +26,7 @@ display:block;margin:.7em 0}.tooltip:hover{fill-opacity:.07}
 
 
 def page(runs: Sequence[History], *, command: str) -> str:
-  """The page of one run or of several beside each other; `command` is what made it."""
+  """The page of one run, or of several side by side; `command` is the command that made it."""
   title = html.escape(", ".join(labels(runs)))
   now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
   return "\n".join(
@@ -52,7 +52,7 @@ def page(runs: Sequence[History], *, command: str) -> str:
 
 
 def labels(runs: Sequence[History]) -> list[str]:
-  """A name for each run that no other has: its own, or that of its folder."""
+  """A different name for each run: its own, or that of its folder."""
   names = [run.name for run in runs]
   if len(set(names)) == len(names):
     return names
@@ -77,7 +77,7 @@ def _table(runs: Sequence[History]) -> str:
     ("time", lambda run: _shown(sum(run.log.seconds().values()) or None, duration)),
   ]
   found = [(head, [cell(run) for run in runs]) for head, cell in columns]
-  # A column that no run can fill says nothing.
+  # A column without a value of any run is left out.
   found = [(head, cells) for head, cells in found if any(cell is not None for cell in cells)]
   heads = "".join(f"<th>{head}</th>" for head, _ in found)
   rows = []
@@ -199,7 +199,7 @@ def _half(
 
 
 def _mean(label: str, runs: Sequence[History]) -> str:
-  """What the smoothed values of a run are called under the pointer."""
+  """The name of a run's smoothed values in tooltips."""
   return "mean of those around" if len(runs) == 1 else label
 
 
@@ -247,15 +247,15 @@ def _pair(*pictures: Picture | None) -> list[str]:
 
 
 def _progress(runs: Sequence[History]) -> tuple[Axis, XOf]:
-  """The axis of a picture of `runs` and their places on it: tokens, or for all of them steps where
-  one does not know its tokens."""
+  """The axis of a picture of `runs`, and the function that places steps on it: tokens, or steps for
+  all runs where the tokens of one are not known."""
   if all(run.tokens_per_step for run in runs):
     return Axis("tokens", low=0.0), _tokens
   return Axis("steps", low=0.0), lambda run, step: float(step)
 
 
 def _tokens(run: History, step: int) -> float:
-  """NaN where that is not known, which no picture shows."""
+  """The tokens up to a step; NaN, which no picture shows, where they are not known."""
   return float(step * (run.tokens_per_step or math.nan))
 
 
@@ -304,7 +304,7 @@ def _run_colors(runs: Sequence[History]) -> list[str]:
 
 
 def _end_of(run: History, name: str) -> float | None:
-  """The end of a series as its curve is drawn."""
+  """The last value of a series as its curve shows it."""
   mean = smoothed(list(run.metrics.get(name, {}).items()))
   return mean[-1][1] if mean else None
 

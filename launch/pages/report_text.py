@@ -9,7 +9,7 @@ from train.telemetry.history import History, duration
 
 
 def summary_lines(run: History, label: str) -> list[str]:
-  """A few lines for the console."""
+  """The lines for one run."""
   of = f" of {run.total_steps:,}" if run.total_steps else ""
   count = len(run.restarts)
   restarts = f", {count} restart{'s' * (count > 1)}" if count else ""
@@ -41,7 +41,7 @@ def summary_lines(run: History, label: str) -> list[str]:
 
 
 def _over_blocks(run: History, picture: Picture) -> str:
-  """The last values of a column: the block in the middle, the smallest and the largest."""
+  """The last values of a column: the median block, the smallest and the largest."""
   columns = enumerate(medians(run, picture.columns[0]))
   values = [(block, column[max(column)]) for block, column in columns if column]
   middle = statistics.median(value for _, value in values)

@@ -11,7 +11,7 @@ from train.telemetry.metrics import JSONL
 
 
 class Estimate(NamedTuple):
-  """What a run takes: wall-clock seconds (None: not known yet), bytes of a device."""
+  """What a run needs: wall-clock seconds (None: not known yet) and bytes of a device."""
 
   seconds: float | None
   memory_bytes: float
@@ -26,7 +26,7 @@ def plan_lines(
   price: float | None,
   source: str,
 ) -> Iterable[str]:
-  """A row for each run and their sum; `price` is that of a chip and hour."""
+  """A row for each run, and their sum; `price` is for one chip and hour."""
   rows = [["run", "params", "tokens", "epochs", "FLOPs", "steps", "rows", "lr", "GB", "time"]]
   rows[0] += [] if price is None else ["cost"]
   for name, record in state.in_grid.items():
@@ -61,7 +61,7 @@ def plan_lines(
 
 
 def status_lines(state: State, *, max_attempts: int) -> Iterable[str]:
-  """A row for each run: where it stands, and how it was when it was last heard of."""
+  """A row for each run: its state, step and loss, and how long ago it last wrote metrics."""
   rows = [["run", "state", "step", "loss", "last heard of"]]
   counts: dict[str, int] = {}
   for name, record in state.in_grid.items():
@@ -90,7 +90,7 @@ def status_lines(state: State, *, max_attempts: int) -> Iterable[str]:
 
 
 def changes_lines(changes: Changes) -> list[str]:
-  """What a grid has that it had not, and the other way round."""
+  """What was added to the grid, removed from it and altered in it since the last time."""
   lines = []
   for word, names in (("added", changes.added), ("removed", changes.removed)):
     if names:
@@ -101,7 +101,7 @@ def changes_lines(changes: Changes) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-  """Columns as wide as they need to be; the first is flush left."""
+  """Lines with aligned columns: the first is flush left, the others are flush right."""
   widths = [max(map(len, column)) for column in zip(*rows)]
   for row in rows:
     cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]

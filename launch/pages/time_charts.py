@@ -26,7 +26,7 @@ _UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "second
 
 
 def bar(seconds: dict[str, float], title: str, width: float) -> Picture:
-  """One bar, a part for each kind of time; a name and a share below for each."""
+  """One bar with a part for each kind of time; below it, the name and the share of each."""
   total, rows = sum(seconds.values()), []
   for kind, (words, color) in KINDS.items():
     share = seconds[kind] / total
@@ -37,7 +37,7 @@ def bar(seconds: dict[str, float], title: str, width: float) -> Picture:
 
 
 def strip(run: History, width: float) -> Picture:
-  """The same in the order in which it happened, with a tick at every start."""
+  """The kinds of time in the order in which they happened, with a tick at every start."""
   begin, end = run.log.pieces[0].start, run.log.pieces[-1].end
   scale, unit = clock(end - begin)
   starts = [(start.time - begin) / scale for start in run.log.starts[1:]]
@@ -62,14 +62,14 @@ def strip(run: History, width: float) -> Picture:
 
 
 def clock(seconds: float) -> tuple[float, str]:
-  """The unit for an axis as long as this: its seconds and its name."""
+  """The unit for an axis of so many seconds: its length in seconds, and its name."""
   return next(unit for unit in _UNITS if seconds >= 2 * unit[0] or unit[0] == 1.0)
 
 
 def _columns(
   pieces: Sequence[goodput.Piece], begin: float, scale: float
 ) -> list[tuple[str, int, int]]:
-  """(kind, first, last) in units of the picture: each has the color of what it was longest."""
+  """(kind, first, last) in units of the picture; `kind` is the one that took most of the time."""
   longest: dict[int, dict[str, float]] = {}
   for piece in pieces:
     start, end = (piece.start - begin) * scale, (piece.end - begin) * scale
