@@ -147,8 +147,8 @@ def test_programs_keep_weights_where_a_hopper_has_room(
 @pytest.mark.parametrize("size", [40, 160])
 @pytest.mark.parametrize("tiles", [2, 3])
 def test_weights_that_programs_keep_change_no_result(size, tiles, monkeypatch):
-  """Only the sums of the biases' gradients are rounded in another order. The last tiles are not
-  full, and the last program of three has some without tokens."""
+  """Only the biases' gradients are summed in another order. The last tiles are not full, and the
+  last of three programs has tiles without tokens."""
   arrays, dy = _inputs(1, 201, 2, size, "bfloat16")
   expected = _run(arrays, dy, _products("pallas_gpu"))
   cuts = {"forward": (tiles, 2, 1), "backward": (tiles, 3)}

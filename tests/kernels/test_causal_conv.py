@@ -131,7 +131,7 @@ def test_a_row_goes_on_from_what_was_before_it(cut):
     document_BT[:, cut:],
     z_BSR[:, cut : cut + 3],
     document_BS[:, cut : cut + 3],
-    implementation="pallas_gpu",  # left to "shifts", as is documented
+    implementation="pallas_gpu",  # computed by "shifts", as documented
   )
   np.testing.assert_array_equal(rest, whole[:, cut:])
 
@@ -171,7 +171,7 @@ def test_triton_kernels_lower_for_cuda():
 
 
 @pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
-def test_a_remat_policy_keeps_what_the_kernel_gives_out(name):
+def test_a_remat_policy_keeps_the_output_of_the_kernel(name):
   (x_BTR, *vectors), document_BT, _ = _inputs(1, 8, 16, 4)
 
   def passes(policy):

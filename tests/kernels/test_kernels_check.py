@@ -61,7 +61,7 @@ def test_a_wrong_kernel_is_named(monkeypatch, capsys, error, said):
 
 @pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu", "splash_tpu"])
 def test_accelerators_kernels_are_held_in_the_interpreter(monkeypatch, name):
-  """The calls that a device will get, as far as they can be checked without one."""
+  """The calls that run on a device, as far as they can be checked without one."""
   interpreter = functools.partial(splash_tpu.attention, interpret=True)
   monkeypatch.setitem(local_attention._ATTENTIONS, "splash_tpu", interpreter)
   held = [

@@ -148,7 +148,7 @@ def test_a_document_does_not_notice_that_another_changes(window, length, impleme
 
 @pytest.mark.parametrize("number", [0, -1, -(2**31), -(2**31) + 1, 2**31 - 1])
 def test_every_document_number_is_one(number):
-  """What fills up a row or a block belongs to no document, whatever its number."""
+  """The padding of a row or a block belongs to no document, whatever the documents' numbers."""
   q, k, v, q_documents, k_documents = _inputs(time=70)
   documents = (jnp.full_like(q_documents, number), jnp.full_like(k_documents, number))
   arrays = (q, k, v, *documents)
@@ -186,7 +186,7 @@ def _largest_array(compiled) -> int:
 
 
 def _product_flops(jaxpr) -> int:
-  """Of all products, those in a loop times its length: the compiler's own count takes them once."""
+  """FLOPs of all products, in a loop times its length: the compiler itself counts a loop once."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":
@@ -218,7 +218,7 @@ def test_time_and_memory_are_those_of_the_band():
   time, window, heads, size = 2048, 128, 2, 16
   programs = _gradient_programs((time, 2 * time), window=window, heads=heads, size=size)
   (short, flops), (long, long_flops) = programs[time], programs[2 * time]
-  # No array is larger than the queries, with room for the rows that fill up: a tenth of T x T.
+  # No array is larger than the padded queries: a tenth of T x T.
   assert _largest_array(short) <= 1.1 * time * heads * size < time * time / 10
   assert _largest_array(long) <= 1.1 * 2 * time * heads * size
   assert (

@@ -112,7 +112,7 @@ def test_values_and_every_gradient_are_those_of_the_reference(dtype, shape, star
   for name, actual, expected in zip(names, _ours(*inputs), _reference(*inputs), strict=True):
     is_state = name in ("hT", "ddecay", "dh0")
     assert actual.dtype == (jnp.float32 if is_state else jnp.dtype(dtype)), name
-    # h_{t-1} comes from y, in its dtype; hT and dh0 never saw a bfloat16 state.
+    # h_{t-1} is read from y, in its dtype; hT and dh0 do not depend on a bfloat16 state.
     kind = "float32" if name in ("hT", "dh0") else dtype
     assert_close(actual, expected, dtype=kind, reduction=16)
 
@@ -194,7 +194,7 @@ def test_the_scan_lowers_for_cuda(shape):
   ],
 )
 def test_every_chunk_of_a_row_has_a_program(shape, steps, grid, window):
-  """Chunks are the slowest index, so that none waits for one that cannot start."""
+  """Chunks are the grid's slowest index, so that no program waits for one that cannot start."""
   tiles = plain.Tiles.of(shape, steps=steps, warps=1)
   assert (tiles.grid, tiles.window) == (grid, window)
 

@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Of 16 queries and keys."""
+  """Blocks of 16 queries and keys."""
   monkeypatch.setattr(pallas_gpu, "_BLOCK", 16)
 
 
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_those_of_the_reference(case):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("programs", [1, 10])
 def test_gradients_of_keys_are_those_of_all_query_heads(monkeypatch, programs):
-  """Summed by one program for each of two key-value heads, or by two of two query heads each."""
+  """One program sums those of a key-value head, or two do, with two query heads each."""
   monkeypatch.setattr(pallas_gpu, "_PROGRAMS", programs)
   arrays = _inputs(time=40, heads=8, kv_heads=2)
   for actual, expected in zip(

@@ -60,7 +60,7 @@ def _plain_backward(x_BTR, r_BTR, i_BTR, decay_R, is_start_BT, h0_BR, y_BTR, dy_
 
 @pytest.fixture
 def plain(monkeypatch):
-  """A fused backend in plain JAX, to test what is around a backend."""
+  """A fused backend in plain JAX, to test the code around a backend."""
   monkeypatch.setitem(rg_lru._FUSED, "plain", rg_lru.Fused(_plain_forward, _plain_backward))
   monkeypatch.setattr(rg_lru, "IMPLEMENTATIONS", (*rg_lru.IMPLEMENTATIONS, "plain"))
   return "plain"

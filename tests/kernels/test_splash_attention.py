@@ -142,7 +142,7 @@ def test_keys_of_no_document_are_visible_to_nobody():
 
 @pytest.mark.parametrize(("window", "offset"), [(70, 0), (300, 40), (None, 0), (None, 130)])
 def test_the_schedule_is_that_of_the_whole_matrix(window, offset):
-  """Told by their corners, blocks of the band are those that the library finds entry by entry."""
+  """The blocks of the band by their corners are those that the library finds entry by entry."""
   shape = (512, 512 + 128 * 2)
   band = splash_tpu._Band(shape, (window, 0), offset)
   whole = splash_tpu.masks.LocalMask(shape, (window, 0), offset)

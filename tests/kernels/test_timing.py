@@ -26,7 +26,7 @@ def test_one_program_runs_something_several_times_and_gives_its_results():
 
 
 def test_a_time_of_several_in_turn_is_that_of_one(monkeypatch):
-  """With a clock that the programs themselves move on."""
+  """Programs with a clock that they move themselves."""
   now = [0.0]
 
   def takes(seconds):

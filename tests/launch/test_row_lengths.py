@@ -42,7 +42,7 @@ def _flags(monkeypatch, **values):
 
 
 @pytest.mark.parametrize("remat", [None, "none"])
-def test_blocks_are_a_loop_unless_they_are_asked_for_written_out(monkeypatch, remat):
+def test_blocks_are_a_loop_unless_unrolled_ones_are_asked_for(monkeypatch, remat):
   _flags(monkeypatch, size="100m", tokens=16384, compile=False, remat=remat)
   for layers in ("scan", "unroll"):
     _flags(monkeypatch, layers=layers)

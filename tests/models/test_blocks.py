@@ -43,7 +43,7 @@ GLOBAL = attention.Config(num_heads=4, head_size=8, window=None)
 SOME = dataclasses.replace(LOCAL, num_kv_heads=2, output_bias=False)
 ALL = dataclasses.replace(GLOBAL, num_kv_heads=4, rope=Rope(share=1.0, theta=500.0))
 
-# A new mixer is added here, and inherits every test below.
+# Add a new mixer here: every test below then runs on it.
 CONFIGS = {
   "recurrent": _model(RECURRENT),
   "recurrent_recurrentgemma_decay": _model(
@@ -86,7 +86,7 @@ def every(*names):
 
 
 every_config = every(*CONFIGS)
-# Sharding needs divisible sizes; these have them.
+# The configs with sizes that sharding can divide.
 every_sharded = every(
   "recurrent",
   "recurrent_gates_pallas_tpu",
@@ -252,7 +252,7 @@ def test_prefill_and_decoding_are_the_parallel_pass(config, prompt):
 
 
 def _loss(model, copies=1):
-  """Of all logits of the rows of SEGMENTS, so many times."""
+  """A loss of all logits of the rows of SEGMENTS, `copies` times."""
   tokens_BT = jnp.tile(_tokens(BATCH, TIME), (copies, 1))
   segments_BT = np.tile(SEGMENTS, (copies, 1))
   weights = jax.random.normal(jax.random.key(3), (*tokens_BT.shape, VOCAB))
@@ -302,7 +302,7 @@ def test_sharded_is_as_on_one_device(config, shape):
 
 
 @every("griffin_with_remainder")
-def test_blocks_written_out_and_sharded_are_as_on_one_device(config):
+def test_unrolled_and_sharded_blocks_are_as_on_one_device(config):
   written = decoder.build(dataclasses.replace(config, layers="unroll"))
   _check_sharded(config, written, {"fsdp": 2, "data": 2, "tensor": 2}, (rules.ZERO3,))
 
@@ -333,7 +333,7 @@ def _on_one_device(config):
   return _split_loss(built.model)(built.params)
 
 
-# With every other axis; the meshes of the test above split rows in one part.
+# Together with every other axis; the meshes of the test above do not split rows.
 SEQUENCE = (
   ({"fsdp": 2, "sequence": 2, "tensor": 2}, rules.ZERO3),
   ({"data": 2, "sequence": 4}, rules.ZERO1),

@@ -1,4 +1,4 @@
-"""What a decoder may be beside its blocks: norms of another kind, an unembedding of its own."""
+"""Options of a decoder besides its blocks: other norms, an unembedding of its own."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def test_an_unembedding_of_its_own_makes_the_logits():
   )
   params = jax.jit(own.init)(jax.random.key(0))
   table_VD = params["unembedding"]["table_VD"]
-  # All else begins as with a tied one, and the new table as one more draw.
+  # All other parameters begin as with a tied one; the new table is one more draw.
   rest = {name: params[name] for name in params if name != "unembedding"}
   jax.tree.map(np.testing.assert_array_equal, rest, jax.jit(tied.init)(jax.random.key(0)))
   assert not np.array_equal(table_VD, params["embedding"]["table_VD"])
@@ -125,7 +125,7 @@ def test_a_last_norm_carries_its_state_along_split_rows():
     x_BTD, _, state = extend(params, TOKENS[:, start:end], SEGMENTS[:, start:end], state)
     parts.append(x_BTD)
   assert_close(jnp.concatenate(parts, axis=1), whole, dtype="float32", reduction=WIDTH)
-  # The state counts: without it the second part is another.
+  # The state matters: without it the second part differs.
   lost = state._replace(final_norm=_State(jnp.zeros(2)))
   token = (TOKENS[:, -1:], SEGMENTS[:, -1:])
   again, forgot = (extend(params, *token, one)[0] for one in (state, lost))

@@ -13,7 +13,7 @@ from models.hawk import hawk
 from models.llama import llama
 from models.transformer import mqa_transformer
 
-# Deep and narrow, many rows: the state outweighs what one block computes, and its weights.
+# Deep and narrow, with many rows: the state is larger than a block's activations and weights.
 SETTINGS = {"vocab_size": 32, "width": 8, "mlp_width": 8, "dtype": "float32", "remat": "none"}
 RECURRENT = {"num_gate_blocks": 1, **SETTINGS}
 HEADS = {"num_heads": 1, "head_size": 8}

@@ -1,4 +1,4 @@
-"""Fields that name kernels are found, resolved and named by their mark, whoever has them."""
+"""Fields that name kernels are found, resolved and set by their mark, in any config."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ _MODEL = griffin(**_SIZES, head_size=4, window=4, mlp_width=24)
 
 @dataclasses.dataclass(frozen=True)
 class _Mean:
-  """A mixer's config that nobody knows, with two fields of one op."""
+  """The config of an unknown mixer, with two fields of one op."""
 
   size: int = 3
   forward: str = kernel_field("mean")
@@ -70,7 +70,7 @@ def test_a_model_says_which_kernels_it_runs_on_a_platform():
       "rg_lru": "pallas_tpu",
       "block_diagonal": "pallas_tpu",
       "causal_conv": "pallas_tpu",
-      "local_attention": "banded",  # a head of 4 is none that the TPU's kernel can do
+      "local_attention": "banded",  # the TPU's kernel does not support a head size of 4
     }
   with dispatch.targeting("cpu"):
     named = _MODEL.resolved()

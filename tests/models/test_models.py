@@ -116,7 +116,7 @@ def test_griffin_is_two_recurrent_blocks_to_one_of_attention(size):
 
 
 def test_equal_blocks_that_name_other_kernels_are_refused():
-  """They are one stack of parameters, which would fall into two, drawn otherwise."""
+  """Equal blocks are one stack of parameters. Other kernels would make two, with other values."""
   config = _run("griffin", "100m").model
   first, second, attention = config.pattern
 
@@ -225,8 +225,8 @@ def _triton(config):
 
 
 @pytest.mark.parametrize(("layers", "passes"), [("unroll", 1), ("scan", 2)])
-def test_what_triton_gives_out_is_kept_by_blocks_written_out(layers, passes):
-  """Gates and convolution are formed again in a loop, which would copy what it keeps."""
+def test_unrolled_blocks_keep_the_outputs_of_triton_kernels(layers, passes):
+  """A loop computes gates and convolution again, because it would copy what it keeps."""
   config = _triton(TINY["hawk"])
   if layers == "unroll":
     config = dataclasses.replace(config, num_blocks=1)
@@ -272,7 +272,7 @@ def test_a_model_with_triton_kernels_is_the_model():
     assert ours < 1.5 * theirs + 1e-2
 
 
-def test_blocks_written_out_keep_their_matrices_as_they_are_multiplied():
+def test_unrolled_blocks_keep_their_matrices_as_they_are_multiplied():
   """A group's part of float32 parameters would be a copy, twice as large and cast again."""
   config = dataclasses.replace(TINY["hawk"], dtype="bfloat16", layers="unroll")
   model = decoder.build(config)
@@ -288,9 +288,9 @@ def test_blocks_written_out_keep_their_matrices_as_they_are_multiplied():
   assert set(kept) == {"bfloat16"}
 
 
-def test_gradients_of_blocks_written_out_are_joined_and_not_added_up():
-  """Added up with zeros around each, XLA looked at all of them for every parameter: 65 of the 330
-  ms of a step of the 1b Transformer on an H100."""
+def test_gradients_of_unrolled_blocks_are_joined_and_not_added_up():
+  """When they were padded with zeros and added, XLA evaluated all of them for every parameter: 65
+  of the 330 ms of a step of the 1b Transformer on an H100."""
   config = dataclasses.replace(TINY["griffin"], num_blocks=9, layers="unroll", remat="none")
   model = decoder.build(config)
   tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
@@ -307,13 +307,13 @@ def test_gradients_of_blocks_written_out_are_joined_and_not_added_up():
 
 
 def _results(program, operation):
-  """By name the shapes of what an operation of a StableHLO text gives."""
+  """Name -> shape of the results of an operation in a StableHLO text."""
   found = re.findall(rf"(%\w+) = stablehlo\.{operation} .*-> tensor<([0-9x]+)x[a-z]", program)
   return {name: tuple(map(int, shape.split("x"))) for name, shape in found}
 
 
-def test_branches_of_blocks_written_out_are_cut_out_of_the_weights_once():
-  """The backward pass cut them out again, and kept them whole for that."""
+def test_branches_of_unrolled_blocks_are_cut_out_of_the_weights_once():
+  """The backward pass used to cut them out again, and kept the whole weights for it."""
   config = dataclasses.replace(TINY["transformer"], layers="unroll", remat="none", num_blocks=2)
   model = decoder.build(config)
   tokens = jnp.ones((1, 8), jnp.int32)
@@ -325,7 +325,7 @@ def test_branches_of_blocks_written_out_are_cut_out_of_the_weights_once():
   assert not [shape for shape in kept if shape[-3:] == (width, 2, mlp_width)]
 
 
-def test_remat_survives_the_compiler_where_the_blocks_of_a_group_are_written_out():
+def test_remat_survives_the_compiler_where_the_blocks_of_a_group_are_unrolled():
   def flops(remat):
     config = dataclasses.replace(TINY["griffin"], num_blocks=6, remat=remat)
     model = decoder.build(config)
@@ -338,7 +338,7 @@ def test_remat_survives_the_compiler_where_the_blocks_of_a_group_are_written_out
 
 @pytest.mark.parametrize(("family", "barriers"), [("griffin", 3), ("hawk", 0)])
 def test_blocks_in_one_loop_are_computed_again_one_after_the_other(family, barriers):
-  """Without a barrier before each, a TPU held at once what is computed again of all three: 2.2 GB
+  """Without a barrier before each, a TPU held the recomputed values of all three at once: 2.2 GB
   more for griffin-7b on v5e:16x16 (docs/plans.jsonl)."""
   model = decoder.build(dataclasses.replace(TINY[family], num_blocks=6, remat="block"))
   tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)

@@ -90,6 +90,6 @@ def test_an_axis_that_no_table_has_is_an_error_that_names_the_parameter():
 
 
 def test_how_every_preset_treats_its_parameters_is_known():
-  """If this fails and the change is meant, `python -m tests.golden.make_parameters` writes the
-  tables anew: review the difference, since checkpoints of before hold the dtypes of before."""
+  """If this fails and the change is intended, run `python -m tests.golden.make_parameters` and
+  review the difference: existing checkpoints hold the old dtypes."""
   assert make_parameters.text() == make_parameters.FILE.read_text()

@@ -1,4 +1,4 @@
-"""What the backward pass keeps goes by names, and every name is declared."""
+"""Remat keeps values by name, and every name is declared."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from tests.commands import ROOT
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-  """A mixer that names its value "cube", and says so if asked to."""
+  """A mixer that names a value "cube", and declares the name or not."""
 
   saved: SavedNames = SavedNames()
 
@@ -73,7 +73,7 @@ def test_a_declared_name_is_computed_again_but_where_it_is_kept(declared, keepin
 
 
 def test_every_name_in_the_sources_is_declared():
-  """Those of kernels for other platforms too, which no test here differentiates under remat."""
+  """Also the names in kernels for other platforms, which no test differentiates under remat."""
   used = set()
   for folder in ("models", "kernels"):
     for path in sorted((ROOT / folder).rglob("*.py")):

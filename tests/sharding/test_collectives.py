@@ -1,4 +1,4 @@
-"""Collectives are read from compiled programs: small ones of our own, and each form of the text."""
+"""Collectives are read from compiled programs: small programs, and every form of the text."""
 
 import re
 
@@ -218,7 +218,7 @@ def test_groups_are_read_in_every_form(written, groups):
   ("step", "counter", "times"), [(2, "u32", 3), (1, "u32", 6), (4, "s32", 2), (None, "u32", None)]
 )
 def test_a_loop_that_counts_by_more_than_one_is_counted(step, counter, times):
-  """A loop like those into which XLA cuts a product, to send its operand meanwhile."""
+  """A loop such as XLA makes of a product, to send the operand while it multiplies."""
   new = "%counted" if step else "%p.5"
   counts = f"""  %count = s32[]{{:T(128)}} get-tuple-element(%p.5), index=0
   %by = s32[]{{:T(128)}} constant({step})

@@ -92,7 +92,7 @@ def test_a_sum_over_tokens_is_float32(name):
     assert np.abs(found - reference).max() <= 4e-3 * np.abs(reference).max()
 
 
-# Over devices, where `Rules.float32_sums` says so.
+# Over devices, with `Rules.float32_sums`.
 
 
 def _rows_of_devices() -> tuple[jax.Array, jax.Array]:

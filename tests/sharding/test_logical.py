@@ -175,7 +175,7 @@ def test_layers_that_save_their_activations_do_not_save_gathered_parameters():
 
 
 def _lookup_and_sum(table_VF, index_B, x_BF, scale):
-  """Uses arguments in every layout: split, whole on some axes, whole on all."""
+  """Arguments in every layout: split, whole on some axes, whole on all."""
   axis = logical.mesh_axis("mlp")
   rows_BF = table_VF[index_B] * x_BF * scale
   total_B = jnp.sum(jnp.sin(rows_BF), axis=-1)

@@ -1,4 +1,4 @@
-"""The tables: which part of each parameter a device holds, and which tensor degrees can be."""
+"""The tables: which part of each parameter a device holds, and which tensor degrees are allowed."""
 
 import math
 

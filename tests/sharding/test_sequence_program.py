@@ -1,4 +1,4 @@
-"""What a step sends where rows are split over devices: read from the compiled program.
+"""What a step sends between the devices of a split row, read from the compiled program.
 
 The rows of a device are divisible by 5 and no dimension of a parameter is: an array whose size is
 divisible by 5 holds activations.
@@ -84,7 +84,7 @@ def test_a_recurrent_layer_sends_the_same_for_rows_of_any_length(time, remat, sc
     **_NUMBERING,
     # Forward and backward; where the block is computed again, once more.
     ("all-gather", pairs): 2 * scans,
-    # The decay that the gradient meets on its way to the shard before.
+    # The decay by which the gradient is multiplied on its way to the shard before.
     ("collective-permute", _ROWS * _RNN * _FLOAT): 2,
     # The convolution is always computed again. Document numbers: once for all layers.
     ("collective-permute", halo): 2 * 3,

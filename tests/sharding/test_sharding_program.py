@@ -1,4 +1,4 @@
-"""What the compiled train step holds and sends, on eight devices: read from the program itself.
+"""What the compiled train step holds and sends on eight devices, read from the program.
 
 The batch is divisible by 5 and no dimension of a parameter is: an array whose size is divisible by
 5 holds activations.
@@ -33,7 +33,7 @@ _NUM_RECURRENT, _NUM_ATTENTION = 4, 2
 _NUM_BLOCKS = _NUM_RECURRENT + _NUM_ATTENTION
 _RULES = {1: rules.ZERO1, 2: rules.ZERO2, 3: rules.ZERO3}
 _BYTES = 4  # of a float32
-# Vectors and the convolution, which no stage splits, are a large part of such a small model.
+# In such a small model, vectors and the convolution, which no stage splits, are a large part.
 _WHOLE = 1.35
 
 

@@ -33,8 +33,8 @@ def bad(commands, tmp_path_factory):
     for mark, batches in where.items():
       marked, _ = np.nonzero(targets == mark)
       batches.extend([batch] * len(marked))
-      assert (marked >= 4).all()  # of two processes, the second one reads them all
-  # Spikes are looked for from the window's end on; both lie in checkpoints' midst.
+      assert (marked >= 4).all()  # with two processes, the second one reads all of them
+  # Spikes are detected once the window is full; both lie between two checkpoints.
   assert (where[NAN], where[SPIKE]) == ([3], [15, 30])
   return runs, where
 

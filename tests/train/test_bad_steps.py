@@ -1,4 +1,4 @@
-"""What is a spike, whatever the host had already read; and settings that cannot work."""
+"""Which steps are spikes, whatever the host has already read; settings that cannot work."""
 
 import types
 

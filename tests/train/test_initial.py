@@ -1,4 +1,4 @@
-"""Runs that begin with the parameters of a Hugging Face directory, and what they leave as one."""
+"""Runs that begin with the parameters of a Hugging Face directory, and their export as one."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def _run(folder, **of_model):
 
 
 class _Saved(NamedTuple):
-  """A folder of token stores, parameters of other values than a new run's, and where they are."""
+  """A folder of token stores, parameters that differ from a new run's, and their directory."""
 
   folder: pathlib.Path
   params: Any

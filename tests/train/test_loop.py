@@ -43,7 +43,7 @@ def _compiled_once():
 
 
 def _run(folder, **changes):
-  """tiny.run with one block: what a block computes is nothing to the loop."""
+  """tiny.run with one block: the loop does not depend on what blocks compute."""
   run = tiny.run(folder, **{"mesh": ONE, **changes})
   return dataclasses.replace(run, model=dataclasses.replace(run.model, num_blocks=1))
 

@@ -23,8 +23,8 @@ def folder(tmp_path):
 
 
 def test_a_run_of_an_older_commit_goes_on_as_if_nothing_had_changed(folder, caplog):
-  """If this fails, today's code reads old checkpoints otherwise, or computes another model. The
-  golden file is not to be made again: runs of people are like it."""
+  """If this fails, today's code reads old checkpoints differently, or computes another model. Do
+  not make the golden file again: existing runs are like it."""
   run = make_old_run.run(folder)
   assert steps(folder / "run/checkpoints") == [make_old_run.SAVED]
   with caplog.at_level(logging.INFO, logger="absl"):

@@ -1,4 +1,4 @@
-"""Records know classes by names that stay, and fields of later by what was done before them."""
+"""Records name classes by names that stay; a field that is newer than a record has its default."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ class _Norm:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-  """As it is now: `width` alone is as old as the class."""
+  """Today's class: of its fields, only `width` is in old records."""
 
   recorded_as: ClassVar[str] = "block"
   width: int
@@ -41,7 +41,7 @@ _BEFORE = {
 
 
 def _new(**changes) -> set[str]:
-  """What of a block is in its record now, and makes it no other than the block of before."""
+  """The new settings in a block's record that do not make it differ from the old block."""
   model = _Model((_Block(4, **changes),))
   return new_at_default(_BEFORE, settings(model), defaults(model))
 
@@ -87,7 +87,7 @@ def test_a_new_field_of_an_object_that_was_there_has_its_class_s_default():
 
 @dataclasses.dataclass(frozen=True)
 class _Unnamed(_Norm):
-  """Inherits a name, and has none."""
+  """Inherits a name, and has none of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def test_a_class_without_a_name_of_its_own_is_an_error_that_says_what_to_add():
 
 
 def test_no_two_classes_have_one_name():
-  """Nor may a run with the one be taken for a run with the other."""
+  """Otherwise a run with one could be taken for a run with the other."""
   names = []
   for folder in ("data", "models", "sharding", "train"):
     for path in sorted((ROOT / folder).rglob("*.py")):

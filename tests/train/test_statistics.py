@@ -1,4 +1,4 @@
-"""Statistics of layers: what they say is so, on any mesh and for any family."""
+"""Statistics of layers are right, on any mesh and for any family."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def _random(tree, seed):
 
 
 def _columns(program, state, batch, square_norms):
-  """What the statistics of a program say of `state`, put where the program wants it."""
+  """The statistics that a program computes for `state`, in the program's layout."""
   step = programs.compile_step(program, programs.lower_statistics_step(program))
   values = step(
     jax.device_put(state, program.shardings),
@@ -49,7 +49,7 @@ def _columns(program, state, batch, square_norms):
 
 @pytest.fixture(scope="module")
 def griffin(tmp_path_factory):
-  """A run of blocks R R A R in two microbatches, a state and a batch, and what is said of them."""
+  """A run of blocks R R A R in two microbatches, a state, a batch, and their statistics."""
   run = tiny.run(tmp_path_factory.mktemp("statistics"), num_microbatches=2)
   run = dataclasses.replace(run, model=dataclasses.replace(run.model, unembedding="own"))
   with pipeline.train_batches(run.data, batch_size=8, start_step=0) as batches:

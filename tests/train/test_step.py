@@ -233,8 +233,8 @@ def test_meshes_that_do_not_fit_are_refused(tmp_path):
 )
 @pytest.mark.parametrize("devices_each", [1, 2, 4, 8])
 def test_processes_together_give_the_global_batch(mesh_shape, devices_each):
-  """Each from its own rows alone, as the loader deals them out; no process but this one is needed:
-  the sharding says what a device holds, and numbers say whose it is."""
+  """Each process makes its part from its own rows alone, as the loader distributes them. The test
+  needs no other process: the sharding says what a device holds, the numbers say whose rows."""
   mesh = make_mesh(mesh_shape)
   owned = np.vectorize(lambda d: types.SimpleNamespace(process_index=d.id // devices_each))
   global_BT = np.arange(8 * 12).reshape(8, 12)

@@ -1,4 +1,4 @@
-"""The settings of the attention layer: what they are refused for, and the parameters they make."""
+"""The settings of the attention layer: which are refused, and which parameters they make."""
 
 import jax
 import numpy as np

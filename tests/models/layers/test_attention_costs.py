@@ -1,4 +1,4 @@
-"""What attention says that it costs, counted by hand."""
+"""The costs of attention against a count by hand."""
 
 import numpy as np
 import pytest

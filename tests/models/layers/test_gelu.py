@@ -53,7 +53,7 @@ def test_far_from_zero_it_is_open_or_shut(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [2e13, 1e18, 3e38])
 def test_as_far_as_numbers_reach_it_is_open_or_shut(dtype, size):
-  """Its slope's x (1 + 3 k x^2) and even x^2 overflow there, and 0 times infinity is no number."""
+  """There the slope's x (1 + 3 k x^2), and even x^2, overflow; 0 times infinity would be NaN."""
   x = jnp.asarray([-size, size], dtype)
   value, vjp = jax.vjp(gated_gelu, x, jnp.ones_like(x))
   dx, dy = vjp(jnp.ones_like(x))
@@ -71,7 +71,7 @@ def test_where_tanh_cancels_the_tail_is_exact_to_the_last_digits():
 
 
 def test_nothing_but_inputs_is_kept_for_the_backward_pass():
-  """And no tanh is written: of each product's size there are the results alone."""
+  """No tanh is written: the only arrays of a product's size are the results."""
   x, y, dz = _inputs("bfloat16")
   _, vjp = jax.vjp(gated_gelu, x, y)
   kept = [leaf for leaf in jax.tree.leaves(vjp) if getattr(leaf, "shape", None) == SHAPE]

@@ -31,7 +31,7 @@ def _built(kind):
 
 
 def _defined(kind, params, x_BTD):
-  """In float32, as the formulas read."""
+  """The formulas, in float32."""
   p = {name: jnp.float32(w) for name, w in nnx.to_pure_dict(params).items()}
   if kind in ("geglu", "gelu"):
     f = lambda x: 0.5 * x * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)))  # noqa: E731
@@ -70,7 +70,7 @@ def test_costs_count_the_products_there_are(kind):
   shard = Shard(
     rows=1, row_length=8, tensor=2, sequence=1, itemsize=2, remat="none", is_unrolled=False
   )
-  # Of what is written, the results of the products: up, of a tensor shard, and down, whole.
+  # The results of the products: up on a tensor shard, and down, whole.
   up = matrices / _WIDTH - _MLP_WIDTH
   assert config.activations(_WIDTH, shard).products == 2 * (up / 2 + _WIDTH)
 

@@ -1,4 +1,4 @@
-"""The matrix products of the layers: what a CPU makes of their gradients."""
+"""The matrix products of the layers, and how their gradients compile for a CPU."""
 
 import re
 

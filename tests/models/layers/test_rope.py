@@ -61,7 +61,7 @@ def test_scaled_frequencies_are_those_of_llama_3(head_size, factor, expected):
   assert frequencies.shape == (head_size // 2,)
   for pair, frequency in expected.items():
     np.testing.assert_allclose(frequencies[pair], frequency, rtol=1e-6)
-  # What turns often enough in the old context is left as it is.
+  # Pairs that turn often enough in the old context stay as they are.
   unscaled = Rope(share=1.0, theta=5e5).frequencies(head_size)
   np.testing.assert_array_equal(frequencies[: head_size // 8], unscaled[: head_size // 8])
 

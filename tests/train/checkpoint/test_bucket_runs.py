@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_copied_now_holds_up_no_other_and_is_copied_later(
 
 
 def test_a_run_in_a_bucket_ends_like_one_in_a_folder(server, commands, tmp_path):
-  """Its tokens there too; killed, and gone on with by a machine that has none of its files."""
+  """Its tokens are in the bucket too; killed, and continued by a machine without its files."""
   tiny.run(tmp_path)
   store = token_store.TokenStore(str(tmp_path / "train"))
   tokens = store.read(np.array([0]), store.manifest.num_tokens)[0]
@@ -155,7 +155,7 @@ def test_a_run_in_a_bucket_ends_like_one_in_a_folder(server, commands, tmp_path)
   assert "restored" in output
   metrics = server.objects["bucket", "run/files/metrics.jsonl"][0].decode().splitlines()
   plain = (tmp_path / "plain/metrics.jsonl").read_text().splitlines()
-  # Each step once and in order: what the first machine told up to its checkpoint is not lost.
+  # Each step once and in order: what the first machine wrote up to its checkpoint is not lost.
   losses = [(r["step"], r["train/loss"]) for r in map(json.loads, metrics)]
   assert losses == [(r["step"], r["train/loss"]) for r in map(json.loads, plain)]
   assert {"run/files/config.json", "run/files/loss.png"} <= set(server.names())

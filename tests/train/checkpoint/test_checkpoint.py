@@ -152,7 +152,7 @@ def test_reading_needs_no_writer_and_leaves_no_trace(directory):
 
 
 def test_a_part_is_restored_without_reading_the_rest(directory):
-  """As the parameters are for a command that does not train."""
+  """Parameters as a command that does not train restores them."""
   mesh = _mesh(1, 1)
   params = jax.device_put({"w_DF": jnp.ones((8, 16))}, NamedSharding(mesh, P()))
   moments = jax.device_put({"w_DF": jax.random.normal(jax.random.key(0), (512, 512))})
@@ -278,7 +278,7 @@ def test_damage_is_named_and_refused_or_the_one_before_is_used(directory, damage
 
 
 def test_a_flipped_bit_in_an_array_is_found(directory):
-  """The file format reads it without complaint: only the checksum knows."""
+  """The file format reads it without an error: only the checksum detects it."""
   _write(directory, 3)
   mesh = _mesh(1, 1)
   state = _state(3)
@@ -301,7 +301,7 @@ def test_a_flipped_bit_in_an_array_is_found(directory):
 
 @_fails_to_read
 def test_flipping_any_bit_of_the_files_never_gives_a_wrong_state(directory):
-  """Whatever bit of whatever array file: refused, or without effect on a single value."""
+  """Any bit of any array file: refused, or without effect on any value."""
   _write(directory, 3)
   files = sorted(path for path in (directory / "00000003" / "state").rglob("*") if path.is_file())
   random = np.random.default_rng(0)

@@ -46,7 +46,7 @@ class Worker:
     return self.read("pid")
 
   def read(self, what: str) -> int:
-    """The number that comes with the next line of that kind; lines before it are passed over."""
+    """The number in the next line of that kind; other lines before it are ignored."""
     for line in self._process.stdout:
       kind, _, value = line.strip().partition(" ")
       if kind == what:
@@ -68,7 +68,7 @@ def worker():
 
 
 def _finish(worker, directory: pathlib.Path, total_steps: int) -> None:
-  """Runs to the end; compares every bit with a run that was never saved nor killed."""
+  """Runs to the end; compares every bit with a run that was never saved or killed."""
   results = {name: directory.parent / f"{name}.npz" for name in ("killed", "undisturbed")}
   last = max(steps(directory), default=0)
   worker.start(directory=str(directory), result=str(results["killed"]), total_steps=total_steps)
@@ -104,7 +104,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(worker, tmp_p
     num_gained += newest > last
     num_half_written += any(directory.glob("*.orbax-checkpoint-tmp*"))
     last = newest
-  # The moments did meet saves that were under way, and runs that had come further.
+  # Some kills did hit saves that were under way, and runs that had come further.
   assert num_half_written > 0
   assert num_gained > 2
   _finish(worker, directory, total_steps)

@@ -18,7 +18,7 @@ from train.checkpoint.storage import steps
 
 
 def two_processes(directory: pathlib.Path | str) -> list[str]:
-  """What each of two processes with two devices told, after both ended well."""
+  """What each of two processes with two devices printed, after both ended well."""
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
     port = listener.getsockname()[1]

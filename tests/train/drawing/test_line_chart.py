@@ -1,4 +1,4 @@
-"""Lines: each value at its place, named at the end of its line and under the pointer."""
+"""Lines: each value at its place, labels at the ends of lines, values in tooltips."""
 
 import itertools
 

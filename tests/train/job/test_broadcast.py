@@ -1,4 +1,4 @@
-"""Text of process 0 reaches the others; tests with real processes are those of what uses it."""
+"""Text of process 0 reaches the others; tests of its users run real processes."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ def test_every_process_gets_the_text_of_process_0_and_brings_blocks_of_its_size(
   sent, index = [], 0
 
   def collective(block):
-    """Process 0 goes first; the others must bring as many bytes, and get its own."""
+    """Process 0 goes first; the others must pass as many bytes, and get those of process 0."""
     if index == 0:
       sent.append(np.copy(block))
       return block

@@ -1,4 +1,4 @@
-"""Whose failure it is, as process 0 judges: of one that is gone, or of one that still lives."""
+"""Whose failure it is, as process 0 judges: that of a process that is gone, or of one alive."""
 
 import time
 
@@ -8,7 +8,7 @@ from train.job.peers import Peers
 
 
 class _Service:
-  """jax's coordination service, as far as judging asks it."""
+  """The part of jax's coordination service that process 0 uses to judge."""
 
   def __init__(self):
     self.told = {}
@@ -23,8 +23,8 @@ class _Service:
 
 @pytest.mark.parametrize("lives", [False, True])
 def test_one_whose_last_word_came_in_after_the_trouble_is_gone(monkeypatch, lives):
-  """Killed between telling that it lives and the service hearing of it: the error of the other's
-  collective was there first, and was taken for that one's own failure, with another status."""
+  """Killed just after it reported, before the service had the report: the error in the other's
+  collective came first, and was taken for the other's own failure, with another status."""
 
   left = []
   monkeypatch.setattr(Peers, "leave", staticmethod(left.append))
@@ -35,7 +35,7 @@ def test_one_whose_last_word_came_in_after_the_trouble_is_gone(monkeypatch, live
   while time.monotonic() < end and not any(key.startswith("verdict/") for key in service.told):
     beat += 1
     service.told["alive/0"] = str(beat)
-    # The second is heard a beat after the trouble was.
+    # The second report arrives a beat after the trouble.
     if beat <= 2 or lives:
       service.told["alive/1"] = str(beat)
     peers._judge()

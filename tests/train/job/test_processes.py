@@ -1,4 +1,4 @@
-"""Several processes of `python -m launch.train`: the run of one, and back from every fault."""
+"""Several processes of `python -m launch.train` do what one does, and recover from every fault."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 NUM_KILLS = 20
 SEED = 4
-# A process not heard of for so long is gone.
+# A process that is silent for so many seconds is gone.
 PATIENCE = 3.0
 LOST = 76
 
@@ -42,7 +42,7 @@ def losses(workdir):
 
 
 def assert_same_run(actual, expected):
-  """The same batches, and the same losses but for the order of sums."""
+  """The same batches, and the same losses except for the order of sums."""
   assert actual.keys() == expected.keys()
   for step, (loss, targets) in expected.items():
     assert actual[step][1] == targets
@@ -63,8 +63,8 @@ class Job:
   def __init__(
     self, jobs, name, count, *changes, module="launch.train", first=(), second=None, tree=None
   ):
-    """`first` are arguments before all others, `second` what process 1 has instead of its own,
-    `tree` where its sources are instead of here.
+    """`first` are arguments before all others, `second` those of process 1 in place of the common
+    ones, `tree` the folder of its sources in place of this one.
 
     With `second` the processes find each other as those of a Slurm job do, else by flags.
     """
@@ -93,7 +93,7 @@ class Job:
     ]
 
   def at_step(self, step):
-    """Waits until the run has come so far."""
+    """Waits until the run has reached this step."""
     wait_for(lambda: max(losses(self.workdir), default=0) >= step)
     return self
 
@@ -121,7 +121,7 @@ class Jobs:
     ]
 
   def disturbed(self, name, count=2, *changes, what="steps"):
-    """A job of 20 steps a second: there is time to do something to it, or to `what` it does."""
+    """A job of 20 steps a second, slow enough to interfere with it, or with `what` it does."""
     changes = changes or ["--config.mesh.fsdp=2"]
     return Job(self, name, count, *changes, module="tests.slow_train", first=[what])
 
@@ -137,7 +137,7 @@ def jobs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(jobs):
-  """The losses of one process that nothing happens to, and those of two."""
+  """The losses of one undisturbed process, and those of two."""
   one = jobs.commands.run("launch.train", jobs.arguments("one"), jobs.folder / "one.txt")
   assert one[0] == 0, one[1]
   job = Job(jobs, "two", 2, "--config.mesh.fsdp=2")
@@ -153,8 +153,8 @@ def test_two_processes_train_as_one(straight):
 
 
 def test_told_to_stop_all_save_at_one_step_and_any_number_goes_on(jobs, straight):
-  # Two processes, of which one is told; then four, that split rows and widths, told by Ctrl-C all;
-  # then one.
+  # Two processes, of which one gets the signal; then four, which split rows and widths and all get
+  # Ctrl-C; then one.
   job = jobs.disturbed("elastic").at_step(12)
   os.kill(job.pids[1], signal.SIGTERM)
   assert job.statuses() == [75, 75], job.tail()
@@ -193,7 +193,7 @@ def test_one_gone_or_hanging_is_named_and_the_other_leaves_in_time(jobs, straigh
   assert jobs.commands.wait(job.pids[who]) == -signal.SIGKILL
   named = f"process {who} (host {socket.gethostname()})"
   assert re.search(rf"{re.escape(named)}.*(gone|not answered)", job.text(1 - who)), job.tail()
-  # Where nothing answers any more it takes the time set; where a connection broke, a roll call.
+  # A silent process is noticed after the time set; a broken connection after a roll call.
   assert seconds < PATIENCE + 4.0
   if number == signal.SIGSTOP:
     return
@@ -313,7 +313,7 @@ def test_killed_at_random_moments_it_comes_back_to_the_undisturbed_losses(jobs, 
     return max(steps(workdir / "checkpoints"), default=0)
 
   def started(number):
-    """The process ids of the start of that number, once both are there."""
+    """The process ids of the start with this number, once both exist."""
     attempts = output.read_text().split("[supervise]")
     found = re.findall(r"^\[(\d)\] pid (\d+)$", attempts[-1], re.MULTILINE)
     return dict(found) if len(attempts) == number + 1 and len(found) == 2 else None

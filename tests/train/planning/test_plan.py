@@ -34,8 +34,8 @@ def _preset(family, size):
 
 @functools.cache
 def _small():
-  """As few lines of a program as there can be, compiled in half a minute; wide enough not to fit
-  into a chip's cache."""
+  """The smallest program that is wide enough not to fit into a chip's cache; it compiles in half a
+  minute."""
   run = _preset("transformer", "100m")
   model = mqa_transformer(
     vocab_size=1024,

@@ -1,4 +1,4 @@
-"""What is said of a run that no machine of this size trains, or that is no run at all."""
+"""What a search says about a run that does not fit a machine, or that is no valid run."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""What the traffic model says that shards of a row send is what the compiled step sends."""
+"""The traffic model's collectives between shards of a row are those of the compiled step."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ _GLOBAL = attention.Config(
 @pytest.mark.parametrize(
   ("mixers", "mesh", "remat", "parts"),
   [
-    # A shard of 8 tokens is shorter than the window: it asks two others.
+    # A shard of 8 tokens is shorter than the window: it needs those of two others.
     ((_RECURRENT, _LOCAL), MeshShape(fsdp=2, sequence=4), "block", 1),
     ((_RECURRENT,), MeshShape(sequence=4, tensor=2), "none", 2),
     ((_GLOBAL,), MeshShape(data=2, sequence=4), "matmuls", 1),

@@ -288,7 +288,7 @@ def test_a_cluster_gets_each_run_once_and_its_result_is_found(sweep):
 
 
 def tmp_command(path):
-  """A program that notes its arguments and says what a queue says."""
+  """A program that records its arguments and answers as a queue does."""
   path.write_text(f'#!/bin/sh\necho "$@" >> {path}.calls\necho job 7\n')
   path.chmod(0o755)
   return path
@@ -393,7 +393,7 @@ def test_data_in_a_bucket_is_there_when_its_store_is_complete(sweep, monkeypatch
 
 
 def test_a_run_that_was_started_by_hand_is_taken_over(sweep):
-  """It trains: the names, the folders and the metrics are those of `python -m launch.train`."""
+  """It really trains: names, folders and metrics are those of `python -m launch.train`."""
   sweep.grid(["llama", 4, 1e-2])
   config = f"--config=tests/sweep_config.py:{sweep.folder}/llama/4"
   arguments = [config, f"--workdir={sweep.workdir}/runs/llama/4"]

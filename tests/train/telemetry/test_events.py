@@ -15,7 +15,7 @@ from train.telemetry.goodput import HEARTBEAT, JSONL, KINDS
 
 
 class _Clock:
-  """A clock that only moves when it is told to."""
+  """A clock that only moves when a test moves it."""
 
   def __init__(self, at: float = 1000.0):
     self.at = at

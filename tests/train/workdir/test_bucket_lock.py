@@ -1,4 +1,4 @@
-"""Who writes in a bucket: one run at a time, and none ends that did not lose its place."""
+"""One run at a time writes in a bucket, and a run ends only if it lost its lock."""
 
 import os
 import socket
@@ -112,7 +112,7 @@ def test_a_lock_that_another_has_is_found_out_before_a_save_and_left_there(monke
 
 
 def test_of_two_locks_of_one_process_each_knows_its_own(monkeypatch):
-  """As two hosts of one name, whose processes have the same number."""
+  """Two hosts may have one name, and processes with the same number."""
   lock = _lock()
   monkeypatch.setattr(bucket_lock, "HEARTBEAT_SECONDS", 0.3)
   with pytest.raises(InUseError, match="in use by a run"):

@@ -91,7 +91,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def test_a_second_job_on_a_workdir_is_refused_and_touches_nothing(good, tmp_path):
-  """And neither a lock that a killed job left, nor a lock that does not hold, is an obstacle."""
+  """Neither a lock that a killed job left, nor a lock that does not work, is an obstacle."""
   workdir = good.folder / "two"
   pid = good.start("two", "--config.total_steps=2000")
   wait_for(lambda: steps(workdir / "checkpoints"))
