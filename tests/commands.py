@@ -76,9 +76,13 @@ class Commands:
     status = self.wait(self.start(module, arguments, output, **environment))
     return status, output.read_text()
 
-  def close(self) -> None:
+  def kill_running(self) -> None:
     for running in self._running.values():
       running.close()
+    self._running.clear()
+
+  def close(self) -> None:
+    self.kill_running()
     self._process.terminate()
     self._process.wait(timeout=60)
     self._folder.cleanup()

@@ -28,12 +28,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 assert "jax" not in sys.modules, "jax was imported before the simulated devices were set"
 
 
-@pytest.fixture(scope="module")
-def commands():
-  """Runs our commands, with what is slow to import and to compile done once for a test file."""
+@pytest.fixture(scope="session")
+def _commands_of_all_files():
   commands = Commands()
   yield commands
   commands.close()
+
+
+@pytest.fixture(scope="module")
+def commands(_commands_of_all_files):
+  """Runs our commands, with what is slow to import and to compile done once for a worker."""
+  yield _commands_of_all_files
+  _commands_of_all_files.kill_running()
 
 
 @pytest.fixture(scope="module")

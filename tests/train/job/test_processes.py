@@ -14,7 +14,7 @@ import time
 import pytest
 
 from tests import tiny
-from tests.commands import ROOT, Commands
+from tests.commands import ROOT
 from tests.tolerances import assert_close
 from train.checkpoint.storage import steps
 from train.job import agreement
@@ -127,12 +127,10 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
+def jobs(commands, tmp_path_factory):
   folder = tmp_path_factory.mktemp("processes")
   tiny.run(folder)
-  commands = Commands()
-  yield Jobs(commands, folder)
-  commands.close()
+  return Jobs(commands, folder)
 
 
 @pytest.fixture(scope="module")

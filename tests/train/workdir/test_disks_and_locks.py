@@ -8,7 +8,6 @@ import signal
 import pytest
 
 from tests import faulty_config
-from tests.commands import Commands
 from tests.faulty_runs import Runs, last_line, wait_for
 from train.checkpoint.storage import steps
 
@@ -98,20 +97,16 @@ def test_a_second_job_on_a_workdir_is_refused_and_touches_nothing(good, tmp_path
   os.kill(pid, signal.SIGSTOP)
   wait_for(lambda: _is_stopped(pid))
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-  other = Commands()
-  try:
-    arguments = good.arguments("two", "--config.name=other")
-    status, output = other.run("launch.train", arguments, tmp_path / "other.txt")
-    assert status == 1
-    expected = rf"checkpoints is in use by a run (process {pid} on {os.uname().nodename} since 20"
-    assert expected in last_line(output)
-    assert "wait for it, stop it, or use another workdir" in last_line(output)
-    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
-    # As where locks do not reach another machine: the lock names the other one.
-    (workdir / "checkpoints" / "lock").write_text("process 7 on elsewhere since then\n")
-    os.kill(pid, signal.SIGCONT)
-    assert good.commands.wait() == 1
-    line = last_line((good.folder / "two.txt").read_text())
-    assert "checkpoints was taken by another run (process 7 on elsewhere since then)" in line
-  finally:
-    other.close()
+  arguments = good.arguments("two", "--config.name=other")
+  status, output = good.commands.run("launch.train", arguments, tmp_path / "other.txt")
+  assert status == 1
+  expected = rf"checkpoints is in use by a run (process {pid} on {os.uname().nodename} since 20"
+  assert expected in last_line(output)
+  assert "wait for it, stop it, or use another workdir" in last_line(output)
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+  # As where locks do not reach another machine: the lock names the other one.
+  (workdir / "checkpoints" / "lock").write_text("process 7 on elsewhere since then\n")
+  os.kill(pid, signal.SIGCONT)
+  assert good.commands.wait() == 1
+  line = last_line((good.folder / "two.txt").read_text())
+  assert "checkpoints was taken by another run (process 7 on elsewhere since then)" in line
