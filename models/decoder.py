@@ -78,7 +78,7 @@ class DecoderConfig:
       if getattr(self, name) < 1:
         raise ValueError(f"DecoderConfig: {name} {getattr(self, name)} must be at least 1")
     if not self.pattern:
-      raise ValueError("DecoderConfig: pattern is empty; give at least one BlockConfig")
+      raise ValueError("DecoderConfig: pattern is empty; give at least one residual_block.Config")
     for index, (block, after) in enumerate(itertools.pairwise(self.pattern)):
       same = kernel_fields.without_kernels(block) == kernel_fields.without_kernels(after)
       if same and block != after:
@@ -201,7 +201,7 @@ class _Part(NamedTuple):
     return jax.tree.map(lambda one: one.axes, self.declared)
 
 
-def _part(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: str) -> _Part:
+def _part(make: Callable[[nnx.Rngs], Any], param_dtype: str) -> _Part:
   """The functional form of the module that `make` builds."""
   graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
 

@@ -1,6 +1,6 @@
 """Griffin (arXiv:2402.19427): two recurrent blocks to one block of local attention."""
 
-from models.block import BlockConfig
+from models import residual_block
 from models.decoder import DecoderConfig, DType, EmbeddingScale, Remat
 from models.layers import attention, mlp, rg_lru
 from models.layers.rg_lru import DecayInit
@@ -27,13 +27,13 @@ def griffin(
 ) -> DecoderConfig:
   """Blocks R, R, A, R, R, A, ... cut off at `num_blocks`."""
   geglu = mlp.Config(mlp_width=mlp_width)
-  recurrent = BlockConfig(
+  recurrent = residual_block.Config(
     mixer=rg_lru.Config(
       rnn_width=rnn_width, num_gate_blocks=num_gate_blocks, decay_init=decay_init
     ),
     mlp=geglu,
   )
-  local = BlockConfig(
+  local = residual_block.Config(
     mixer=attention.Config(num_heads=num_heads, head_size=head_size, window=window), mlp=geglu
   )
   return DecoderConfig(

@@ -1,6 +1,6 @@
 """Hawk (arXiv:2402.19427): recurrent blocks only."""
 
-from models.block import BlockConfig
+from models import residual_block
 from models.decoder import DecoderConfig, DType, Remat
 from models.layers import mlp, rg_lru
 from models.layers.rg_lru import DecayInit
@@ -21,7 +21,7 @@ def hawk(
   remat: Remat = "block",
 ) -> DecoderConfig:
   """`num_blocks` recurrent blocks; no embedding scale, no logit cap."""
-  recurrent = BlockConfig(
+  recurrent = residual_block.Config(
     mixer=rg_lru.Config(
       rnn_width=rnn_width, num_gate_blocks=num_gate_blocks, decay_init=decay_init
     ),

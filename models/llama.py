@@ -7,7 +7,7 @@ families, by layer (models/initial_weights.py: FanIn).
 
 from typing import Literal
 
-from models.block import BlockConfig
+from models import residual_block
 from models.decoder import DecoderConfig, DType, Remat
 from models.layers import attention, mlp, norms
 from models.layers.rope import Llama3Scaling, Rope
@@ -35,7 +35,7 @@ def llama(
   if width % num_heads:
     raise ValueError(f"llama: width {width} is not divisible by num_heads {num_heads}")
   norm = norms.Config(weight="scale", epsilon=1e-5)
-  block = BlockConfig(
+  block = residual_block.Config(
     mixer=attention.Config(
       num_heads=num_heads,
       num_kv_heads=num_kv_heads,

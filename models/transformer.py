@@ -1,6 +1,6 @@
 """The multi-query-attention Transformer that Griffin is compared with (arXiv:2402.19427)."""
 
-from models.block import BlockConfig
+from models import residual_block
 from models.decoder import DecoderConfig, DType, Remat
 from models.layers import attention, mlp
 from models.sizes import Size
@@ -20,7 +20,7 @@ def mqa_transformer(
   remat: Remat = "block",
 ) -> DecoderConfig:
   """`num_blocks` blocks of attention over the whole row, or over a window where one is given."""
-  block = BlockConfig(
+  block = residual_block.Config(
     mixer=attention.Config(num_heads=num_heads, head_size=head_size, window=window),
     mlp=mlp.Config(mlp_width=mlp_width),
   )

@@ -13,14 +13,13 @@ from flax import nnx
 from kernels import dispatch
 from launch.pages.plan_text import plan_lines
 from launch.pages.report_text import summary_lines
-from models import decoder, observe
-from models.block import BlockConfig
+from models import decoder, observe, residual_block
 from models.costs import FlopsPart, LayerActivations, LeastTokens, Sends, Sent, Shard
 from models.decoder import DecoderConfig
 from models.generate import generate
 from models.huggingface import directory
 from models.kernel_fields import kernel_field
-from models.layers import gated_mlp, projection
+from models.layers import mlp, projection
 from models.layers.projection import project
 from models.layers.segments import NO_DOCUMENT
 from models.param import normal, param
@@ -158,8 +157,8 @@ def _model(**settings) -> DecoderConfig:
     width=32,
     num_blocks=3,
     pattern=(
-      BlockConfig(mixer=mean, mlp=gated_mlp.Config(mlp_width=48)),
-      BlockConfig(mixer=mean, mlp=None),
+      residual_block.Config(mixer=mean, mlp=mlp.Config(mlp_width=48)),
+      residual_block.Config(mixer=mean, mlp=None),
     ),
     **{"dtype": "float32", "remat": "none", **settings},
   )

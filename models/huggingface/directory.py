@@ -19,7 +19,7 @@ import numpy as np
 from models import decoder
 from models.decoder import DecoderConfig, DType, Params
 from models.huggingface import llama, recurrentgemma, tensor_files
-from models.huggingface.name_map import NameMap, Settings
+from models.huggingface.name_map import NameMap, Settings, residual
 from models.huggingface.tensor_files import StoredTensor
 from models.same_model import differences
 
@@ -149,7 +149,7 @@ def _of_settings(settings: Settings) -> NameMap:
 
 def _of_config(config: DecoderConfig) -> tuple[NameMap, dict[str, Any]]:
   """The family that can express `config`, and the keys of its config.json that do."""
-  for block in config.pattern:
+  for block in residual(config.pattern):
     if not any(isinstance(block.mixer, names.mixers) for names in _NAME_MAPS):
       known = "; ".join(
         f"{names.family}: {', '.join(_name(mixer) for mixer in names.mixers)}"

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig, DType, Params
-from models.huggingface.name_map import NameMap, Settings
+from models.huggingface.name_map import NameMap, Settings, residual
 from models.layers import attention, mlp, norms
 from models.layers.rope import Llama3Scaling, Rope
 
@@ -74,7 +73,7 @@ def _from_json(settings: Settings, *, dtype: DType) -> DecoderConfig:
     vocab_size=settings.integer("vocab_size"),
     width=width,
     num_blocks=settings.integer("num_hidden_layers"),
-    pattern=(BlockConfig(mixer=mixer, mlp=swiglu, norm=norm),),
+    pattern=(residual_block.Config(mixer=mixer, mlp=swiglu, norm=norm),),
     final_norm=norm,
     unembedding="tied" if settings.truth("tie_word_embeddings", absent=False) else "own",
     dtype=dtype,
@@ -117,7 +116,8 @@ def _rope(settings: Settings) -> Rope:
 def _to_json(config: DecoderConfig) -> dict[str, Any]:
   # Of the first block: where another one differs, or Llama has no word for something, the caller
   # finds it when this is read back.
-  mixer, swiglu, norm = config.pattern[0].mixer, config.pattern[0].mlp, config.final_norm
+  block = residual(config.pattern)[0]
+  mixer, swiglu, norm = block.mixer, block.mlp, config.final_norm
   if not isinstance(mixer, attention.Config) or not isinstance(swiglu, mlp.Config):
     raise ValueError("mixer and mlp: its own are attention and a gated MLP")
   if not isinstance(norm, norms.Config):

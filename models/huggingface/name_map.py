@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from models import residual_block
+from models.block import BlockConfig
 from models.decoder import DecoderConfig, DType, Params
 
 # Keys of config.json that no logit depends on, in any family: how a model was made, initialised,
@@ -15,6 +17,17 @@ UNUSED_KEYS = frozenset({
   "max_position_embeddings", "output_attentions", "output_hidden_states", "return_dict",
   "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
 })  # fmt: skip
+
+
+def residual(blocks: tuple[BlockConfig, ...]) -> list[residual_block.Config]:
+  """`blocks`, all residual ones; ValueError names the config of one that is not."""
+  for block in blocks:
+    if not isinstance(block, residual_block.Config):
+      kind = f"{type(block).__module__}.{type(block).__qualname__}"
+      raise ValueError(
+        f"{kind} has no Hugging Face form; the blocks that have one are residual_block.Config"
+      )
+  return [block for block in blocks if isinstance(block, residual_block.Config)]
 
 
 class FromJson(Protocol):

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig, DType, Params
-from models.huggingface.name_map import NameMap, Settings, the_only
+from models.huggingface.name_map import NameMap, Settings, residual, the_only
 from models.layers import attention, mlp, rg_lru
 
 # What every RecurrentGemma has; another value would be another function than ours.
@@ -72,7 +71,7 @@ def _from_json(settings: Settings, *, dtype: DType) -> DecoderConfig:
     width=width,
     num_blocks=num_blocks,
     pattern=tuple(
-      BlockConfig(mixer=_mixer(settings, kind), mlp=geglu)
+      residual_block.Config(mixer=_mixer(settings, kind), mlp=geglu)
       for kind in _shortest_cycle(kinds, num_blocks)
     ),
     embedding_scale="sqrt_width",
@@ -144,7 +143,8 @@ def _to_json(config: DecoderConfig) -> dict[str, Any]:
     )
   if config.logit_cap is None:
     raise ValueError("logit_cap None: it always caps its logits")
-  mixers = [block.mixer for block in config.pattern]
+  pattern = residual(config.pattern)
+  mixers = [block.mixer for block in pattern]
   recurrent = [mixer for mixer in mixers if isinstance(mixer, rg_lru.Config)]
   local = [mixer for mixer in mixers if isinstance(mixer, attention.Config)]
   num_heads = the_only(
@@ -160,7 +160,7 @@ def _to_json(config: DecoderConfig) -> dict[str, Any]:
       )
     if mixer.window is None:
       raise ValueError("window None (global attention): its own is local")
-  mlps = [block.mlp for block in config.pattern if isinstance(block.mlp, mlp.Config)]
+  mlps = [block.mlp for block in pattern if isinstance(block.mlp, mlp.Config)]
   if len(mlps) < len(config.pattern):
     raise ValueError("mlp: each of its blocks has a gated MLP")
   mlp_width = the_only("mlp_width", [mlp.mlp_width for mlp in mlps])
@@ -190,7 +190,9 @@ def _tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
     "model.embed_tokens.weight": params["embedding"]["table_VD"],
     "model.final_norm.weight": params["final_norm"]["scale_D"],
   }
-  for index, (block, p) in enumerate(zip(config.blocks, decoder.split_blocks(config, params))):
+  for index, (block, p) in enumerate(
+    zip(residual(config.blocks), decoder.split_blocks(config, params))
+  ):
     of_mixer = _recurrent if isinstance(block.mixer, rg_lru.Config) else _attention
     of_block = {
       "temporal_pre_norm.weight": p["mixer_norm"]["scale_D"],

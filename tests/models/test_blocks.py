@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, rg_lru
 from models.layers import segments as segments_lib
@@ -31,7 +30,7 @@ def _model(*mixers, num_blocks: int | None = None, **settings) -> DecoderConfig:
     vocab_size=VOCAB,
     width=WIDTH,
     num_blocks=num_blocks or len(mixers),
-    pattern=tuple(BlockConfig(mixer=mixer, mlp=MLP) for mixer in mixers),
+    pattern=tuple(residual_block.Config(mixer=mixer, mlp=MLP) for mixer in mixers),
     **{"dtype": "float32", "remat": "none", **settings},
   )
 
@@ -54,7 +53,10 @@ CONFIGS = {
   "global_attention": _model(GLOBAL),
   "grouped_attention": dataclasses.replace(
     _model(SOME, ALL),
-    pattern=(BlockConfig(mixer=SOME, mlp=PLAIN), BlockConfig(mixer=ALL, mlp=SWIGLU)),
+    pattern=(
+      residual_block.Config(mixer=SOME, mlp=PLAIN),
+      residual_block.Config(mixer=ALL, mlp=SWIGLU),
+    ),
   ),
   "hawk": _model(RECURRENT, num_blocks=3),
   "griffin_with_remainder": _model(RECURRENT, RECURRENT, LOCAL, num_blocks=8),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig
 from models.flops import count_params
 from models.layers import norms, rg_lru
@@ -21,7 +20,7 @@ from tests.tolerances import assert_close
 from train.planning import footprint
 
 WIDTH, VOCAB = 8, 12
-RECURRENT = BlockConfig(mixer=rg_lru.Config(rnn_width=8, num_gate_blocks=2), mlp=None)
+RECURRENT = residual_block.Config(mixer=rg_lru.Config(rnn_width=8, num_gate_blocks=2), mlp=None)
 BASE = DecoderConfig(
   vocab_size=VOCAB, width=WIDTH, num_blocks=1, pattern=(RECURRENT,), dtype="float32", remat="none"
 )

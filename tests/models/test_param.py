@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig
 from models.layers import mlp
 from models.param import param, zeros
@@ -45,7 +44,7 @@ class _Mixer(nnx.Module):
 
 
 def _model(first: str = "tap") -> decoder.Model:
-  block = BlockConfig(mixer=_Config(first), mlp=mlp.Config(mlp_width=8))
+  block = residual_block.Config(mixer=_Config(first), mlp=mlp.Config(mlp_width=8))
   return decoder.build(
     DecoderConfig(
       vocab_size=8,

@@ -17,8 +17,7 @@ from flax import nnx
 from kernels import linear_scan
 from kernels import rg_lru as rg_lru_kernel
 from kernels.rg_lru import gates
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, norms, rg_lru
 from models.layers import segments as segments_lib
@@ -79,7 +78,7 @@ def _golden(name):
     vocab_size=package["vocab_size"],
     width=width,
     num_blocks=len(package["block_types"]),
-    pattern=tuple(BlockConfig(mixer=mixers[kind], mlp=geglu) for kind in kinds),
+    pattern=tuple(residual_block.Config(mixer=mixers[kind], mlp=geglu) for kind in kinds),
     embedding_scale="sqrt_width" if package["embeddings_scale_by_sqrt_dim"] else "none",
     logit_cap=package["logits_soft_cap"] or None,
     dtype="float32",

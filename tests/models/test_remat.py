@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, rg_lru
 from models.remat import SavedNames
@@ -36,7 +35,7 @@ class _Mixer(nnx.Module):
 
 
 def _gradient(saved: SavedNames, remat: decoder.Remat, layers="scan") -> str:
-  block = BlockConfig(mixer=_Config(saved), mlp=mlp.Config(mlp_width=6))
+  block = residual_block.Config(mixer=_Config(saved), mlp=mlp.Config(mlp_width=6))
   sizes = {"vocab_size": 8, "width": 4, "num_blocks": 2, "pattern": (block,), "dtype": "float32"}
   model = decoder.build(DecoderConfig(**sizes, remat=remat, layers=layers))
   ones_BT = jnp.ones((1, 2), jnp.int32)

@@ -13,8 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models import decoder
-from models.block import BlockConfig
+from models import decoder, residual_block
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, rg_lru
 from sharding import collectives, logical, rules
@@ -36,7 +35,7 @@ def _model(remat: str, mixer: rg_lru.Config | attention.Config) -> decoder.Model
       vocab_size=64,
       width=32,
       num_blocks=2,
-      pattern=(BlockConfig(mixer=mixer, mlp=_MLP),),
+      pattern=(residual_block.Config(mixer=mixer, mlp=_MLP),),
       dtype="float32",
       remat=remat,  # pyright: ignore[reportArgumentType]
     )

@@ -8,7 +8,7 @@ what each remat policy keeps of them and computes again.
 
 import dataclasses
 
-from models.block import BlockProtocol
+from models.block import BlockConfig
 from models.costs import Shard
 
 
@@ -33,7 +33,7 @@ class Activations:
     return 3.0 * self.forward + self.again
 
 
-def of_block(block: BlockProtocol, *, width: int, shard: Shard) -> Activations:
+def of_block(block: BlockConfig, *, width: int, shard: Shard) -> Activations:
   """The activations of one block on a shard; the block's kernels are named."""
   made = block.activations(width, shard)
   saved, again = width * shard.itemsize, made.elementwise  # the block's input

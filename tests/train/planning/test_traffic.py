@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from models.block import BlockConfig
+from models import residual_block
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, rg_lru
 from sharding import collectives as compiled
@@ -32,7 +32,7 @@ _GLOBAL = attention.Config(
 )
 def test_shards_of_a_row_send_what_the_model_says(mixers, mesh, remat, parts, tmp_path):
   run = tiny.run(tmp_path)
-  pattern = tuple(BlockConfig(mixer=one, mlp=mlp.Config(mlp_width=48)) for one in mixers)
+  pattern = tuple(residual_block.Config(mixer=one, mlp=mlp.Config(mlp_width=48)) for one in mixers)
   run = dataclasses.replace(
     run,
     model=DecoderConfig(
