@@ -1,9 +1,9 @@
-# make train   a Griffin learns real text on this machine; again: it goes on, or says it is complete
-# make test    everything that must be true          make lint    ruff, pyright and shellcheck
-# make lock    requirements.lock again, from pyproject.toml (needs uv)
+# make train   trains a small Griffin on real text; run again, it continues, or says it is complete
+# make test    runs all tests          make lint    runs ruff, pyright and shellcheck
+# make lock    writes requirements.lock again, from pyproject.toml (needs uv)
 #
-# Each sets up what it needs in .venv by itself: with uv where it is there, with plain pip elsewhere.
-# EXTRA=tpu or EXTRA=cuda chooses the jax of `make train`; PYTHON the interpreter.
+# Each installs what it needs in .venv first, with uv if it is installed, else with pip.
+# EXTRA=tpu or EXTRA=cuda chooses the jax of `make train`, PYTHON the interpreter; ARGS are passed on.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -49,7 +49,7 @@ comma := ,
 EXTRAS := cpu tpu cuda
 $(if $(filter $(EXTRA),$(EXTRAS)),,$(error EXTRA=$(EXTRA) is none of $(EXTRAS): it says which jax is installed))
 
-# Where the tests have installed the TPU's compiler too, jax would look for a TPU and say so at length.
+# If `make test` has installed the TPU's compiler too, jax would look for a TPU, with long warnings.
 train: export JAX_PLATFORMS := $(if $(filter cpu,$(EXTRA)),cpu,$(JAX_PLATFORMS))
 
 .PHONY: train

@@ -1,9 +1,9 @@
-"""The model of the CPU speed bars: Griffin, float32, batch 4, row 1024, width 256, byte vocabulary.
+"""The Griffin whose speed on CPUs is measured: float32, batch 4, row 1024, width 256, bytes.
 
   python -m launch.bench --config=configs/bench_cpu.py
   python -m launch.bench --config=configs/bench_cpu.py --config.model.num_blocks=24
 
-The sizes are those of the comparison in docs/benchmarks.md and of no published model.
+No published model has these sizes; docs/benchmarks.md compares it with the recurrentgemma package.
 """
 
 from data.pipeline import DataConfig

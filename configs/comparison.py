@@ -1,9 +1,9 @@
-"""The families that `launch.row_lengths` compares: presets here, the others with the first.
+"""The families that `launch.row_lengths` compares by default, all of them with the first.
 
-Each has the sizes of models/sizes.py.
+Each has a preset in this folder, with the sizes of models/sizes.py.
 """
 
 
 def get_families() -> tuple[str, ...]:
-  """Names of files of this folder."""
+  """Names of presets: configs/NAME.py."""
   return ("transformer", "hawk", "griffin", "llama")

@@ -12,7 +12,7 @@
 
 FLOPs are those of models/flops.py, logits included: arXiv:2406.19146 shows that leaving them out
 bends the laws at small sizes. Every run of a budget ends within a step of it. The paper publishes
-no recipe; ours is made of published rules, the same for all families, nothing tuned:
+no recipe; ours combines published rules, the same for all families, and is untuned:
 
   peak learning rate   0.3118 C^-0.1250        arXiv:2401.02954, section 3.1; C is the run's FLOPs
   batch in tokens      0.2920 C^0.3271         the same, rounded to whole rows; for isoflop and

@@ -48,7 +48,7 @@ def get_config() -> Run:
     batch_size=16,
     total_steps=250,
     eval_every=50,
-    # Whoever kills it after a minute wants to see it go on.
+    # Killed after a minute, it should have a checkpoint to go on from.
     checkpoint=CheckpointConfig(every_steps=100, temporary_minutes=0.25),
     mesh=MeshShape(data=-1),
     metrics=MetricsConfig(log_every=10),
