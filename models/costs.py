@@ -1,8 +1,9 @@
 """The terms in which a layer's config says what the layer costs, without building it.
 
-A layer's config answers for one layer, a block's config (models/block.py) adds its layers up, and
-train/planning sums over blocks, microbatches and passes. Bytes of activations are for each token of
-a device. Where the answer depends on a kernel, the config must name it (`DecoderConfig.resolved`).
+A layer's config answers for one layer, a block's config (models/residual_block.py) adds its layers
+up, and train/planning sums over blocks, microbatches and passes. Bytes of activations are for each
+token of a device. Where the answer depends on a kernel, the config must name it
+(`DecoderConfig.resolved`).
 """
 
 import dataclasses
