@@ -69,7 +69,10 @@ def plain(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dispatch_joins_forward_and_backward(plain, dtype):
   arrays, weights = _inputs((2, 9, 10), dtype)
-  actual, expected = (_run(arrays, weights, name) for name in (plain, "reference"))
+  actual, expected = (
+    jax.jit(functools.partial(_run, implementation=name))(arrays, weights)
+    for name in (plain, "reference")
+  )
   for result, expected_result in zip(actual, expected, strict=True):
     assert result.dtype == expected_result.dtype
     assert_close(result, expected_result, dtype=dtype, reduction=4)
@@ -85,7 +88,7 @@ def test_a_fused_backend_takes_gates_in_the_dtype_of_x(plain, monkeypatch):
 
   monkeypatch.setitem(rg_lru._FUSED, "plain", rg_lru.Fused(forward, _plain_backward))
   wide = (arrays[0], *(z.astype(jnp.float32) for z in arrays[1:3]), *arrays[3:])
-  results = _run(wide, weights, plain)
+  results = jax.jit(functools.partial(_run, implementation=plain))(wide, weights)
   assert seen == [["bfloat16"] * 3] * len(seen) != []
   assert [z.dtype for z in results[2:]] == [jnp.bfloat16] + [jnp.float32] * 4
 

@@ -272,16 +272,24 @@ def test_a_model_with_triton_kernels_is_the_model():
     assert ours < 1.5 * theirs + 1e-2
 
 
+def _kept(model):
+  """Shape and dtype of each array that the backward pass keeps, for a row of 8 tokens."""
+  tokens = jnp.ones((1, 8), jnp.int32)
+
+  def pull_back(params):
+    return jax.vjp(lambda params: model.apply(params, tokens, tokens)[0], params)[1]
+
+  return jax.tree.leaves(jax.eval_shape(pull_back, model.shapes))
+
+
 def test_unrolled_blocks_keep_their_matrices_as_they_are_multiplied():
   """A group's part of float32 parameters would be a copy, twice as large and cast again."""
   config = dataclasses.replace(TINY["hawk"], dtype="bfloat16", layers="unroll")
   model = decoder.build(config)
-  params, tokens = jax.jit(model.init)(jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
-  _, pull_back = jax.vjp(lambda params: model.apply(params, tokens, tokens)[0], params)
-  matrices = {leaf.shape[1:]: leaf.dtype for leaf in jax.tree.leaves(params["groups"])}
+  matrices = {leaf.shape[1:]: leaf.dtype for leaf in jax.tree.leaves(model.shapes["groups"])}
   kept = [
     leaf.dtype.name
-    for leaf in jax.tree.leaves(pull_back)
+    for leaf in _kept(model)
     if leaf.size >= config.width**2 and leaf.shape in matrices
   ]
   assert kept
@@ -316,11 +324,8 @@ def test_branches_of_unrolled_blocks_are_cut_out_of_the_weights_once():
   """The backward pass used to cut them out again, and kept the whole weights for it."""
   config = dataclasses.replace(TINY["transformer"], layers="unroll", remat="none", num_blocks=2)
   model = decoder.build(config)
-  tokens = jnp.ones((1, 8), jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(0))
-  _, pull_back = jax.vjp(lambda params: model.apply(params, tokens, tokens)[0], params)
-  kept = [leaf.shape for leaf in jax.tree.leaves(pull_back)]
-  [width, _, mlp_width] = params["groups"]["0"]["mlp"]["w_up_D2F"].shape[-3:]
+  kept = [leaf.shape for leaf in _kept(model)]
+  [width, _, mlp_width] = model.shapes["groups"]["0"]["mlp"]["w_up_D2F"].shape[-3:]
   assert kept.count((width, mlp_width)) == 2 * 2
   assert not [shape for shape in kept if shape[-3:] == (width, 2, mlp_width)]
 

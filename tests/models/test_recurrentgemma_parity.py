@@ -4,6 +4,7 @@ The recordings come from tests/golden/make_recurrentgemma.py: logits to 1e-5, ev
 of its largest entry.
 """
 
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -219,19 +220,26 @@ def _layer(name):
   }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _with_gradients(f, inputs, cotangents):
+  """f(*inputs) and the gradient of each input."""
+  y, pull = jax.vjp(f, *inputs)
+  return y, pull(cotangents)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "associative", "chunked"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_scan_is_the_packages(direction, implementation):
   golden = _layer(f"scan_{direction}")
-  outputs, pull = jax.vjp(
+  outputs, gradients = _with_gradients(
     lambda *given: linear_scan.linear_scan(
       *given, implementation=implementation, reverse=direction == "reverse"
     ),
-    *(golden[key] for key in ("x_BTD", "a_BTD", "h0_BD")),
+    [golden[key] for key in ("x_BTD", "a_BTD", "h0_BD")],
+    (golden["cotangent0"], golden["cotangent1"]),
   )
   for index, y in enumerate(outputs):
     np.testing.assert_allclose(y, golden[f"y{index}"], atol=1e-5, rtol=1e-5)
-  gradients = pull((jnp.asarray(golden["cotangent0"]), jnp.asarray(golden["cotangent1"])))
   for key, gradient in zip(("x_BTD", "a_BTD", "h0_BD"), gradients):
     np.testing.assert_allclose(gradient, golden[f"grads/{key}"], atol=1e-5, rtol=1e-5)
 
@@ -272,9 +280,9 @@ def test_rg_lru_is_the_packages():
       x_BTR, r_BTR, i_BTR, decay_R, starts_BT, h0_BR, implementation="reference"
     )[0]
 
-  y_BTR, pull = jax.vjp(rg_lru_alone, golden["x"], *(golden[f"params/{n}"] for n in names))
+  inputs = [golden["x"], *(golden[f"params/{n}"] for n in names)]
+  y_BTR, gradients = _with_gradients(rg_lru_alone, inputs, golden["cotangent0"])
   np.testing.assert_allclose(y_BTR, golden["y0"], atol=1e-5, rtol=1e-5)
-  gradients = pull(jnp.asarray(golden["cotangent0"]))
   expected = [golden["grads/x"], *(golden[f"grads/params/{n}"] for n in names)]
   _assert_gradients(dict(zip(("x", *names), gradients)), dict(zip(("x", *names), expected)))
 
@@ -313,9 +321,9 @@ def test_layer_is_the_packages(name):
   def under(prefix):
     return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
 
-  y_BTD, pull = jax.vjp(call, golden["x"], ours(under("params/")))
+  inputs = [golden["x"], ours(under("params/"))]
+  y_BTD, (x_gradient, gradients) = _with_gradients(call, inputs, golden["cotangent0"])
   np.testing.assert_allclose(y_BTD, golden["y0"], atol=1e-5, rtol=1e-5)
-  x_gradient, gradients = pull(jnp.asarray(golden["cotangent0"]))
   _assert_gradients(
     {"x": x_gradient, **gradients}, {"x": golden["grads/x"], **ours(under("grads/params/"))}
   )

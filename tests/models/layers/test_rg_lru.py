@@ -65,7 +65,7 @@ def test_block_is_the_papers(scan, gates):
   segments_BT = np.array([[1] * 7 + [2] + [3] * 29, [4] * 37], np.int32)
   x_BTD = jax.random.normal(jax.random.key(1), (2, 37, 24))
   segments, _ = segments_lib.segments(jnp.asarray(segments_BT), segments_lib.initial_state(2))
-  y_BTD, state = module(x_BTD, segments, None)
+  y_BTD, state = jax.jit(lambda x_BTD: module(x_BTD, segments, None))(x_BTD)
   assert state is None
   for y_TD, x_TD, segments_T in zip(y_BTD, x_BTD, segments_BT, strict=True):
     expected = _slow_block(module, x_TD, segments_T)
