@@ -46,16 +46,19 @@ EmbeddingScale = Literal["none", "sqrt_width"]
 class DecoderConfig:
   """A decoder: `pattern` repeats and is cut off after `num_blocks` blocks.
 
-  embedding_scale "sqrt_width" multiplies the embedded tokens by sqrt(width), rounded to bfloat16,
-  as RecurrentGemma does. final_norm may carry a state along the row (models/layers/norms.py).
-  unembedding: "tied" is the embedding's table, "own" another. logit_cap c bounds logits as
-  c tanh(logits / c). dtype is that of activations, param_dtype that of matrices and vectors alike,
-  but for norms, gate biases and decay: those are float32. remat: what the backward pass computes
-  again. "none": nothing but elementwise work and the gates' small products, whose results would
-  fill memory for longer than they take to make (where Triton makes them, and blocks are written
-  out, they are kept); "matmuls": attention and scans too; "block": everything, keeping only block
-  inputs. layers "unroll" writes every block out when training, which takes longer to compile: for
-  tests, tiny models, and speed on GPUs.
+  embedding_scale  "sqrt_width": embedded tokens times sqrt(width), rounded to bfloat16, as in
+                   RecurrentGemma
+  final_norm       may carry a state along the row (models/layers/norms.py)
+  unembedding      "tied": the table of the embedding; "own": another one
+  logit_cap        c bounds logits as c tanh(logits / c)
+  dtype            of activations
+  param_dtype      of all parameters that are not declared float32 (models/param.py)
+  remat            what the backward pass computes again. "block": everything but block inputs.
+                   "matmuls": attention, scans, gates and elementwise work. "none": elementwise work
+                   and the gates' products only; storing these would cost more than computing them.
+                   With the Triton kernels and layers="unroll" the gates' products are kept too
+  layers           "scan" loops over blocks. "unroll" trains without that loop: it compiles longer
+                   and is faster on GPUs
   """
 
   recorded_as: ClassVar[str] = "models.decoder.DecoderConfig"
@@ -332,7 +335,7 @@ class _Decoder:
     return self._cast(params, self.declared)
 
   def observe(self, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> Params:
-    """What every block tells of itself on these rows (models/observe.py), by its names: "groups"
+    """The values that every block records on these rows (models/observe.py), by name: "groups"
     and "remainder" as of the parameters, so that `split_blocks` gives each block its own."""
     with observe.collecting():
       *_, seen = self._forward(params, tokens_BT, segments_BT, None)
@@ -522,9 +525,9 @@ class _Decoder:
     is_scanned: bool = True,
     around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
   ) -> tuple[Any, Any]:
-    """jax.lax.scan of around(body), or its steps written out.
+    """jax.lax.scan of around(body), or its steps one after the other.
 
-    With `around`, a written step takes all of `xs` and cuts its part out within it: what is kept
+    With `around`, an unrolled step takes all of `xs` and cuts its part out within it: what is kept
     for the backward pass is then `xs` as it lies, where a part would be kept gathered over ZeRO's
     axis. Without, all parts are cut out at once.
     """

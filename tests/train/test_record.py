@@ -108,7 +108,7 @@ def test_the_kernel_may_change_and_the_rest_of_a_block_may_not(store):
     f"model.pattern[{index}].mixer.scan: {used!r} -> {other!r}" for index in range(2)
   ]
   old = _record(run)
-  del old["kernels"]  # as checkpoints of before are
+  del old["kernels"]  # as in older checkpoints
   assert compare_records(old, _record(with_mixers(scan=other))) == changes
   # "auto" is recorded as what it stands for.
   assert compare_records(_record(run), _record(with_mixers(scan=used))) == []

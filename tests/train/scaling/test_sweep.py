@@ -245,7 +245,7 @@ def test_settings_without_effect_on_the_result_may_change():
     return compare({"a": record}, [point])
 
   assert compared_with(*_WITHOUT_EFFECT) == ([], [], {})
-  # A sweep of before may not know a setting; its runs had what is the default now.
+  # An older sweep may lack a setting; its runs had the value that is the default now.
   before = settings_of(run)
   del before["model.logit_cap"]
   record = {"in_grid": True, "settings": before}
