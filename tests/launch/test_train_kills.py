@@ -99,7 +99,7 @@ def test_killed_at_random_moments_the_losses_are_the_undisturbed_ones(commands, 
   assert report_page.labels(runs) == ["killed", "straight"]
   page = report_page.page(runs, command="")
   assert f"{len(runs[0].restarts)} restarts<" in page or ">restart<" in page
-  assert "What the recurrence of straight does" in page
+  assert "What the recurrence does: straight" in page
 
 
 def test_statistics_are_written_at_their_interval(undisturbed):
