@@ -124,26 +124,9 @@ def test_a_query_sees_itself_and_window_tokens_before_it(implementation):
 @every_implementation
 @pytest.mark.parametrize(("window", "length"), [(9, 80), (None, 80), (40, 300), (None, 300)])
 def test_a_document_does_not_notice_that_another_changes(window, length, implementation):
-  start, end = 3 * length // 8, 11 * length // 16
+  mine = slice(3 * length // 8, 11 * length // 16)
   q, k, v, _, _ = _inputs(batch=1, time=length)
-  documents = jnp.asarray([[1] * start + [2] * (end - start) + [3] * (length - end)], jnp.int32)
-  mine = slice(start, end)
-  weights = Draws(9).normal(*q.shape)
-
-  def loss(q, k, v):
-    out = _attend(q, k, v, documents, documents, window=window, implementation=implementation)
-    return jnp.sum((out * weights)[:, mine]), out[:, mine]
-
-  run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-  other = jnp.ones((length,), bool).at[mine].set(False)[None, :, None, None]
-  (_, out), grads = run(q, k, v)
-  (_, other_out), other_grads = run(
-    jnp.where(other, 5 * q, q), jnp.where(other, -7 * k, k), jnp.where(other, v + 50, v)
-  )
-  np.testing.assert_array_equal(out, other_out)
-  for grad, other_grad in zip(grads, other_grads, strict=True):
-    np.testing.assert_array_equal(grad, other_grad)
-    assert not np.delete(np.asarray(grad), np.r_[mine], axis=1).any()
+  attention_runs.assert_unnoticed(implementation, q, k, v, mine=mine, window=window)
 
 
 @pytest.mark.parametrize("number", [0, -1, -(2**31), -(2**31) + 1, 2**31 - 1])

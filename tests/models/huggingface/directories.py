@@ -1,5 +1,6 @@
 """Copies of recorded directories for tests to edit, and how models of directories are compared."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from models import decoder
+from tests.golden import save_for_transformers
 
 
 def copy(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -52,3 +54,23 @@ def assert_trees_equal(first, second) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(first):
     assert leaf.dtype == others[path].dtype, path
     np.testing.assert_array_equal(leaf, others[path], err_msg=str(path))
+
+
+def assert_saved_as_opened(
+  config: decoder.DecoderConfig, directory: pathlib.Path, recorded: pathlib.Path, arrays
+) -> None:
+  """Asserts that `save` writes the bytes in `recorded`, which transformers opened, and that we have
+  the logits that it had then: `arrays` of ours_logits.npz."""
+  name = recorded.name
+  params = save_for_transformers.write(directory, config)
+  files = sorted(path.name for path in recorded.iterdir())
+  assert sorted(path.name for path in directory.iterdir()) == files
+  for file in files:
+    assert (directory / file).read_bytes() == (recorded / file).read_bytes(), (
+      f"{name}/{file} is not what transformers opened; run the two commands in "
+      "tests/golden/save_for_transformers.py"
+    )
+  config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
+  params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+  logits_BTV = logits(config, params, arrays[f"{name}/tokens_BT"])
+  np.testing.assert_allclose(logits_BTV, arrays[f"{name}/logits_BTV"], atol=1e-5, rtol=1e-5)

@@ -18,15 +18,14 @@ from models.huggingface import llama
 from models.huggingface.directory import load, save
 from models.huggingface.name_map import Settings
 from models.same_model import differences
-from tests.golden import save_for_transformers
 from tests.golden.save_for_transformers import LLAMA_FOLDER as FOLDER
 from tests.golden.save_for_transformers import LLAMAS
 from tests.models.huggingface.directories import (
+  assert_saved_as_opened,
   assert_trees_equal,
   copy,
   edit_config,
   edit_tensors,
-  logits,
   tensors,
 )
 
@@ -185,19 +184,7 @@ def test_a_filled_model_has_the_logits_of_an_independent_program():
 
 @pytest.mark.parametrize("name", list(LLAMAS))
 def test_transformers_opened_what_save_writes_and_got_our_logits(name, tmp_path):
-  """The bytes are those that transformers opened when its logits were recorded."""
-  params = save_for_transformers.write(tmp_path / name, LLAMAS[name])
-  files = sorted(path.name for path in (FOLDER / name).iterdir())
-  assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
-  for file in files:
-    assert (tmp_path / name / file).read_bytes() == (FOLDER / name / file).read_bytes(), (
-      f"{name}/{file} is not what transformers opened; run the two commands in "
-      "tests/golden/save_for_transformers.py"
-    )
-  config = dataclasses.replace(LLAMAS[name], dtype="float32", param_dtype="float32")
-  params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
-  logits_BTV = logits(config, params, OURS[f"{name}/tokens_BT"])
-  np.testing.assert_allclose(logits_BTV, OURS[f"{name}/logits_BTV"], atol=1e-5, rtol=1e-5)
+  assert_saved_as_opened(LLAMAS[name], tmp_path / name, FOLDER / name, OURS)
 
 
 @pytest.mark.parametrize("name", ["scaled", "tied", "multi"])

@@ -7,7 +7,6 @@ tests/golden/.
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,9 +14,14 @@ from models import griffin, transformer
 from models.huggingface import recurrentgemma
 from models.huggingface.directory import load, save
 from models.huggingface.name_map import Settings
-from tests.golden import save_for_transformers
 from tests.golden.save_for_transformers import CONFIGS, FOLDER, spread_params
-from tests.models.huggingface.directories import assert_trees_equal, copy, edit_config, logits
+from tests.models.huggingface.directories import (
+  assert_saved_as_opened,
+  assert_trees_equal,
+  copy,
+  edit_config,
+  logits,
+)
 
 THEIRS = np.load(FOLDER / "logits.npz")
 OURS = np.load(FOLDER / "ours_logits.npz")
@@ -59,19 +63,7 @@ def test_a_directory_of_transformers_gives_its_logits(name):
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_transformers_opened_what_save_writes_and_got_our_logits(name, tmp_path):
-  """The bytes are those that transformers opened when its logits were recorded."""
-  params = save_for_transformers.write(tmp_path / name, CONFIGS[name])
-  files = sorted(path.name for path in (FOLDER / name).iterdir())
-  assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
-  for file in files:
-    assert (tmp_path / name / file).read_bytes() == (FOLDER / name / file).read_bytes(), (
-      f"{name}/{file} is not what transformers opened; run the two commands in "
-      "tests/golden/save_for_transformers.py"
-    )
-  config = dataclasses.replace(CONFIGS[name], dtype="float32", param_dtype="float32")
-  params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
-  logits_BTV = logits(config, params, OURS[f"{name}/tokens_BT"])
-  np.testing.assert_allclose(logits_BTV, OURS[f"{name}/logits_BTV"], atol=1e-5, rtol=1e-5)
+  assert_saved_as_opened(CONFIGS[name], tmp_path / name, FOLDER / name, OURS)
 
 
 def test_the_released_configs_are_the_presets():
