@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from data.rows import Batch
-from models.decoder import DecoderConfig, Model, Params, split_blocks
+from models.decoder import DecoderConfig, Model, Params
+from models.stacks import split_blocks
 from models.statistics import Statistics
 from train.optimizer import AdamW
 from train.state import TrainState

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models import decoder, residual_block
+from models import residual_block, stacks
 from models.decoder import DecoderConfig, DType, Params
 from models.huggingface.name_map import NameMap, Settings, residual
 from models.layers import attention, mlp, norms
@@ -152,7 +152,7 @@ def _tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
   }
   if "unembedding" in params:
     views["lm_head.weight"] = params["unembedding"]["table_VD"]
-  for index, p in enumerate(decoder.split_blocks(config, params)):
+  for index, p in enumerate(stacks.split_blocks(config, params)):
     of_block = {
       "input_layernorm.weight": p["mixer_norm"]["scale_D"],
       "post_attention_layernorm.weight": p["mlp_norm"]["scale_D"],

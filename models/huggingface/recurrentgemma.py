@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models import decoder, residual_block
+from models import residual_block, stacks
 from models.decoder import DecoderConfig, DType, Params
 from models.huggingface.name_map import NameMap, Settings, residual, the_only
 from models.layers import attention, mlp, rg_lru
@@ -191,7 +191,7 @@ def _tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
     "model.final_norm.weight": params["final_norm"]["scale_D"],
   }
   for index, (block, p) in enumerate(
-    zip(residual(config.blocks), decoder.split_blocks(config, params))
+    zip(residual(config.blocks), stacks.split_blocks(config, params))
   ):
     of_mixer = _recurrent if isinstance(block.mixer, rg_lru.Config) else _attention
     of_block = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decoder
+from models import decoder, stacks
 from models.flops import count_params, flops_per_token
 from models.griffin import griffin, recurrentgemma_2b, recurrentgemma_9b
 from models.hawk import hawk
@@ -369,9 +369,9 @@ def test_blocks_can_be_taken_apart_and_joined():
   config = dataclasses.replace(TINY["griffin"], num_blocks=8)
   model = decoder.build(config)
   params = jax.jit(model.init)(jax.random.key(0))
-  blocks = decoder.split_blocks(config, params)
+  blocks = stacks.split_blocks(config, params)
   assert ["decay_R" in block["mixer"] for block in blocks] == [True, True, False] * 2 + [True, True]
-  joined = decoder.join_blocks(config, blocks)
+  joined = stacks.join_blocks(config, blocks)
   jax.tree.map(
     np.testing.assert_array_equal,
     joined,

@@ -18,7 +18,7 @@ from flax import nnx
 from kernels import linear_scan
 from kernels import rg_lru as rg_lru_kernel
 from kernels.rg_lru import gates
-from models import decoder, residual_block
+from models import decoder, residual_block, stacks
 from models.decoder import DecoderConfig
 from models.layers import attention, mlp, norms, rg_lru
 from models.layers import segments as segments_lib
@@ -56,7 +56,7 @@ class _Golden(NamedTuple):
     return {
       "embedding": {"table_VD": self.arrays[f"{prefix}/embedder/input_embedding"]},
       "final_norm": {"scale_D": self.arrays[f"{prefix}/final_norm/scale"]},
-      **decoder.join_blocks(self.config, blocks),
+      **stacks.join_blocks(self.config, blocks),
     }
 
 

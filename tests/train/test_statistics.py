@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data import pipeline
-from models.decoder import split_blocks
 from models.hawk import hawk
 from models.layers import rg_lru
 from models.layers.rg_lru_statistics import STATISTICS, statistics
+from models.stacks import split_blocks
 from models.statistics import QUANTILES, of_json
 from models.transformer import mqa_transformer
 from sharding.mesh import MeshShape
